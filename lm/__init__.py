@@ -1,0 +1,3 @@
+"""`lm`: language models in JAX, from raw documents to a served model."""
+
+__version__ = '0.1.0'

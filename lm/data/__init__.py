@@ -1,0 +1,14 @@
+"""Text in, batches out.
+
+In: the documents of `lm.corpus`. Out: numpy batches under SeqIO's feature names, each a pure
+function of (seed, step).
+
+    TextTask.prepare()  documents -> vocabulary -> SeqIO task -> ArrayRecord cache  (once, offline)
+    Loader.iterate()    cache -> packed sequences -> objective -> batches           (every step)
+
+Change `splits.py` for what is held out, `vocabularies.py` and `vocabulary_training.py` for text <-> ids,
+`seqio_tasks.py` for what happens to a document before it is cached (the only file here that imports TensorFlow),
+`cache.py`, `shards.py` and `build.py` for how the cache lies on disk and is built, `packing.py` for how
+documents fill sequences, `objectives.py` for what the model is asked to predict, `loader.py` for
+batching and prefetch.
+"""

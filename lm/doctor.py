@@ -1,0 +1,369 @@
+"""Checks, on the user's own model and mesh, that what should be equal is equal.
+
+In: a model's config, an optimiser, a mesh, rules. Out: for each invariant whether it holds, the largest
+difference and the tolerance. One small function an invariant; add a new one here and to `check`.
+
+Comparisons run in float32 without dropout, where a true difference stands out from rounding; the kernels
+also in bfloat16, and resuming exactly as the run trains.
+"""
+from collections.abc import Mapping
+import dataclasses
+import functools
+import math
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
+import numpy as np
+import optax
+import tqdm
+
+from lm.data import objectives
+from lm.parallel.rules import Rules
+from lm.training import checkpoint
+from lm.training.state import abstract_state, init_state
+from lm.training.step import jit_train_step
+from pallas_kernels.cross_entropy import cross_entropy
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.matmul import matmul
+
+Batch = Mapping[str, np.ndarray]
+Result = dict[str, Any]
+CACHED_STEPS = 8  # tokens decoded one by one; the others fill the cache
+
+
+class Skipped(Exception):
+  """Why an invariant cannot be checked here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """What is examined: `exact` is the user's config in float32 without dropout; rules are on the mesh."""
+  config: Any
+  optimizer: optax.GradientTransformation
+  rules: Rules
+  batch: Batch
+  loader: Any
+  seed: int
+
+  @property
+  def exact(self) -> Any:
+    return dataclasses.replace(self.config, dtype='float32', dropout_rate=0.0)
+
+  @functools.cached_property
+  def usual(self) -> Any:
+    """Gradients of the exact config on the whole batch and mesh: what most invariants compare with."""
+    return jax.device_get(gradients(self.exact, self.rules, self.batch, self.seed))
+
+  @property
+  def tolerance(self) -> float:
+    """Of gradients in float32: a sum over tokens of what went through all layers and the head."""
+    cfg, (B, T) = self.config, self.batch['decoder_input_tokens'].shape
+    return tolerance('float32', B * T, cfg.num_layers * (cfg.d_model + cfg.d_ff + T), cfg.vocab_size)
+
+
+def tolerance(dtype: Any, *reductions: int) -> float:
+  """8 eps sqrt(n): rounding errors of n additions walk at random; relative to the result's scale.
+
+  Args:
+    dtype: of the computation.
+    reductions: lengths of the sums one after another on the way to a result; n is their sum.
+  """
+  return 8 * float(jnp.finfo(dtype).eps) * math.sqrt(sum(reductions))
+
+
+def difference(tree: Any, expected: Any) -> float:
+  """The largest |a - b| of all leaves, each relative to its leaf's largest |b|.
+
+  A leaf's scale is at least 1e-3 of the whole tree's: the gradient of a key's bias, say, is zero but for
+  rounding, since softmax does not see it.
+  """
+  pairs = list(zip(jax.tree.leaves(jax.device_get(tree)), jax.tree.leaves(jax.device_get(expected)),
+                   strict=True))
+  pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
+  floor = 1e-3 * max(np.abs(b).max(initial=0) for _, b in pairs) or 1.0
+  errors = [np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), floor) for a, b in pairs]
+  return float(np.max(errors))  # np.max, unlike max, lets a NaN through
+
+
+def random_batch(vocab_size: int, sequence_length: int, batch_size: int, seed: int) -> Batch:
+  """Packed rows of random tokens in documents of random lengths, with some padding in the last row."""
+  rng = np.random.default_rng(seed)
+  shape = batch_size, sequence_length
+  tokens = rng.integers(min(3, vocab_size - 1), vocab_size, shape, dtype=np.int32)
+  starts = rng.random(shape) < 3 / sequence_length  # about four documents a row
+  starts[:, 0] = True
+  starts[0, sequence_length // 2] = True
+  segment_ids = np.cumsum(starts, axis=1, dtype=np.int32)
+  places = np.arange(sequence_length, dtype=np.int32)
+  positions = places - np.maximum.accumulate(np.where(starts, places, 0), axis=1)
+  padding = slice(sequence_length - sequence_length // 8, None)
+  for array in (tokens, segment_ids, positions):
+    array[-1, padding] = 0
+  return objectives.causal_lm(tokens, segment_ids, positions.astype(np.int32),
+                              np.zeros(batch_size, np.int32))
+
+
+def unpack(batch: Batch) -> dict[str, np.ndarray | None]:
+  """The same documents, one a row, which needs neither segment ids nor positions."""
+  segment_ids = batch['decoder_segment_ids']
+  batch_size, length = segment_ids.shape
+  documents = [(row, s) for row in range(batch_size) for s in np.unique(segment_ids[row]) if s]
+  rows = -(-len(documents) // batch_size) * batch_size  # so that they divide over the same mesh
+  unpacked = {}
+  for name in ('decoder_input_tokens', 'decoder_target_tokens', 'decoder_loss_weights'):
+    unpacked[name] = np.zeros((rows, length), batch[name].dtype)
+    for i, (row, segment) in enumerate(documents):
+      piece = batch[name][row, segment_ids[row] == segment]
+      unpacked[name][i, :len(piece)] = piece
+  return {**unpacked, 'decoder_segment_ids': None, 'decoder_positions': None}
+
+
+# Makes the gradient the optimiser's state, where the real train step leaves it for us to compare.
+KEEP_GRADIENT = optax.GradientTransformation(
+    lambda params: params, lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads))
+
+
+def gradients(config: Any, rules: Rules, batch: Batch, seed: int, num_microbatches: int = 1) -> Any:
+  """Loss and gradients of the real train step, on the parameters that `seed` gives."""
+  module = config.build(rules)
+  state = init_state(module, KEEP_GRADIENT, rules, seed)
+  step = jit_train_step(module, KEEP_GRADIENT, rules, state, num_microbatches)
+  state, metrics = step(state, batch)
+  return {'loss': metrics['loss'], 'gradients': state.opt_state}
+
+
+def packed_equals_unpacked(s: Subject) -> tuple[float, float]:
+  """A token of a packed row sees what it sees in a row of its own."""
+  return difference(gradients(s.exact, s.rules, unpack(s.batch), s.seed), s.usual), s.tolerance
+
+
+def accumulated_equals_whole(s: Subject) -> tuple[float, float]:
+  """Gradients summed over microbatches are those of the batch."""
+  batch_size, shards = len(s.batch['decoder_input_tokens']), _batch_shards(s.rules)
+  parts = [n for n in range(2, batch_size + 1) if batch_size % (n * shards) == 0]
+  if not parts:
+    raise Skipped(f'batch_size={batch_size} over {shards} devices leaves nothing to accumulate; try '
+                  f'{2 * shards}')
+  return difference(gradients(s.exact, s.rules, s.batch, s.seed, parts[0]), s.usual), s.tolerance
+
+
+def _batch_shards(rules: Rules) -> int:
+  axes = rules.batch or ()
+  return math.prod(rules.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def sharded_equals_single(s: Subject) -> tuple[float, float]:
+  """The mesh computes what one of its devices computes."""
+  mesh = s.rules.mesh
+  if mesh.size == 1:
+    raise Skipped('the mesh has one device')
+  sizes, names = (1,) * len(mesh.axis_names), mesh.axis_names
+  one = jax.make_mesh(sizes, names, (AxisType.Auto,) * len(names), devices=[mesh.devices.flat[0]])
+  return difference(s.usual, gradients(s.exact, s.rules.on(one), s.batch, s.seed)), s.tolerance
+
+
+def scanned_equals_unrolled(s: Subject) -> tuple[float, float]:
+  """A loop over layers computes what the layers written out compute."""
+  other = dataclasses.replace(s.exact, scan_layers=not s.config.scanned)
+  return difference(gradients(other, s.rules, s.batch, s.seed), s.usual), s.tolerance
+
+
+def rematerialised_equals_not(s: Subject) -> tuple[float, float]:
+  """Activations computed again are those that would have been kept."""
+  others = [policy for policy in ('none', 'full', 'dots') if policy != s.config.remat]
+  changed = [dataclasses.replace(s.exact, remat=policy) for policy in others]
+  return max(difference(gradients(config, s.rules, s.batch, s.seed), s.usual)
+             for config in changed), s.tolerance
+
+
+def _kernel_difference(kernel, arrays, num_differentiable, **options) -> float:
+  """Between the chosen implementation and the reference: the output and its gradients."""
+  def run(implementation):
+    call = functools.partial(kernel, implementation=implementation, **options)
+
+    def loss(differentiable, rest):
+      out = call(*differentiable, *rest)
+      weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+      return jnp.vdot(out.astype(jnp.float32), weights), out
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    return gradient(arrays[:num_differentiable], arrays[num_differentiable:])
+  return difference(run(None), run('reference'))
+
+
+def _normal(seed: int, *shapes, dtype) -> tuple[jax.Array, ...]:
+  keys = jax.random.split(jax.random.key(seed), len(shapes))
+  return tuple(jax.random.normal(k, shape, jnp.float32).astype(dtype) for k, shape in zip(keys, shapes))
+
+
+def attention_equals_reference(s: Subject, dtype: str) -> tuple[float, float]:
+  """The attention kernel at the model's heads and this batch's segments."""
+  cfg, segment_ids = s.config, jnp.asarray(s.batch['decoder_segment_ids'])
+  B, T = segment_ids.shape
+  key = B, T, cfg.kv_heads, cfg.head_dim
+  arrays = _normal(s.seed, (B, T, cfg.num_heads, cfg.head_dim), key, key, dtype=dtype)
+  return _kernel_difference(flash_attention, arrays, 3, query_segment_ids=segment_ids,
+                            key_segment_ids=segment_ids), tolerance(dtype, cfg.head_dim, T)
+
+
+def cross_entropy_equals_reference(s: Subject, dtype: str) -> tuple[float, float]:
+  """The loss kernel at the model's width and vocabulary."""
+  cfg = s.config
+  targets, weights = s.batch['decoder_target_tokens'], s.batch['decoder_loss_weights']
+  hidden, embedding = _normal(s.seed, (*targets.shape, cfg.d_model), (cfg.vocab_size, cfg.d_model),
+                              dtype=dtype)
+  arrays = hidden, embedding * jnp.asarray(cfg.d_model**-0.5, dtype), targets, weights
+  return (_kernel_difference(cross_entropy, arrays, 2),
+          tolerance(dtype, cfg.d_model, cfg.vocab_size, targets.size))
+
+
+def matmul_equals_reference(s: Subject, dtype: str) -> tuple[float, float]:
+  """The product of the layers, at the largest of them, with float32 weights."""
+  cfg, (B, T) = s.config, s.batch['decoder_input_tokens'].shape
+  x, = _normal(s.seed, (B, T, cfg.d_model), dtype=dtype)
+  w, = _normal(s.seed + 1, (cfg.d_model, cfg.d_ff), dtype='float32')
+  return (_kernel_difference(matmul, (x, w), 2),
+          tolerance(dtype, cfg.d_model, cfg.d_ff, B * T))
+
+
+def cached_equals_full(s: Subject) -> tuple[float, float]:
+  """Decoding token by token behind prompts of different lengths sees what a full pass sees."""
+  cfg, tokens_BT = s.exact, jnp.asarray(s.batch['decoder_input_tokens'])
+  B, T = tokens_BT.shape
+  num_steps = min(CACHED_STEPS, T - 1)
+  if not num_steps:
+    raise Skipped('sequence_length=1 has nothing to decode; make it longer')
+  module = cfg.build(s.rules)
+  params = init_state(module, KEEP_GRADIENT, s.rules, s.seed).params
+  lengths_B = (T - num_steps) - jnp.arange(B) % max(1, (T - num_steps) // 2)
+
+  @jax.jit
+  def both(params, tokens_BT):
+    variables = {'params': params}
+    take = lambda x, place_B: jnp.take_along_axis(x, place_B.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
+    full_BTD, _ = module.apply(variables, tokens_BT)
+    prompt_BTD, cache = module.apply(variables, tokens_BT[:, :T - num_steps],
+                                     cache=cfg.init_cache(B, T))
+    def decode(cache, _):
+      place_B = cache.length_B
+      hidden_B1D, cache = module.apply(variables, take(tokens_BT, place_B), cache=cache)
+      return cache, (hidden_B1D, take(full_BTD, place_B))
+    cache = dataclasses.replace(cache, length_B=lengths_B)
+    decoded, expected = jax.lax.scan(decode, cache, None, num_steps)[1]
+    return (prompt_BTD, decoded), (full_BTD[:, :T - num_steps], expected)
+  return difference(*both(params, tokens_BT)), tolerance(
+      'float32', cfg.num_layers * (cfg.d_model + cfg.d_ff + T))
+
+
+def resumed_equals_uninterrupted(s: Subject) -> tuple[float, float]:
+  """Four steps are, bit for bit, two steps, a checkpoint on the disk, and two more."""
+  module = s.config.build(s.rules)
+  abstract = abstract_state(module, s.optimizer, s.rules)
+  step = jit_train_step(module, s.optimizer, s.rules, abstract)
+
+  def train(state, steps):
+    for i in steps:  # another batch each step: the rows turned by one
+      state, _ = step(state, {name: np.roll(x, i, axis=0) for name, x in s.batch.items()})
+    return state
+
+  state = train(init_state(module, s.optimizer, s.rules, s.seed), range(2))
+  with tempfile.TemporaryDirectory() as directory:
+    saver = checkpoint.Checkpointer(directory)
+    saver.save(2, state, {})
+    whole = jax.device_get(train(state, (2, 3)))
+    saver.close()
+    loader = checkpoint.Checkpointer(directory)
+    _, state, _ = loader.restore(abstract)
+    loader.close()
+  resumed = jax.device_get(train(state, (2, 3)))
+  same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), resumed, whole)
+  # A difference of bits counts even where the numbers are equal or their difference rounds to 0.
+  return 0.0 if all(jax.tree.leaves(same)) else max(
+      difference(resumed, whole), float(np.finfo(np.float32).tiny)), 0.0
+
+
+def more_hosts_equal_one(s: Subject) -> tuple[float, float]:
+  """The rows that several hosts read, laid together, are the batch that one host reads."""
+  if s.loader is None:
+    raise Skipped('no loader of data was given')
+  size = s.loader.batch_size
+  counts = [n for n in range(2, size + 1) if size % n == 0]
+  if not counts:
+    raise Skipped(f'batch_size={size} cannot be divided among hosts')
+  worst = 0.0
+  for hosts in {counts[0], counts[-1]}:
+    cuts = [slice(i * size // hosts, (i + 1) * size // hosts) for i in range(hosts)]
+    for step in (0, 1, 1000):
+      parts = [s.loader.batch(step, rows) for rows in cuts]
+      together = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+      worst = max(worst, difference(together, s.loader.batch(step)))
+  return worst, 0.0
+
+
+def invariants() -> dict[str, Any]:
+  """Name -> function of a `Subject`, in the order in which they are checked."""
+  kernels = {'attention': attention_equals_reference, 'cross_entropy': cross_entropy_equals_reference,
+             'matmul': matmul_equals_reference}
+  return {
+      'packed == unpacked': packed_equals_unpacked,
+      'accumulated == one big batch': accumulated_equals_whole,
+      'sharded == single device': sharded_equals_single,
+      'scanned == unrolled': scanned_equals_unrolled,
+      'rematerialised == not': rematerialised_equals_not,
+      **{f'kernel == reference ({name}, {dtype})': functools.partial(function, dtype=dtype)
+         for name, function in kernels.items() for dtype in ('float32', 'bfloat16')},
+      'cached decoding == full forward': cached_equals_full,
+      'resumed == uninterrupted': resumed_equals_uninterrupted,
+      'more hosts == one host': more_hosts_equal_one,
+  }
+
+
+def check(model_config: Any, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules,
+          sequence_length: int, batch_size: int, loader: Any = None, seed: int = 0,
+          only: tuple[str, ...] | None = None) -> dict[str, Result]:
+  """Checks every invariant, or `only` those named.
+
+  Args:
+    model_config: as it trains; nothing of it is made smaller.
+    optimizer: as it trains.
+    sequence_length: tokens a row, at most the model's context.
+    batch_size: rows; a multiple of the devices that share a batch, twice that to check accumulation.
+    loader: of `lm.data.loader`, for what concerns the reading of data; None skips it.
+
+  Returns:
+    By name: `holds` (None where it cannot be checked here), `difference` relative to the scale of what is
+    compared, `tolerance`, `seconds`; and a `reason` where it could not be checked or computed.
+  """
+  batch = random_batch(model_config.vocab_size, sequence_length, batch_size, seed)
+  subject = Subject(model_config, optimizer, rules.on(mesh), batch, loader, seed)
+  chosen = {name: f for name, f in invariants().items() if only is None or name in only}
+  return {name: _examine(f, subject) for name, f in tqdm.tqdm(
+      chosen.items(), desc='doctor', unit=' invariants', disable=None, leave=False)}
+
+
+def _examine(invariant, subject: Subject) -> Result:
+  start, result = time.perf_counter(), {}
+  try:
+    found, allowed = invariant(subject)
+    result = {'holds': found <= allowed, 'difference': found, 'tolerance': allowed}
+  except Skipped as skipped:
+    result = {'holds': None, 'difference': None, 'tolerance': None, 'reason': str(skipped)}
+  except Exception as error:  # pylint: disable=broad-except  # the others are still worth knowing
+    message = (str(error).strip().splitlines() or [''])[0]
+    result = {'holds': False, 'difference': None, 'tolerance': None,
+              'reason': f'{type(error).__name__}: {message}'}
+  return {**result, 'seconds': time.perf_counter() - start}
+
+
+def format_table(results: Mapping[str, Result]) -> str:
+  """One line an invariant, for people."""
+  words = {True: 'holds', False: 'BROKEN', None: 'skipped'}
+  width = max(map(len, results), default=0)
+  lines = []
+  for name, r in results.items():
+    detail = r.get('reason') or f'difference {r["difference"]:.1e}, tolerance {r["tolerance"]:.1e}'
+    lines.append(f'{name:<{width}}  {words[r["holds"]]:<7}  {r["seconds"]:5.1f} s  {detail}')
+  return '\n'.join(lines)

@@ -1,0 +1,209 @@
+"""Completes prompts: fills the cache with the prompts, then decodes token by token, all in one program.
+
+A program is compiled once for a bucket of shapes: batch, prompt and number of new tokens are rounded up
+to powers of two. A request's bucket of prompt and cache depends on that request alone, so its neighbours
+in the batch do not change its text; only the number of rows does not belong to it, and may change the
+rounding of a product, never its meaning.
+"""
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict
+import zlib
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.errors import UserError
+from lm.inference.sampling import sample, SamplingConfig
+
+BOS_ID = 0         # the first input of every document in training; the id of padding
+SHORTEST_BUCKET = 16  # tokens; shorter prompts cost the same
+LARGEST_BATCH = 32    # rows decoded at once; their caches are in memory together
+
+Stopped = Literal['eos', 'length', 'context']
+
+
+class Vocabulary(Protocol):
+  """What completing text needs of a vocabulary."""
+  eos_id: int
+
+  def encode(self, text: str) -> np.ndarray:
+    """Returns int32 ids."""
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Returns the text of the ids."""
+
+
+class Completion(NamedTuple):
+  """tokens: int32 [new tokens], the end of document included where it was reached.
+  log_probs: float32 [new tokens], nats: each token under the model itself (temperature 1, no filter).
+  stopped: at the end of the document, after `max_new_tokens`, or because the context was full.
+  """
+  tokens: np.ndarray
+  log_probs: np.ndarray
+  stopped: Stopped
+
+
+class CompletedText(TypedDict):
+  """A prompt and what follows it."""
+  prompt: str
+  text: str
+  tokens: list[int]
+  stopped: Stopped
+
+
+def generate(module: Any, params: Any, prompts: Sequence[np.ndarray], config: SamplingConfig,
+             seed: int | Sequence[int], max_length: int, eos_id: int) -> list[Completion]:
+  """Completes each prompt; the result for a prompt depends on it, `config` and its seed alone.
+
+  Args:
+    module: the model, from `config.build(rules)`.
+    params: its parameters; matrices are cast once to the compute dtype.
+    prompts: int [tokens] each, of any length from 0, without the beginning of document.
+    config: how to choose tokens, and how many.
+    seed: one for all prompts (equal prompts then get equal completions), or one a prompt.
+    max_length: the model's context: prompt and completion together, in tokens.
+    eos_id: ends a completion.
+
+  Raises:
+    UserError: a prompt leaves no room in the context for a single new token.
+  """
+  prompts = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
+  seeds = [seed] * len(prompts) if isinstance(seed, (int, np.integer)) else list(seed)
+  if len(seeds) != len(prompts):
+    raise ValueError(f'{len(seeds)} seeds for {len(prompts)} prompts; give one, or one a prompt')
+  buckets: dict[int, list[int]] = {}
+  for i, prompt in enumerate(prompts):
+    if len(prompt) > max_length - 1:
+      raise UserError(f'prompt {i} has {len(prompt)} tokens, which leaves no room for a new one in a '
+                      f'context of {max_length}; cut it to at most {max_length - 1} tokens')
+    bucket = min(round_up(max(len(prompt) + 1, SHORTEST_BUCKET)), max_length)
+    buckets.setdefault(bucket, []).append(i)
+  params = cast_matrices(params, module.config.dtype)
+  completions: list[Completion | None] = [None] * len(prompts)
+  for bucket, members in sorted(buckets.items()):
+    for start in range(0, len(members), LARGEST_BATCH):
+      rows = members[start:start + LARGEST_BATCH]
+      done = _generate_batch(module, params, [prompts[i] for i in rows], [seeds[i] for i in rows],
+                             bucket, config, max_length, eos_id)
+      for i, completion in zip(rows, done):
+        completions[i] = completion
+  return completions
+
+
+def complete(module: Any, params: Any, vocabulary: Vocabulary, prompts: Sequence[str],
+             config: SamplingConfig, seed: int | Sequence[int], max_length: int
+             ) -> list[CompletedText]:
+  """`generate` from text to text; `tokens` and `text` are of the completion alone."""
+  ids = [vocabulary.encode(prompt) for prompt in prompts]
+  completions = generate(module, params, ids, config, seed, max_length, vocabulary.eos_id)
+  return [CompletedText(prompt=prompt, text=vocabulary.decode(_without_eos(done)),
+                        tokens=done.tokens.tolist(), stopped=done.stopped)
+          for prompt, done in zip(prompts, completions)]
+
+
+def _without_eos(completion: Completion) -> list[int]:
+  return completion.tokens[:-1 if completion.stopped == 'eos' else None].tolist()
+
+
+def round_up(size: int) -> int:
+  """The next power of two."""
+  return 1 << (size - 1).bit_length()
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def cast_matrices(params: Any, dtype: str) -> Any:
+  """Casts matrices and embeddings to the dtype in which layers compute, as each use of them would.
+
+  A token reads every weight once, so their size is its time. Scales and biases stay as they are: norms
+  compute with them in float32.
+  """
+  def cast(path, leaf):
+    return leaf if path[-1].key in ('scale', 'bias') else leaf.astype(dtype)
+  return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def request_key(prompt: np.ndarray, seed: int) -> jax.Array:
+  """The key of a request, from what it is and not from where it stands in a batch.
+
+  The prompt is folded in so that different prompts under one seed draw independently.
+  """
+  return jax.random.fold_in(jax.random.key(seed), zlib.crc32(prompt.tobytes()))
+
+
+def _generate_batch(module, params, prompts, seeds, bucket, config, max_length, eos_id):
+  """Completes prompts of one bucket: builds the arrays of `_decode` and reads its results."""
+  size = round_up(len(prompts))
+  inputs_BT = np.full((size, bucket), BOS_ID, np.int32)
+  lengths_B, limits_B = np.ones(size, np.int32), np.zeros(size, np.int32)  # a row of limit 0 is idle
+  for row, prompt in enumerate(prompts):
+    inputs_BT[row, 1:1 + len(prompt)] = prompt
+    lengths_B[row] = 1 + len(prompt)
+    limits_B[row] = min(config.max_new_tokens, max_length - len(prompt))
+  keys = [request_key(prompt, seed) for prompt, seed in zip(prompts, seeds)]
+  keys_B = jnp.stack(keys + keys[:1] * (size - len(keys)))
+  rounded = dataclasses.replace(config, max_new_tokens=min(round_up(config.max_new_tokens), max_length))
+  results = _decode(module, rounded, max_length, params, inputs_BT, lengths_B, limits_B, keys_B, eos_id)
+  tokens_BP, log_probs_BP, counts_B = jax.device_get(results)
+  completions = []
+  for row in range(len(prompts)):
+    tokens = tokens_BP[row, :counts_B[row]]
+    stopped = 'length' if limits_B[row] == config.max_new_tokens else 'context'
+    stopped = 'eos' if tokens[-1] == eos_id else stopped
+    completions.append(Completion(tokens, log_probs_BP[row, :counts_B[row]], stopped))
+  return completions
+
+
+class _State(NamedTuple):
+  """Of the decoding loop, P = max_new_tokens."""
+  step: jax.Array  # tokens chosen so far
+  token_B: jax.Array  # the last of them
+  counts_B: jax.Array  # tokens of each row's completion
+  done_B: jax.Array
+  tokens_BP: jax.Array
+  log_probs_BP: jax.Array
+  cache: Any
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _decode(module, config, max_length, params, inputs_BT, lengths_B, limits_B, keys_B, eos_id):
+  """Chooses up to `limits_B` tokens a row; returns tokens and log-probabilities [B, P], and counts [B]."""
+  B, T = inputs_BT.shape
+  variables = {'params': params}
+  cache = module.config.init_cache(B, min(T + config.max_new_tokens, max_length))
+
+  def choose(state, hidden_B1D):
+    """Adds the token that follows `hidden_B1D` to the rows that are not done."""
+    logits_BV = module.apply(variables, hidden_B1D, method='logits')[:, 0]
+    step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.step)
+    token_B = sample(logits_BV, step_keys_B, config)
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+    log_prob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    put = lambda table, column: lax.dynamic_update_slice(table, column[:, None], (0, state.step))
+    counts_B = state.counts_B + ~state.done_B
+    done_B = state.done_B | (token_B == eos_id) | (counts_B >= limits_B)
+    return state._replace(step=state.step + 1, token_B=token_B, counts_B=counts_B, done_B=done_B,
+                          tokens_BP=put(state.tokens_BP, token_B),
+                          log_probs_BP=put(state.log_probs_BP, log_prob_B))
+
+  def decode(state):
+    # A finished row writes over its own first place: its cache will not be read again, and its
+    # position stays within the context however long the others go on.
+    length_B = jnp.where(state.done_B, 0, state.cache.length_B)
+    cache = dataclasses.replace(state.cache, length_B=length_B)
+    hidden_B1D, cache = module.apply(variables, state.token_B[:, None], cache=cache)
+    return choose(state._replace(cache=cache), hidden_B1D)
+
+  hidden_BTD, cache = module.apply(variables, inputs_BT, cache=cache)
+  # Keys of padding stand behind a row's length: new tokens take their places before any query sees them.
+  cache = dataclasses.replace(cache, length_B=lengths_B)
+  table_BP = jnp.zeros((B, config.max_new_tokens))
+  state = _State(jnp.int32(0), jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32), limits_B == 0,
+                 table_BP.astype(jnp.int32), table_BP, cache)
+  last_B1D = jnp.take_along_axis(hidden_BTD, lengths_B[:, None, None] - 1, axis=1)
+  state = choose(state, last_B1D)
+  state = lax.while_loop(lambda state: ~state.done_B.all(), decode, state)
+  return state.tokens_BP, state.log_probs_BP, state.counts_B

@@ -1,0 +1,72 @@
+"""Self-attention: projections, positions, cache, and the kernel."""
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lm.layers.linear import Linear
+from lm.layers.positions import rotary
+from lm.parallel.rules import Rules, constrain
+from pallas_kernels.flash_attention import flash_attention
+
+
+class KVCache(NamedTuple):
+  """Keys and values of the tokens so far, [B, S, K, H] each; with a leading L for a stack."""
+  key: jax.Array
+  value: jax.Array
+
+
+class Attention(nn.Module):
+  """Multi-head attention with grouped key-value heads (arXiv:2305.13245) and optional rotary positions.
+
+  rope_theta: base of the rotary angles; None leaves positions to the embedding.
+  std, out_std: standard deviations of the initial projections in and out.
+  """
+  d_model: int
+  num_heads: int
+  num_kv_heads: int
+  d_head: int
+  use_bias: bool
+  rope_theta: float | None
+  std: float
+  out_std: float
+  rules: Rules
+
+  @nn.compact
+  def __call__(self, x_BTD: Float[Array, 'B T D'], positions_BT: Int[Array, 'B T'],
+               segment_ids_BT: Int[Array, 'B T'] | None = None, cache: KVCache | None = None,
+               cache_length_B: Int[Array, ' B'] | None = None
+               ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
+    """Each token attends to itself and those before it in its segment, and to the cache.
+
+    With a cache of `cache_length_B` tokens, the T new ones are written behind them and attend to all.
+    """
+    def project(name, heads, axis):
+      return Linear((self.d_model,), (heads, self.d_head), ('embed', axis, 'head_dim'), self.std,
+                    self.use_bias, name=name)(x_BTD)
+
+    query_BTNH = project('query', self.num_heads, 'heads')
+    key_BSKH = project('key', self.num_kv_heads, 'kv_heads')
+    value_BSKH = project('value', self.num_kv_heads, 'kv_heads')
+    if self.rope_theta is not None:
+      query_BTNH = rotary(query_BTNH, positions_BT, self.rope_theta)
+      key_BSKH = rotary(key_BSKH, positions_BT, self.rope_theta)
+    query_BTNH = constrain(query_BTNH, self.rules, 'batch', 'length', 'heads', 'head_dim')
+    if cache is not None:
+      cache = KVCache(_write(cache.key, key_BSKH, cache_length_B),
+                      _write(cache.value, value_BSKH, cache_length_B))
+      key_BSKH, value_BSKH = cache
+    out_BTNH = flash_attention(query_BTNH, key_BSKH, value_BSKH, causal=True,
+                               query_offset=cache_length_B, query_segment_ids=segment_ids_BT,
+                               key_segment_ids=segment_ids_BT)
+    y_BTD = Linear((self.num_heads, self.d_head), (self.d_model,), ('heads', 'head_dim', 'embed'),
+                   self.out_std, self.use_bias, name='out')(out_BTNH)
+    return y_BTD, cache
+
+
+def _write(cache_BSKH, new_BTKH, start_B):
+  """Writes the new rows behind the `start_B` rows that stand."""
+  update = lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (start, 0, 0))
+  return jax.vmap(update)(cache_BSKH, new_BTKH.astype(cache_BSKH.dtype), start_B)

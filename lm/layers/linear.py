@@ -1,0 +1,61 @@
+"""Products with parameters: every weight matrix of a model goes through here."""
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.matmul import matmul
+
+
+def normal(std: float, *axes: str):
+  """Normal initialiser of the given standard deviation, whose axes have these logical names."""
+  return nn.with_partitioning(nn.initializers.normal(std), axes)
+
+
+class Linear(nn.Module):
+  """y = x w + b over the last `len(inputs)` axes of x; float32 parameters, computed in x's dtype.
+
+  inputs: sizes of the contracted axes, `outputs`: of those that replace them.
+  axes: logical names of `inputs` and `outputs`.
+  """
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+  axes: tuple[str, ...]
+  std: float
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '...']) -> Float[Array, '...']:
+    """[..., *inputs] -> [..., *outputs]."""
+    kernel = self.param('kernel', normal(self.std, *self.axes), self.inputs + self.outputs)
+    size_in, size_out = math.prod(self.inputs), math.prod(self.outputs)
+    rows = x.shape[:x.ndim - len(self.inputs)]
+    y = matmul(x.reshape(*rows, size_in), kernel.reshape(size_in, size_out))
+    if self.use_bias:
+      zeros = nn.with_partitioning(nn.initializers.zeros, self.axes[len(self.inputs):])
+      bias = self.param('bias', zeros, self.outputs)
+      y += bias.reshape(size_out).astype(y.dtype)
+    return y.reshape(*rows, *self.outputs)
+
+
+def embed(embedding_VD: Float[Array, 'V D'], tokens: Int[Array, 'B T'],
+          dtype: jax.typing.DTypeLike) -> Float[Array, 'B T D']:
+  """Looks up the row of each token, and casts what was looked up."""
+  return jnp.take(embedding_VD, tokens, axis=0).astype(dtype)
+
+
+def logits(hidden_BTD: Float[Array, 'B T D'],
+           embedding_VD: Float[Array, 'V D']) -> Float[Array, 'B T V']:
+  """Scores of every token of the vocabulary, float32; `cross_entropy` never needs them all at once."""
+  return jnp.einsum('btd,vd->btv', hidden_BTD, embedding_VD.astype(hidden_BTD.dtype),
+                    preferred_element_type=jnp.float32)
+
+
+def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
+  """Zeroes elements with probability `rate` and scales the others by 1 / (1 - rate); no rng, no dropout."""
+  if rng is None or rate == 0:
+    return x
+  keep = jax.random.bernoulli(rng, 1 - rate, x.shape)
+  return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)

@@ -1,0 +1,67 @@
+"""A stack of equal blocks, one after another.
+
+Parameters are kept as one tree with a leading `layers` axis whether the stack is scanned or unrolled, so
+a checkpoint does not depend on how it is run.
+"""
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Remat = Literal['none', 'full', 'dots']
+POLICIES = {'full': jax.checkpoint_policies.nothing_saveable,
+            'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+def unstack(tree: Any) -> list[Any]:
+  """[L, ...] leaves -> L trees; one split, whose gradient is one concatenation (indexing's is L sums)."""
+  leaves, treedef = jax.tree.flatten(tree)
+  parts = [jnp.unstack(leaf) for leaf in leaves]
+  return [treedef.unflatten(layer) for layer in zip(*parts)]
+
+
+class Stack(nn.Module):
+  """x -> block_L(...block_1(x)), each with its own parameters.
+
+  block: makes one block, a module called as `block(x, inputs) -> (x, outputs)`.
+  scan: one compiled block in a loop (compile time does not grow with depth) or unrolled (on a CPU
+    a quarter faster, since a loop copies each layer's parameters and residuals).
+  remat: what the backward pass recomputes: nothing, all of a block, or all but its matrix products.
+  """
+  block: Callable[[], nn.Module]
+  num_layers: int
+  scan: bool
+  remat: Remat
+
+  @nn.compact
+  def __call__(self, x: jax.Array, shared: Any, per_layer: Any) -> tuple[jax.Array, Any]:
+    """`shared` goes to every block, a slice of the [L, ...] leaves of `per_layer` to each one.
+
+    Returns:
+      The last x, and the blocks' second results stacked on a leading axis.
+    """
+    block = self.block()
+
+    def init(rng):
+      one = jax.tree.map(lambda leaf: leaf[0], per_layer)
+      rngs = jax.random.split(rng, self.num_layers)
+      stacked = jax.vmap(lambda r: block.init(r, x, shared, one)['params'])(rngs)
+      return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
+
+    params = self.param('layers', init)
+
+    def apply(x, inputs):
+      layer_params, one = inputs
+      return block.apply({'params': layer_params}, x, shared, one)
+
+    if self.remat != 'none':
+      apply = jax.checkpoint(apply, policy=POLICIES[self.remat], prevent_cse=not self.scan)
+    if self.scan:
+      return jax.lax.scan(apply, x, (params, per_layer))
+    outputs = []
+    for inputs in unstack((params, per_layer)):
+      x, output = apply(x, inputs)
+      outputs.append(output)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)

@@ -1,0 +1,140 @@
+"""`lm <command>`: flags in, one call out."""
+import argparse
+import json
+import os
+import pathlib
+import signal
+import sys
+from typing import Any
+
+from lm.errors import UserError
+
+COMMANDS = {
+    'train': 'prepare the data, train, evaluate, sample, write the report; the same command continues',
+    'evaluate': 'score the held-out files with the last checkpoint of a run',
+    'generate': 'continue prompts with the last checkpoint of a run',
+    'cache': 'train the vocabulary and build the token cache, without training',
+    'doctor': "check the invariants of the codebase on this config's model and mesh",
+    'explain': 'show every value of a config and the file and line it came from',
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(prog='lm', description=__doc__)
+  commands = parser.add_subparsers(dest='command', required=True, metavar='command')
+  for name, text in COMMANDS.items():
+    command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, epilog=(
+        '--gin.NAME=VALUE overrides a macro (NUM_STEPS) or a binding (gpt.GPTConfig.d_model).'))
+    command.add_argument('--gin_file', action='append', default=[], help='repeatable')
+    command.add_argument('--run_dir', help='directory of the run')
+    command.add_argument('--json', metavar='FILE', help='write the result here')
+    if name == 'generate':
+      command.add_argument('--prompt', action='append', required=True, help='repeatable')
+      command.add_argument('--max_new_tokens', type=int)
+      command.add_argument('--temperature', type=float, help='0 takes the most probable token')
+      command.add_argument('--top_k', type=int)
+      command.add_argument('--top_p', type=float)
+      command.add_argument('--seed', type=int, default=0)
+    if name == 'explain':
+      command.add_argument('name', nargs='?', help='a macro, parameter or configurable')
+  return parser
+
+
+def _bindings(rest: list[str]) -> list[tuple[str, str]]:
+  bindings = []
+  for flag in rest:
+    name, equals, value = flag.removeprefix('--gin.').partition('=')
+    if not flag.startswith('--gin.') or not equals:
+      raise UserError(f'{flag} is no flag of this command; see `lm --help`, and write bindings as '
+                      '--gin.NAME=VALUE')
+    bindings.append((name, value))
+  return bindings
+
+
+def _sampling(args: argparse.Namespace, default: Any) -> Any:
+  import dataclasses
+  names = ('max_new_tokens', 'temperature', 'top_k', 'top_p')
+  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+  try:
+    return dataclasses.replace(default, **given)
+  except ValueError as error:
+    raise UserError(str(error)) from error
+
+
+def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[str, Any]:
+  """Runs one command and returns what --json holds."""
+  from lm import config, run  # late, so that `lm --help` does not wait for JAX
+  experiment = run.open_experiment(args.gin_file, bindings, args.run_dir)
+  if args.command == 'explain':
+    rows = config.explain(args.name)
+    print(config.format_explanation(rows))
+    return {row.name: {'value': row.value, 'source': row.source} for row in rows}
+  if args.command == 'cache':
+    info = experiment.task.prepare().info
+    print(json.dumps(info['splits'], indent=1))
+    return info
+  if args.command == 'doctor':
+    from lm import doctor
+    results = doctor.of_experiment(experiment)
+    print(doctor.format_table(results))
+    return results
+  if args.run_dir is None:
+    raise UserError(f'`lm {args.command}` needs --run_dir=DIR, where the run is or shall be')
+  if args.command == 'train':
+    result = run.train(experiment, args.run_dir)
+    _tell_training(result, args.run_dir)
+    return result
+  if args.command == 'evaluate':
+    result = run.evaluate(experiment, args.run_dir)
+    for name, metrics in result.items():
+      _tell_evaluation(name, metrics)
+    return result
+  result = run.generate(experiment, args.run_dir, args.prompt, _sampling(args, experiment.sampling),
+                        args.seed)
+  for completion in result['completions']:
+    print(f'{completion["prompt"]}{completion["text"]}\n')
+  return result
+
+
+def _tell_training(result: dict[str, Any], run_dir: str):
+  if result['stopped_by']:
+    print(f'stopped by {result["stopped_by"]} after step {result["steps"]}, which is saved; '
+          'the same command continues')
+    return
+  print(f'trained {result["steps"]} steps, final loss {result["final_loss"]:.4f}')
+  directory = pathlib.Path(run_dir)
+  evaluation = directory / 'evaluation.json'
+  if evaluation.exists():
+    _tell_evaluation('held-out files', json.loads(evaluation.read_text()))
+  print(f'report: {directory / "report.html"}')
+
+
+def _tell_evaluation(name: str, metrics: dict[str, Any]):
+  print(f'{name}: {metrics["bits_per_byte"]:.3f} bits per byte; file by file gzip -9 needs '
+        f'{metrics["gzip_bits_per_byte"]:.3f} and xz -9 {metrics["xz_bits_per_byte"]:.3f}; the model '
+        f'beats both on {metrics["wins"]} of {len(metrics["files"])}; '
+        f'all in one xz: {metrics["xz_together_bits_per_byte"]:.3f}')
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Returns the exit status: 0, 2 for a user's mistake, 128 + n when stopped by signal n."""
+  args, rest = _parser().parse_known_args(argv)
+  try:
+    result = _execute(args, _bindings(rest))
+    if args.json:
+      pathlib.Path(args.json).write_text(json.dumps(result, indent=1, default=str) + '\n')
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  except OSError as error:
+    if error.filename != args.json:
+      raise
+    print(f'error: --json={args.json} cannot be written ({error.strerror}); choose another file',
+          file=sys.stderr)
+    return 2
+  stopped_by = result.get('stopped_by') if args.command == 'train' else None
+  return 128 + getattr(signal, stopped_by) if stopped_by else 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

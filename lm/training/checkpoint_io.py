@@ -1,0 +1,150 @@
+"""Reads and writes one pytree of arrays through Orbax, and describes it in plain JSON."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm.errors import UserError
+
+
+def write(directory: pathlib.Path, arrays: Mapping[str, Any]) -> Any:
+  """Starts to write arrays; returns when they are copied to the host and may be donated.
+
+  Args:
+    directory: to be made; its parent must exist.
+    arrays: path -> array, from `flatten`.
+
+  Returns:
+    A writer; its `close()` waits for the end and raises what went wrong.
+  """
+  ocp = import_orbax()
+  writer = ocp.AsyncCheckpointer(
+      # Trained floats shrink by some 8 % at many times the CPU time of the write.
+      ocp.PyTreeCheckpointHandler(use_compression=False),
+      # Made at once, so that a directory that cannot be made is an error here, not a time-out.
+      async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False))
+  writer.save(directory, args=ocp.args.PyTreeSave(
+      _nest({name: jax.random.key_data(x) if _is_key(x) else x for name, x in arrays.items()})))
+  return writer
+
+
+def read(directory: pathlib.Path, described: Mapping[str, Any], abstract: Any = None,
+         below: str = '') -> Any:
+  """Reads a pytree, or what stands below one path of it, from a verified checkpoint.
+
+  Args:
+    directory: what `write` wrote.
+    described: path -> `describe` of everything that was written.
+    abstract: a pytree with `jax.ShapeDtypeStruct` leaves whose shardings say where each array
+      goes (absent: the first local device), or None for nested dicts of numpy arrays.
+    below: reads only arrays whose path starts so; abstract's paths continue it.
+
+  Raises:
+    UserError: a path, shape or dtype of `abstract` differs from what was written.
+  """
+  ocp = import_orbax()
+  prefix = f'{below}/' if below else ''
+  saved = {name: entry for name, entry in described.items() if name.startswith(prefix)}
+  if abstract is None:
+    how = dict.fromkeys(saved, ocp.RestoreArgs(restore_type=np.ndarray))
+  else:
+    wanted = {prefix + name: leaf for name, leaf in flatten(abstract).items()}
+    _require_same(saved, {name: describe(leaf) for name, leaf in wanted.items()}, directory)
+    how = {name: _restore_args(ocp, leaf) for name, leaf in wanted.items()}
+  reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+  loaded = flatten(reader.restore(directory, args=ocp.args.PyTreeRestore(
+      item=_nest(dict.fromkeys(how, 0)), restore_args=_nest(how), partial_restore=True)))
+  if abstract is None:
+    return _nest({name.removeprefix(prefix): loaded[name] for name in how})
+  leaves = [jax.random.wrap_key_data(loaded[name], impl=saved[name]['impl'])
+            if _is_key(leaf) else loaded[name] for name, leaf in wanted.items()]
+  return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _require_same(saved: Mapping, wanted: Mapping, directory: pathlib.Path) -> None:
+  # The parameters first: a difference there explains the one in the optimiser's moments.
+  for name in sorted([*wanted, *saved], key=lambda name: not name.startswith('params/')):
+    here, there = ([entry['dtype'], *entry['shape']] if entry else None
+                   for entry in (wanted.get(name), saved.get(name)))
+    if here != there:
+      raise UserError(
+          f'{name} is {_say(there)} in the checkpoint {directory} and {_say(here)} in this '
+          'configuration; use the config.gin that stands in the run directory, or a new --run_dir')
+
+
+def _say(entry: list | None) -> str:
+  return 'absent' if entry is None else f'{entry[0]}{entry[1:]}'
+
+
+def _restore_args(ocp: Any, leaf: Any) -> Any:
+  raw = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+  sharding = getattr(leaf, 'sharding', None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=raw.shape, dtype=raw.dtype)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+  """Names every leaf by its path, such as params/layers/wi_0, in the order of jax.tree.leaves."""
+  flat = {}
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    if name in flat:
+      raise ValueError(f'two arrays of the state have the path {name}')
+    flat[name] = leaf if hasattr(leaf, 'dtype') else np.asarray(leaf)
+  return flat
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Turns path -> leaf into nested dicts, a form that any Orbax program can read."""
+  tree: dict[str, Any] = {}
+  for name, leaf in flat.items():
+    *parents, last = name.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return tree
+
+
+def _is_key(leaf: Any) -> bool:
+  return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def describe(leaf: Any) -> dict[str, Any]:
+  """Says in JSON what an array is: shape, dtype and, of PRNG keys, the generator."""
+  entry = {'shape': list(leaf.shape), 'dtype': str(leaf.dtype)}
+  if _is_key(leaf) and isinstance(leaf, jax.Array):
+    entry['impl'] = str(jax.random.key_impl(leaf))
+  return entry
+
+
+def reason_of_write_error(error: Exception) -> str | None:
+  """Extracts what the operating system said, or None when the error is not the disk's."""
+  if isinstance(error, OSError):
+    return error.strerror or str(error)
+  # TensorStore raises ValueError("RESOURCE_EXHAUSTED: ... No space left [os_error_code='28']").
+  found = re.search(r"os_error_code='(\d+)'", str(error))
+  return os.strerror(int(found.group(1))) if found else None
+
+
+def import_orbax() -> Any:
+  """Imports Orbax and mutes its log."""
+  import orbax.checkpoint as ocp  # Here: it costs a second or more, paid by few commands.
+  absl = logging.getLogger('absl')
+  if _is_not_orbax not in absl.filters:
+    # Its failures come to us as exceptions; its log of them is a page of traceback.
+    absl.addFilter(_is_not_orbax)
+  return ocp
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+  return 'orbax' not in record.pathname

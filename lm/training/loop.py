@@ -1,0 +1,229 @@
+"""The training loop: from the last good checkpoint to the last step, whatever happens between."""
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+
+from lm.data.loader import Loader
+from lm.errors import UserError
+from lm.parallel.rules import Rules
+from lm.training import meters, monitor
+from lm.training.checkpoint import Checkpointer
+from lm.training.state import TrainState, abstract_state, init_state
+from lm.training.step import batch_loss, jit_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """How long and on what a run trains.
+
+  num_steps: updates of the whole run.
+  batch_size: sequences a step, over all devices and hosts.
+  sequence_length: tokens a sequence.
+  num_microbatches: parts of a batch computed one after another (gradient accumulation).
+  checkpoint_every, eval_every: steps between checkpoints, and between validation losses.
+  eval_batches: batches of the held-out text in a validation loss during training.
+  keep_checkpoints: latest checkpoints that stay, besides the best by validation loss.
+  seed: of the parameters, the order of the data, and dropout.
+  """
+  num_steps: int = 1000
+  batch_size: int = 8
+  sequence_length: int = 512
+  num_microbatches: int = 1
+  checkpoint_every: int = 100
+  eval_every: int = 100
+  eval_batches: int = 8
+  keep_checkpoints: int = 2
+  seed: int = 0
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      if field.name != 'seed' and getattr(self, field.name) < 1:
+        raise ValueError(f'{field.name}={getattr(self, field.name)} must be at least 1')
+    if self.batch_size % self.num_microbatches:
+      raise ValueError(f'batch_size={self.batch_size} does not divide into '
+                       f'num_microbatches={self.num_microbatches} equal parts')
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+  """What a loop needs: the model, the data, and where to write.
+
+  data_digest: of the training tokens; a run goes on only with the same.
+  peak_flops: FLOP/s of all devices; flops_per_token: of a step; their ratio gives MFU.
+  """
+  config: TrainConfig
+  module: nn.Module
+  optimizer: optax.GradientTransformation
+  rules: Rules
+  train_data: Loader
+  validation_data: Loader
+  data_digest: str
+  run_dir: pathlib.Path
+  flops_per_token: float
+  peak_flops: float
+  log: Callable[[str], None]
+
+  def run(self) -> dict[str, Any]:
+    """Trains from the last good checkpoint to `num_steps`, or until a signal asks to stop.
+
+    Every step is a pure function of the state and its number, so a run that was killed repeats, bit
+    for bit, what it would have done.
+
+    Returns:
+      `final_loss, losses, steps, tokens_per_second, mfu, first_step_seconds, peak_rss_bytes,
+      data_wait_share, stopped_by` (None, or the signal's name).
+
+    Raises:
+      UserError: the loss is not finite, the disk is full, the checkpoints are of another model.
+    """
+    self._check_rows()
+    checkpointer = Checkpointer(self.run_dir / 'checkpoints', self.config.keep_checkpoints, self.log)
+    with contextlib.closing(checkpointer):
+      state = self._restore(checkpointer)
+      with contextlib.closing(monitor.MetricsWriter(self.run_dir, int(state.step))) as writer:
+        return self._steps(state, checkpointer, writer)
+
+  def _check_rows(self):
+    rows = self.config.batch_size // self.config.num_microbatches
+    shards = math.prod(self.rules.mesh.shape[axis] for axis in _axes(self.rules.batch))
+    if rows % shards:
+      raise UserError(f'batch_size={self.config.batch_size} in {self.config.num_microbatches} '
+                      f'microbatches gives {rows} rows, which do not divide over {shards} devices; '
+                      f'the nearest batch_size that does is '
+                      f'{-(-rows // shards) * shards * self.config.num_microbatches}')
+
+  def _restore(self, checkpointer: Checkpointer) -> TrainState:
+    """The last good checkpoint of this run, else a new state."""
+    restored = checkpointer.restore(abstract_state(self.module, self.optimizer, self.rules))
+    if restored is None:
+      return init_state(self.module, self.optimizer, self.rules, self.config.seed)
+    step, state, data = restored
+    position = self._position(step)
+    if data != position:
+      raise UserError(f'the checkpoint of step {step} was trained on {data} and this run has '
+                      f'{position}; take the same data, or another --run_dir')
+    self.log(f'continues from the checkpoint of step {step}')
+    return state
+
+  def _position(self, step: int) -> dict[str, Any]:
+    """All that decides the batches from here on: the position in the data is a number of sequences."""
+    return {'sequences': step * self.config.batch_size, 'seed': self.config.seed,
+            'data': self.data_digest,
+            'sequence_length': self.config.sequence_length}
+
+  def _steps(self, state: TrainState, checkpointer: Checkpointer,
+             writer: monitor.MetricsWriter) -> dict[str, Any]:
+    config = self.config
+    start, tokens_per_step = int(state.step), config.batch_size * config.sequence_length
+    step_fn = jit_train_step(self.module, self.optimizer, self.rules, state, config.num_microbatches)
+    eval_fn = jax.jit(lambda params, batch: batch_loss(self.module, params, batch))
+    timer, losses = meters.StepTimer(), []
+    bar = monitor.ProgressBar(config.num_steps, start)
+    with _signals() as received, self._batches(start) as batches, contextlib.closing(bar):
+      for step in range(start + 1, config.num_steps + 1):
+        with timer.waiting_for_data():
+          batch = self._to_devices(next(batches))
+        state, metrics = step_fn(state, batch)
+        row = {name: float(value) for name, value in metrics.items()}
+        timer.step_done(tokens_per_step)
+        self._check_finite(step, row['loss'], checkpointer)
+        row |= timer.window()
+        if 'tokens_per_second' in row:
+          row['mfu'] = row['tokens_per_second'] * self.flops_per_token / self.peak_flops
+        writer.write(step, 'train', row)
+        losses.append(row['loss'])
+        bar.update(step, row['loss'], row.get('tokens_per_second'), row.get('mfu'))
+        with timer.paused():
+          self._evaluate_and_save(step, state, eval_fn, checkpointer, writer, bool(received), bar)
+        if received:
+          break
+    checkpointer.wait()
+    total = timer.total()
+    rate = total.get('tokens_per_second')
+    return {'final_loss': losses[-1] if losses else None, 'steps': int(state.step),
+            'tokens_per_second': rate,
+            'mfu': rate and rate * self.flops_per_token / self.peak_flops,
+            'first_step_seconds': timer.first_step_seconds,
+            'peak_rss_bytes': meters.peak_rss_bytes(),
+            'data_wait_share': total.get('data_wait_share'),
+            'stopped_by': received[0] if received else None, 'losses': losses}
+
+  def _batches(self, start: int):
+    """This host's rows of the batches from `start` on."""
+    return self.train_data.iterate(start, self.config.num_steps - start, self._host_rows())
+
+  def _host_rows(self) -> slice:
+    rows = self.config.batch_size // jax.process_count()
+    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+
+  def _to_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    sharding = self.rules.sharding('batch', 'length')
+    return {name: jax.make_array_from_process_local_data(sharding, rows)
+            for name, rows in batch.items()}
+
+  def _check_finite(self, step: int, loss: float, checkpointer: Checkpointer):
+    if not math.isfinite(loss):
+      checkpointer.wait()
+      saved = checkpointer.latest_step()
+      raise UserError(f'the loss of step {step} is {loss}; training stops and '
+                      f'{"no checkpoint" if saved is None else f"the checkpoint of step {saved}"} '
+                      'stands; lower LEARNING_RATE, raise WARMUP_STEPS, or look at the data of '
+                      'that step, then start again')
+
+  def _evaluate_and_save(self, step, state, eval_fn, checkpointer, writer, stopping, bar):
+    """Validation loss and checkpoint where they are due; the last step has both."""
+    config = self.config
+    last = step == config.num_steps
+    metrics = None
+    if last or (step % config.eval_every == 0 and not stopping):
+      metrics = self._validation(state.params, eval_fn)
+      writer.write(step, 'validation', metrics)
+      bar.note(f'step {step}: validation loss {metrics["loss"]:.4f}')
+    if last or stopping or step % config.checkpoint_every == 0:
+      checkpointer.save(step, state, self._position(step), metrics)
+
+  def _validation(self, params: Any, eval_fn: Callable) -> dict[str, float]:
+    """Mean loss over the first `eval_batches` batches of the held-out text, the same every time."""
+    count = min(self.config.eval_batches, max(1, int(self.validation_data.steps_per_epoch)))
+    sums = np.zeros(2)
+    for i in range(count):
+      batch = self._to_devices(self.validation_data.batch(i, self._host_rows()))
+      sums += np.array([float(x) for x in eval_fn(params, batch)])
+    return {'loss': sums[0] / sums[1]}
+
+
+def _axes(axes) -> tuple[str, ...]:
+  return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[str]]:
+  """Collects SIGTERM and SIGINT instead of dying of them; a second one is taken at its word."""
+  received: list[str] = []
+
+  def handler(number, _):
+    if received:
+      os._exit(128 + number)
+    received.append(signal.Signals(number).name)
+
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  try:
+    before = [signal.signal(number, handler) for number in numbers]
+  except ValueError:  # not in the main thread (a notebook's server): signals are its own
+    yield received
+    return
+  try:
+    yield received
+  finally:
+    for number, old in zip(numbers, before):
+      signal.signal(number, old)

@@ -1,0 +1,53 @@
+"""The state of training: one pytree, made in its shardings."""
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lm.parallel.rules import Rules
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """step: int32, updates done; params; opt_state: of optax; rng: the run's key, folded with the step."""
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  rng: jax.Array
+
+
+def _init(module: nn.Module, optimizer: optax.GradientTransformation, seed: int):
+  params_rng, rng = jax.random.split(jax.random.key(seed))
+  boxed = module.init(params_rng, jnp.zeros((1, 1), jnp.int32))['params']
+  params = nn.meta.unbox(boxed)
+  return boxed, TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(rng))
+
+
+def abstract_state(module: nn.Module, optimizer: optax.GradientTransformation,
+                   rules: Rules) -> TrainState:
+  """Shapes, dtypes and shardings of the state, without computing any of it.
+
+  Optimiser state of a parameter's shape takes the parameter's sharding; the rest is replicated.
+  """
+  boxed, state = jax.eval_shape(lambda: _init(module, optimizer, 0))
+  specs = jax.tree.map(lambda x: x.names if isinstance(x, nn.Partitioned) else (), boxed,
+                       is_leaf=lambda x: isinstance(x, nn.Partitioned))
+  shardings = jax.tree.map(lambda _, names: rules.sharding(*names), state.params, specs)
+  replicated = NamedSharding(rules.mesh, PartitionSpec())
+  opt_shardings = optax.tree_map_params(optimizer, lambda _, s: s, state.opt_state, shardings,
+                                        transform_non_params=lambda _: replicated)
+  all_shardings = TrainState(replicated, shardings, opt_shardings, replicated)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state,
+                      all_shardings)
+
+
+def init_state(module: nn.Module, optimizer: optax.GradientTransformation, rules: Rules,
+               seed: int) -> TrainState:
+  """A new state, each array made in its own sharding: no device ever holds all of it."""
+  shardings = jax.tree.map(lambda x: x.sharding, abstract_state(module, optimizer, rules))
+  return jax.jit(lambda s: _init(module, optimizer, s)[1], out_shardings=shardings)(seed)

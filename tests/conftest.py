@@ -1,0 +1,82 @@
+"""What every test shares: checked shapes, a compilation cache, tiny models, and 8 devices in a child.
+
+Imported before any `lm` module, so that jaxtyping checks each annotated shape while tests run.
+"""
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jaxtyping
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+jaxtyping.install_import_hook(['lm.layers', 'lm.models', 'lm.training.losses', 'pallas_kernels'],
+                              'beartype.beartype')
+
+
+def pytest_configure(config):
+  """Keeps compiled programs beside pytest's own cache, for this process and its children."""
+  if getattr(config, 'cache', None) is None:
+    return
+  # Programs of children with other device counts have other keys, so all may share one folder.
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(config.cache.mkdir('jax')))
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.05')
+  jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
+  jax.config.update('jax_persistent_cache_min_compile_time_secs',
+                    float(os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS']))
+
+
+@pytest.fixture
+def strict():
+  """Forbids jax's silent changes of dtype and rank: a kernel says what it means."""
+  with jax.numpy_dtype_promotion('strict'), jax.numpy_rank_promotion('raise'):
+    yield
+
+
+def gpt2(**changes):
+  """A GPT-2 of 3 layers and 16 dimensions, in float32."""
+  from lm.models.gpt import GPTConfig  # Here: this file stands before the import hook's modules.
+  tiny = dict(vocab_size=37, max_length=32, d_model=16, num_layers=3, num_heads=4, d_ff=24,
+              dtype='float32', init_std=0.2)
+  return GPTConfig(**{**tiny, **changes})
+
+
+def llama(**changes):
+  """A Llama of 3 layers with grouped key-value heads, in float32."""
+  style = dict(num_kv_heads=2, norm='rmsnorm', positions='rotary', activation='swiglu', use_bias=False,
+               tie_embeddings=False)
+  return gpt2(**{**style, **changes})
+
+
+@pytest.fixture(scope='session')
+def tiny_configs():
+  """{'gpt2': ..., 'llama': ...}: makers of tiny configs, called with the fields to change."""
+  return {'gpt2': gpt2, 'llama': llama}
+
+
+@pytest.fixture(scope='session', params=['gpt2', 'llama'])
+def tiny_config(request, tiny_configs):
+  """Makes a tiny config of each family."""
+  return tiny_configs[request.param]
+
+
+def run_child(script, *args, devices=8, timeout=900):
+  """Runs a Python file in a child process with this many host devices; returns its last line as JSON."""
+  flags = f'--xla_force_host_platform_device_count={devices}'
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags,
+                 'PYTHONPATH': os.pathsep.join([str(REPOSITORY), os.environ.get('PYTHONPATH', '')])}
+  child = subprocess.run([sys.executable, str(script), *map(str, args)], env=environment, text=True,
+                         cwd=REPOSITORY, capture_output=True, timeout=timeout, check=False)
+  assert child.returncode == 0, child.stderr[-4000:]
+  return json.loads(child.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope='session')
+def child_with_devices():
+  """`run_child`: `child_with_devices(path, *args, devices=8)`."""
+  return functools.partial(run_child)

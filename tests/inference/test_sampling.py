@@ -1,0 +1,101 @@
+"""The sampler draws from exactly the filtered distribution."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from lm.inference.sampling import _nucleus, sample, SamplingConfig
+
+DRAWS = 6000
+
+
+def filtered(logits, config):
+  """The specification, in float64 on sorted tokens: probabilities [V] after all filters."""
+  scores = np.asarray(logits, np.float64) / config.temperature
+  order = np.lexsort((np.arange(len(scores)), -scores))  # ties: the lower id first
+  order = order[:config.top_k]
+  probs = np.exp(scores[order] - scores.max())
+  probs /= probs.sum()
+  if config.top_p is not None and config.top_p < 1:
+    before = np.concatenate([[0], np.cumsum(probs)[:-1]])
+    order, probs = order[before < config.top_p], probs[before < config.top_p]
+  full = np.zeros(len(scores))
+  full[order] = probs / probs.sum()
+  return full
+
+
+def draws(logits, config, seed=0):
+  rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (DRAWS, len(logits)))
+  tokens = jax.jit(sample, static_argnums=2)(rows, jax.random.key(seed), config)
+  return np.bincount(np.asarray(tokens), minlength=len(logits))
+
+
+LOGITS = np.random.default_rng(0).normal(size=24) * 2
+TIED = np.array([0.0, 1, 2, 1, 2, 2, 0, -1])
+
+
+@pytest.mark.parametrize('logits', [LOGITS, TIED, np.zeros(5), np.array([3.0])])
+@pytest.mark.parametrize('config', [
+    SamplingConfig(temperature=1.0), SamplingConfig(temperature=0.5),
+    SamplingConfig(temperature=1.3, top_k=1), SamplingConfig(temperature=1.3, top_k=4),
+    SamplingConfig(temperature=1.0, top_k=1000), SamplingConfig(temperature=1.0, top_p=1.0),
+    SamplingConfig(temperature=0.8, top_p=0.5), SamplingConfig(temperature=1.0, top_p=0.93),
+    SamplingConfig(temperature=1.0, top_p=1e-6),
+    SamplingConfig(temperature=1.0, top_k=5, top_p=0.7)], ids=str)
+def test_draws_follow_the_filtered_distribution(logits, config):
+  expected, counts = filtered(logits, config), draws(logits, config)
+  assert not counts[expected == 0].any(), 'a token that the filters remove was drawn'
+  kept = expected > 0
+  if kept.sum() > 1:
+    assert scipy.stats.chisquare(counts[kept], expected[kept] * DRAWS).pvalue > 1e-3
+
+
+def test_greedy_takes_the_most_probable_token_and_the_lower_id_of_equals():
+  logits = jnp.array([[0.0, 5, 1], [2, 2, 2], [-jnp.inf, -1, -1]])
+  tokens = sample(logits, jax.random.key(0), SamplingConfig(temperature=0))
+  assert tokens.tolist() == [1, 0, 1] and tokens.dtype == jnp.int32
+
+
+@pytest.mark.parametrize('config', [SamplingConfig(temperature=1e-30),
+                                    SamplingConfig(temperature=1e-30, top_p=0.9),
+                                    SamplingConfig(temperature=1e-30, top_k=3, top_p=0.9)], ids=str)
+def test_a_vanishing_temperature_is_greedy(config):
+  logits = jnp.asarray(LOGITS, jnp.float32)[None] * 1e3
+  assert int(sample(logits, jax.random.key(0), config)[0]) == int(jnp.argmax(logits))
+
+
+def test_the_nucleus_of_a_large_vocabulary_equals_that_of_sorting():
+  logits = np.random.default_rng(1).normal(size=(1, 5000)).astype(np.float32).round(2)  # many ties
+  scores = logits - logits.max()
+  for top_p in (0.1, 0.4, 0.9, 0.999):
+    kept = _nucleus(jnp.asarray(scores), top_p)[0]
+    config = SamplingConfig(temperature=1.0, top_p=top_p)
+    # Float32 sums may reach p one token away from where float64 sums do.
+    assert abs(int(kept.sum()) - int((filtered(logits[0], config) > 0).sum())) <= 1
+    assert logits[0][kept].min() >= logits[0][~kept].max()
+
+
+def test_impossible_tokens_are_never_drawn():
+  logits = np.where(np.arange(6) % 2, -np.inf, 0.0)
+  for config in (SamplingConfig(temperature=1.0), SamplingConfig(temperature=1.0, top_p=0.99),
+                 SamplingConfig(temperature=1.0, top_k=5)):
+    assert not draws(logits, config)[1::2].any()
+
+
+def test_a_row_with_its_own_key_does_not_depend_on_the_other_rows():
+  logits = jnp.asarray(np.random.default_rng(2).normal(size=(6, 50)), jnp.float32)
+  keys = jax.random.split(jax.random.key(3), 6)
+  config = SamplingConfig(top_p=0.9)
+  choose = jax.jit(sample, static_argnums=2)
+  together = choose(logits, keys, config)
+  alone = jnp.concatenate([choose(logits[i:i + 1], keys[i:i + 1], config) for i in range(6)])
+  assert together.tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize('field, value', [('temperature', -0.1), ('temperature', float('nan')),
+                                          ('top_k', 0), ('top_p', 0.0), ('top_p', 1.5),
+                                          ('max_new_tokens', 0)])
+def test_a_value_out_of_range_is_refused_by_name(field, value):
+  with pytest.raises(ValueError, match=f'{field}={value}'):
+    SamplingConfig(**{field: value})

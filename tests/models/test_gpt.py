@@ -1,0 +1,320 @@
+"""What must hold of every GPT, and its equality with the published models."""
+import dataclasses
+import functools
+import importlib.util
+import math
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.models.gpt import GPT, GPTConfig
+
+DATA = pathlib.Path(__file__).resolve().parents[1] / 'data'
+T = 12
+
+
+def shapes(config):
+  module = config.build()
+  boxed = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  return nn.meta.unbox(boxed)['params']
+
+
+@functools.cache
+def init(config):
+  """Random parameters by numpy (nothing to compile); biases are not 0 nor scales 1, where faults hide."""
+  rng = np.random.default_rng(0)
+  draw = lambda path, x: rng.normal(path[-1].key == 'scale', 0.2, x.shape).astype(np.float32)
+  return jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(draw, shapes(config)))
+
+
+@functools.cache
+def real_init(config):
+  """The module's own parameters; an `rbg` key compiles in a tenth of the time."""
+  module = config.build()
+  params = lambda rng: nn.meta.unbox(module.init(rng, jnp.zeros((1, 1), jnp.int32)))['params']
+  return jax.jit(params)(jax.random.key(0, impl='rbg'))
+
+
+@functools.cache
+def jitted(config):
+  """(params, tokens, positions, segment_ids, cache, dropout_rng) -> (logits, cache)."""
+  module = config.build()
+
+  def logits(params, tokens, positions=None, segment_ids=None, cache=None, dropout_rng=None):
+    hidden, cache = module.apply({'params': params}, tokens, positions, segment_ids, cache, dropout_rng)
+    return module.apply({'params': params}, hidden, method='logits'), cache
+
+  return jax.jit(logits)
+
+
+def forward(config, params, *args, **kwargs):
+  return jitted(config)(params, *args, **kwargs)[0]
+
+
+def tokens(config, batch=2, length=T, seed=0):
+  return np.random.default_rng(seed).integers(1, config.vocab_size, (batch, length)).astype(np.int32)
+
+
+def test_no_output_depends_on_a_later_token(tiny_config):
+  config = tiny_config()
+  # Place t reads a row of its own, so that the gradient of the table tells the places apart.
+  params, ids = init(config), jnp.arange(6)[None]
+
+  @jax.jit
+  def sensitivity(table):
+    """|d out[t] / d in[s]|, [6, 6]."""
+    outputs = lambda x: config.build().apply({'params': {**params, 'token_embedding': x}}, ids)[0][0]
+    return jnp.abs(jax.jacrev(outputs)(table))[:, :, :6].sum((1, 3))
+
+  moved = np.asarray(sensitivity(params['token_embedding']))
+  assert not np.triu(moved, 1).any() and (moved[np.tril_indices(6)] > 1e-3).all()
+
+
+def test_packed_documents_are_as_if_alone(tiny_config):
+  config = tiny_config()
+  params, ids = init(config), tokens(config, 1)
+  segments = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)
+  positions = np.array([[*range(5), *range(4), 0, 0, 0]], np.int32)
+  packed = forward(config, params, ids, positions, segments)
+  for start, end in ((0, 5), (5, 9)):
+    alone = forward(config, params, ids[:, start:end])
+    np.testing.assert_allclose(packed[:, start:end], alone, atol=2e-5)
+  assert np.isfinite(packed).all()
+
+
+def test_padding_does_not_change_logits(tiny_config):
+  config = tiny_config()
+  params, ids = init(config), tokens(config)
+  segments = np.repeat([[1] * 7 + [0] * 5], 2, 0).astype(np.int32)
+  padded = np.where(segments, ids, 0)
+  got, other = (forward(config, params, x, None, segments) for x in (padded, ids))
+  np.testing.assert_array_equal(got[:, :7], other[:, :7])
+  np.testing.assert_allclose(got[:, :7], forward(config, params, ids[:, :7]), atol=2e-5)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_grad(config, params, ids):
+  module = config.build()
+  score = lambda p: (module.apply({'params': p}, ids)[0]**2).sum()
+  return jax.value_and_grad(score)(params)
+
+
+@pytest.mark.parametrize('changes', [{'scan_layers': True}, {'remat': 'full'},
+                                     {'scan_layers': True, 'remat': 'dots'}],
+                         ids=['scanned', 'rematerialised', 'both'])
+def test_scan_and_remat_change_neither_the_parameters_nor_the_gradients(tiny_configs, changes):
+  config = tiny_configs['llama'](scan_layers=False)
+  changed = dataclasses.replace(config, **changes)
+  params, ids = init(config), tokens(config)
+  assert jax.tree.all(jax.tree.map(np.array_equal, real_init(config), real_init(changed)))
+  want, got = value_and_grad(config, params, ids), value_and_grad(changed, params, ids)
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
+
+
+def test_cached_decoding_is_the_full_forward_pass(tiny_config):
+  config = tiny_config()
+  params, ids = init(config), tokens(config)
+  want = forward(config, params, ids)
+  cache, parts = config.init_cache(2, T + 3), []
+  for start, end in ((0, 5), (5, 7), (7, 8), (8, 9), (9, 12)):  # chunks of the prompt, then one by one
+    part, cache = jitted(config)(params, ids[:, start:end], cache=cache)
+    parts.append(part)
+  np.testing.assert_allclose(jnp.concatenate(parts, 1), want, atol=3e-5)
+  assert list(cache.length_B) == [T, T]
+
+
+def test_prompts_of_ragged_lengths_continue_as_if_alone(tiny_config):
+  config = tiny_config()
+  params, ids = init(config), tokens(config)
+  lengths = np.array([3, 7], np.int32)
+  prompts = np.where(np.arange(7) < lengths[:, None], ids[:, :7], 0)
+  first, cache = jitted(config)(params, prompts, cache=config.init_cache(2, T))
+  cache = dataclasses.replace(cache, length_B=jnp.asarray(lengths))
+  then = np.stack([row[n:n + 2] for row, n in zip(ids, lengths)])
+  second = jitted(config)(params, then, cache=cache)[0]
+  for row, n in enumerate(lengths):
+    alone = forward(config, params, ids[row:row + 1, :n + 2])[0]
+    np.testing.assert_allclose(first[row, :n], alone[:n], atol=3e-5)
+    np.testing.assert_allclose(second[row], alone[n:], atol=3e-5)
+
+
+def test_rotary_scores_depend_on_distance_only(tiny_configs):
+  config = tiny_configs['llama']()
+  params, ids = init(config), tokens(config)
+  moved = np.broadcast_to(np.arange(T, dtype=np.int32) + 17, ids.shape)
+  np.testing.assert_allclose(forward(config, params, ids, moved), forward(config, params, ids),
+                             atol=5e-5)
+
+
+@pytest.mark.parametrize('changes, present, absent', [
+    ({}, {'token_embedding', 'position_embedding', 'kernel', 'bias'}, {'output_embedding'}),
+    ({'tie_embeddings': False, 'use_bias': False, 'positions': 'rotary'},
+     {'token_embedding', 'output_embedding'}, {'bias', 'position_embedding'})])
+def test_parameters_are_those_of_the_config(tiny_configs, changes, present, absent):
+  paths = jax.tree_util.tree_flatten_with_path(shapes(tiny_configs['gpt2'](**changes)))[0]
+  names = {key.key for path, _ in paths for key in path}
+  assert present <= names and not absent & names
+
+
+def test_the_head_of_tied_embeddings_is_the_embedding(tiny_configs):
+  config = tiny_configs['gpt2']()
+  head = config.build().apply({'params': init(config)}, method='head')
+  assert head is init(config)['token_embedding']
+
+
+def test_dropout_is_a_function_of_its_key_and_off_without_one(tiny_configs):
+  config = tiny_configs['gpt2'](dropout_rate=0.3)
+  params, ids = init(config), tokens(config)
+  off = forward(config, params, ids)
+  one, same, other = (forward(config, params, ids, dropout_rng=jax.random.key(k)) for k in (1, 1, 2))
+  np.testing.assert_array_equal(one, same)
+  assert np.abs(one - other).max() > 0.1 and np.abs(one - off).max() > 0.1
+  np.testing.assert_allclose(off, forward(tiny_configs['gpt2'](), params, ids), atol=1e-5)
+
+
+def test_dropout_differs_between_layers_and_keeps_the_mean(tiny_configs):
+  from lm.layers.linear import dropout
+  x = jnp.ones((200, 100))
+  dropped = dropout(x, 0.25, jax.random.key(0))
+  assert set(np.unique(dropped).round(5)) == {0, np.float32(1 / 0.75).round(5)}
+  assert abs(dropped.mean() - 1) < 0.02
+  np.testing.assert_array_equal(dropout(x, 0.25, None), x)
+
+
+def test_the_first_loss_is_that_of_guessing(tiny_config):
+  config = tiny_config(init_std=0.02, vocab_size=512)
+  ids = tokens(config, 4)
+  logs = jax.nn.log_softmax(forward(config, real_init(config), ids[:, :-1]))
+  loss = -np.take_along_axis(np.asarray(logs), ids[:, 1:, None], -1).mean()
+  assert abs(loss - math.log(512)) < 0.05
+
+
+def test_residual_projections_start_smaller_and_each_layer_has_its_own_draw():
+  config = GPTConfig(vocab_size=8, max_length=8, d_model=64, num_layers=8, num_heads=2, d_ff=128,
+                     scan_layers=True)
+  layers = real_init(config)['blocks']['layers']
+  for part, name in (('attention', 'out'), ('mlp', 'wo')):
+    assert np.std(layers[part][name]['kernel']) == pytest.approx(0.02 / 4, rel=0.02)
+  inner = np.asarray(layers['mlp']['wi']['kernel'])
+  assert np.std(inner) == pytest.approx(0.02, rel=0.02) and np.abs(inner[0] - inner[1]).max() > 0.01
+
+
+LLAMA = dict(norm='rmsnorm', positions='rotary', activation='swiglu', use_bias=False,
+             tie_embeddings=False)
+
+
+@pytest.mark.parametrize('name, config, count', [
+    ('GPT-2 124M', GPTConfig(), 124_439_808),
+    ('GPT-2 355M', GPTConfig(d_model=1024, num_layers=24, num_heads=16, d_ff=4096), 354_823_168),
+    ('GPT-2 774M', GPTConfig(d_model=1280, num_layers=36, num_heads=20, d_ff=5120), 774_030_080),
+    ('GPT-2 1558M', GPTConfig(d_model=1600, num_layers=48, num_heads=25, d_ff=6400), 1_557_611_200),
+    ('Llama-2-7B', GPTConfig(32000, 4096, 4096, 32, 32, None, None, 11008, **LLAMA), 6_738_415_616),
+    ('Llama-3-8B', GPTConfig(128256, 8192, 4096, 32, 32, 8, None, 14336, **LLAMA), 8_030_261_248),
+    ('TinyLlama-1.1B', GPTConfig(32000, 2048, 2048, 22, 32, 4, None, 5632, **LLAMA), 1_100_048_384),
+], ids=lambda value: value if isinstance(value, str) else '')
+def test_parameter_counts_are_the_published_ones(name, config, count):
+  assert sum(x.size for x in jax.tree.leaves(shapes(config))) == count, name
+
+
+def test_flops_a_token_are_those_of_the_matrices_and_scores():
+  config = GPTConfig()
+  kernels = [leaf.size for path, leaf in jax.tree_util.tree_flatten_with_path(shapes(config))[0]
+             if path[-1].key == 'kernel']
+  matrices = sum(kernels) + config.vocab_size * config.d_model
+  assert config.flops_per_token(0) == 6 * matrices
+  assert config.flops_per_token(1024) - config.flops_per_token(0) == 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'d_model': 770}, 'd_model=770 is not divisible by num_heads=12; set d_head explicitly'),
+    ({'num_kv_heads': 5}, 'num_heads=12 is not divisible by num_kv_heads=5'),
+    ({'positions': 'rotary', 'd_head': 7}, 'd_head=7 is odd'),
+    ({'dropout_rate': 1.0}, r'dropout_rate=1.0 must be in \[0, 1\)'),
+    ({'num_layers': 0}, 'num_layers=0 must be at least 1'),
+    ({'vocab_size': -1}, 'vocab_size=-1 must be at least 1')])
+def test_a_config_that_cannot_be_is_refused_in_one_sentence(changes, message):
+  with pytest.raises(ValueError, match=message):
+    GPTConfig(**changes)
+
+
+def from_hugging_face_gpt2(weights):
+  """(GPTConfig, params) of the tensors of transformers.GPT2LMHeadModel with 4 heads."""
+  depth = sum(name.endswith('ln_1.weight') for name in weights)
+  layer = lambda name: np.stack([weights[f'transformer.h.{i}.{name}'] for i in range(depth)])
+  norm = lambda name: {'scale': layer(f'{name}.weight'), 'bias': layer(f'{name}.bias')}
+  dense = lambda name: {'kernel': layer(f'{name}.weight'), 'bias': layer(f'{name}.bias')}
+  V, D = weights['transformer.wte.weight'].shape
+  heads = lambda x: x.reshape(*x.shape[:-1], 4, D // 4)
+  parts = [np.split(x, 3, -1) for x in dense('attn.c_attn').values()]  # of kernel, of bias
+  attention = {name: {'kernel': heads(kernel), 'bias': heads(bias)}
+               for name, kernel, bias in zip(('query', 'key', 'value'), *parts)}
+  out = dense('attn.c_proj')
+  attention['out'] = {'kernel': out['kernel'].reshape(depth, 4, D // 4, D), 'bias': out['bias']}
+  mlp = {'wi': dense('mlp.c_fc'), 'wo': dense('mlp.c_proj')}
+  config = GPTConfig(V, len(weights['transformer.wpe.weight']), D, depth, 4, d_ff=4 * D, dtype='float32')
+  return config, {
+      'token_embedding': weights['transformer.wte.weight'],
+      'position_embedding': weights['transformer.wpe.weight'],
+      'blocks': {'layers': {'attention_norm': norm('ln_1'), 'attention': attention,
+                            'mlp_norm': norm('ln_2'), 'mlp': mlp}},
+      'final_norm': {'scale': weights['transformer.ln_f.weight'],
+                     'bias': weights['transformer.ln_f.bias']}}
+
+
+def from_hugging_face_llama(weights):
+  """(GPTConfig, params) of the tensors of transformers.LlamaForCausalLM with 4 and 2 heads."""
+  depth = sum(name.endswith('input_layernorm.weight') for name in weights)
+  layer = lambda name: np.stack([weights[f'model.layers.{i}.{name}.weight'] for i in range(depth)])
+  dense = lambda name: layer(name).swapaxes(1, 2)  # torch keeps [out, in]
+  V, D = weights['model.embed_tokens.weight'].shape
+  split = lambda name, heads: {'kernel': dense(f'self_attn.{name}').reshape(depth, D, heads, D // 4)}
+  attention = {'query': split('q_proj', 4), 'key': split('k_proj', 2), 'value': split('v_proj', 2),
+               'out': {'kernel': dense('self_attn.o_proj').reshape(depth, 4, D // 4, D)}}
+  mlp = {name: {'kernel': dense(f'mlp.{theirs}')} for name, theirs in
+         (('wi_0', 'gate_proj'), ('wi_1', 'up_proj'), ('wo', 'down_proj'))}
+  config = GPTConfig(V, 16, D, depth, 4, 2, None, mlp['wo']['kernel'].shape[1], dtype='float32', **LLAMA)
+  return config, {
+      'token_embedding': weights['model.embed_tokens.weight'],
+      'output_embedding': weights['lm_head.weight'],
+      'blocks': {'layers': {'attention_norm': {'scale': layer('input_layernorm')},
+                            'attention': attention, 'mlp': mlp,
+                            'mlp_norm': {'scale': layer('post_attention_layernorm')}}},
+      'final_norm': {'scale': weights['model.norm.weight']}}
+
+
+IMPORTERS = {'gpt2': from_hugging_face_gpt2, 'llama': from_hugging_face_llama}
+
+
+@pytest.mark.parametrize('family', IMPORTERS)
+def test_logits_are_those_that_hugging_face_stored(family):
+  reference = dict(np.load(DATA / f'reference_{family}.npz'))
+  check_against(family, reference)
+
+
+@pytest.mark.parametrize('family', IMPORTERS)
+def test_logits_are_those_of_hugging_face_live(family):
+  pytest.importorskip('transformers')
+  pytest.importorskip('torch')
+  spec = importlib.util.spec_from_file_location('make_references', DATA / 'make_references.py')
+  make_references = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(make_references)
+  check_against(family, make_references.reference(make_references.tiny_models()[family]))
+
+
+def check_against(family, reference):
+  config, params = IMPORTERS[family](reference)
+  params = jax.tree.map(jnp.asarray, params)
+  assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes(config))
+  assert np.abs(reference['logits']).max() > 1  # else any small logits would pass
+  logits = forward(config, params, reference['tokens'])
+  assert np.abs(logits - reference['logits']).max() < 1e-4
+
+
+def test_the_module_is_its_config_and_rules_alone(tiny_configs):
+  config = tiny_configs['gpt2']()
+  assert isinstance(config.build(), GPT) and config.build() == config.build()

@@ -1,0 +1,189 @@
+"""Every implementation of `flash_attention` is softmax attention in float64, whatever is masked."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.flash_attention import flash_attention
+
+IMPLEMENTATIONS = ['reference', 'cpu']
+
+
+def exact(x):
+  return np.asarray(jnp.asarray(x).astype(jnp.float32), np.float64)
+
+
+def naive(query, key, value, *, causal=True, query_offset=None, query_segment_ids=None,
+          key_segment_ids=None):
+  """Softmax attention, one query and head at a time; a query that sees no key gets zeros."""
+  query, key, value = exact(query), exact(key), exact(value)
+  B, T, N, H = query.shape
+  S, K = key.shape[1:3]
+  out = np.zeros(query.shape)
+  for b, t, n in np.ndindex(B, T, N):
+    offset = 0 if query_offset is None else int(query_offset[b])
+    sees = np.arange(S) <= t + offset if causal else np.ones(S, bool)
+    if query_segment_ids is not None:
+      sees &= np.asarray(query_segment_ids)[b, t] == np.asarray(key_segment_ids)[b]
+    if sees.any():
+      scores = key[b, sees, n // (N // K)] @ query[b, t, n] / H**0.5
+      probs = np.exp(scores - scores.max())
+      out[b, t, n] = probs / probs.sum() @ value[b, sees, n // (N // K)]
+  return out
+
+
+def operands(B, T, S, N, K, H, dtype=jnp.float32):
+  rng = np.random.default_rng(T + S + N)
+  shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H)
+  return [jnp.asarray(rng.normal(size=shape), jnp.float32).astype(dtype) for shape in shapes]
+
+
+def packed(B, T, documents):
+  """Segment ids 1, 2, ... of `documents` documents of unequal length, then padding (0)."""
+  ends = np.sort(np.random.default_rng(T).integers(0, T, (B, documents)), axis=1)
+  ids = 1 + (np.arange(T) >= ends[:, :, None]).sum(1)
+  return jnp.asarray(np.where(ids > documents, 0, ids), jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=('causal', 'implementation'))
+def out_and_gradients(query, key, value, g, **kwargs):
+  out, vjp = jax.vjp(lambda *qkv: flash_attention(*qkv, **kwargs), query, key, value)
+  return out, *vjp(g)
+
+
+# name: (B, T, S, N, K, H), arguments. T and S are odd, or span one, two and eight blocks of queries.
+CASES = {
+    'causal': ((2, 33, 33, 2, 2, 8), {}),
+    'multi_query': ((1, 17, 17, 4, 1, 4), {'causal': False}),
+    'cross': ((2, 5, 40, 6, 2, 8), {'causal': False}),
+    'packed': ((2, 150, 150, 4, 2, 8), {'query_segment_ids': packed(2, 150, 3),
+                                        'key_segment_ids': packed(2, 150, 3)}),
+    'cached': ((3, 5, 40, 4, 2, 8), {'query_offset': jnp.array([0, 7, 35])}),
+    'one_query': ((3, 1, 40, 4, 2, 8), {'query_offset': jnp.array([0, 7, 39])}),
+    'fewer_keys': ((1, 140, 20, 2, 2, 4), {}),
+    'long': ((1, 1027, 1027, 1, 1, 4), {}),
+}
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+@pytest.mark.parametrize('case', CASES)
+def test_attention_is_float64s_softmax_attention(case, implementation):
+  shape, kwargs = CASES[case]
+  query, key, value, g = operands(*shape)
+  out = out_and_gradients(query, key, value, g, implementation=implementation, **kwargs)[0]
+  np.testing.assert_allclose(exact(out), naive(query, key, value, **kwargs), atol=2e-5)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_gradients_of_the_blocks_are_the_references(case):
+  shape, kwargs = CASES[case]
+  args = operands(*shape)
+  blocks, reference = (out_and_gradients(*args, implementation=name, **kwargs)[1:]
+                       for name in ('cpu', 'reference'))
+  for got, want in zip(blocks, reference):
+    np.testing.assert_allclose(got, want, atol=3e-6 * shape[2]**0.5)
+
+
+def test_the_references_gradient_is_float64s_by_finite_differences():
+  shape, kwargs = (1, 5, 5, 2, 1, 4), {'query_segment_ids': jnp.array([[1, 1, 2, 2, 2]]),
+                                       'key_segment_ids': jnp.array([[1, 1, 2, 2, 2]])}
+  *inputs, g = operands(*shape)
+  gradients = out_and_gradients(*inputs, g, implementation='reference', **kwargs)[1:]
+  for place, gradient in enumerate(gradients):
+    direction = np.random.default_rng(place).normal(size=gradient.shape)
+
+    def moved(step):
+      changed = [exact(x) for x in inputs]
+      changed[place] += step * direction
+      # float64 inside: `naive` reads these arrays without rounding them.
+      return (naive_float64(*changed, **kwargs) * exact(g)).sum()
+
+    slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    np.testing.assert_allclose((exact(gradient) * direction).sum(), slope, atol=1e-5)
+
+
+def naive_float64(*arrays, **kwargs):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(globals(), 'exact', np.asarray)
+    return naive(*arrays, **kwargs)
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_bfloat16_differs_by_its_rounding_only(implementation):
+  shape, kwargs = CASES['packed']
+  args = operands(*shape, jnp.bfloat16)
+  got = out_and_gradients(*args, implementation=implementation, **kwargs)
+  want = out_and_gradients(*(x.astype(jnp.float32) for x in args), implementation='reference', **kwargs)
+  for x, y in zip(got, want):
+    assert x.dtype == jnp.bfloat16
+    # Each row of gradients sums up to S products, of which each factor was rounded once.
+    assert np.abs(exact(x) - exact(y)).max() < float(jnp.finfo(jnp.bfloat16).eps) * shape[2]**0.5 / 4
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_a_query_that_sees_no_key_gives_zeros_and_takes_no_gradient(implementation):
+  query, key, value, g = operands(1, 4, 6, 2, 1, 8)
+  ids = {'query_segment_ids': jnp.array([[1, 1, 5, 2]]),
+         'key_segment_ids': jnp.array([[1, 2, 2, 2, 3, 0]])}
+  out, dquery, dkey, dvalue = out_and_gradients(query, key, value, g, causal=False,
+                                                implementation=implementation, **ids)
+  np.testing.assert_allclose(exact(out), naive(query, key, value, causal=False, **ids), atol=1e-6)
+  assert not np.any(out[:, 2]) and not np.any(dquery[:, 2])
+  assert not np.any(dkey[:, 4:]) and not np.any(dvalue[:, 4:])
+  assert all(np.isfinite(x).all() for x in (dquery, dkey, dvalue))
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_huge_scores_and_garbage_behind_a_cache_stay_out(implementation):
+  query, key, value, _ = operands(1, 3, 9, 2, 2, 8)
+  offset = jnp.array([2])
+  dirty_key, dirty_value = key.at[:, 5:].set(1e30), value.at[:, 5:].set(1e30)
+  attend = jax.jit(functools.partial(flash_attention, query_offset=offset,
+                                     implementation=implementation))
+  np.testing.assert_array_equal(attend(query, dirty_key, dirty_value), attend(query, key, value))
+  assert np.isfinite(attend(query * 1e4, key * 1e4, value)).all()
+
+
+@pytest.mark.parametrize('implementation', [None, 'cpu'])
+def test_vmap_and_a_gradient_through_scan_agree_with_a_loop(implementation):
+  query, key, value, _ = operands(3, 6, 6, 2, 2, 4)
+  attend = functools.partial(flash_attention, implementation=implementation)
+  stacked = [x[:, None] for x in (query, key, value)]
+  np.testing.assert_allclose(jax.jit(jax.vmap(attend))(*stacked)[:, 0],
+                             jax.jit(attend)(query, key, value), atol=1e-6)
+
+  def looped(query, scan):
+    step = lambda carry, _: (attend(carry, key, value), None)
+    if scan:
+      return jax.lax.scan(step, query, length=2)[0].sum()
+    return step(step(query, 0)[0], 0)[0].sum()
+
+  scanned, unrolled = (jax.jit(jax.grad(looped), static_argnums=1)(query, scan)
+                       for scan in (True, False))
+  np.testing.assert_allclose(scanned, unrolled, atol=1e-5)
+
+
+def test_neither_pass_keeps_the_probabilities():
+  T = 512
+  query, key, value, g = operands(1, T, T, 4, 4, 8)
+
+  def residuals(*qkv):
+    return jax.vjp(lambda *a: flash_attention(*a, implementation='cpu'), *qkv)[1]
+
+  kept = jax.tree.leaves(jax.eval_shape(residuals, query, key, value))
+  assert max(x.size for x in kept) < T * T
+
+
+def test_wrong_arguments_are_named():
+  query, key, value, _ = operands(1, 4, 4, 3, 2, 4)
+  ids = jnp.ones((1, 4), jnp.int32)
+  with pytest.raises(ValueError, match='3 query heads do not divide into 2 key-value heads'):
+    flash_attention(query, key, value)
+  with pytest.raises(ValueError, match=r'key \(1, 4, 2, 4\) and value \(1, 3, 2, 4\)'):
+    flash_attention(query, key, value[:, :3])
+  with pytest.raises(ValueError, match='for both query and key'):
+    flash_attention(query[:, :, :2], key, value, query_segment_ids=ids)
+  with pytest.raises(ValueError, match="implementation='gpu'"):
+    flash_attention(query[:, :, :2], key, value, implementation='gpu')

@@ -1,0 +1,135 @@
+"""The mesh, its rules, and: a step on 8 devices is the step on one."""
+import dataclasses
+import pathlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from lm.errors import UserError
+from lm.parallel.mesh import MeshConfig
+from lm.parallel.rules import Rules, constrain
+from lm.training import state as state_lib
+from lm.training.optimizers import AdamW
+
+CHILD = pathlib.Path(__file__).with_name('sharded_steps.py')
+SHARDED = ['data', 'fsdp', 'both']
+BORN_THERE = ['fsdp', 'both']  # the others get the state of one device
+
+
+@pytest.fixture(scope='session')
+def steps(child_with_devices):
+  """{run: facts of one step}, of `sharded_steps.py` on 8 host devices."""
+  return types.MappingProxyType(child_with_devices(CHILD))
+
+
+def test_the_child_has_8_devices(steps):
+  assert steps['devices'] == 8
+
+
+@pytest.mark.parametrize('name', SHARDED)
+def test_loss_and_every_gradient_are_those_of_one_device(steps, name):
+  assert steps[name]['loss'] == pytest.approx(steps[name]['one_loss'], rel=1e-5)
+  assert steps[name]['gradient_difference'] < 2e-5 and steps[name]['same_weight']
+
+
+def test_bfloat16_on_a_mesh_differs_by_its_rounding_only(steps):
+  facts = steps['both_bf16']
+  assert facts['loss'] == pytest.approx(facts['one_loss'], rel=1e-3)
+  assert facts['gradient_difference'] < 0.03
+  assert facts['loss'] != steps['both']['loss']  # else it ran in float32
+
+
+@pytest.mark.parametrize('name', BORN_THERE)
+def test_parameters_are_born_the_same_bit_for_bit_on_any_mesh(steps, name):
+  assert steps[name]['same_init']
+
+
+@pytest.mark.parametrize('name, shards', [('fsdp', 8), ('both', 4), ('data', 1)])
+def test_each_device_holds_its_part_of_parameters_and_optimiser_state(steps, name, shards):
+  whole, held = steps['one']['bytes_per_device'][0], steps[name]['bytes_per_device']
+  assert len(set(held)) == 1  # no device holds more than another
+  # Scales of norms are not sharded, here up to a twentieth of all.
+  assert whole / shards <= held[0] <= whole / shards + whole / 20
+
+
+@pytest.mark.parametrize('name', ['one', *SHARDED])
+def test_a_step_keeps_the_shardings_and_donates_its_state(steps, name):
+  assert steps[name]['same_shardings'] and steps[name]['donated']
+
+
+def mesh(**sizes):
+  return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def test_rules_give_the_spec_of_each_axis():
+  rules = Rules().on(mesh(data=2, fsdp=4))
+  assert rules.spec('batch', 'length', None) == PartitionSpec(('data', 'fsdp'), None, None)
+  assert rules.spec('vocab', 'embed') == PartitionSpec(None, 'fsdp')
+  assert rules.sharding('embed').shard_shape((8,)) == (2,)
+
+
+@pytest.mark.parametrize('names, message', [
+    (('batch', 'lenght'), "'lenght' is not a logical axis; Rules has .*length"),
+    (('mesh',), "'mesh' is not a logical axis"),
+    (('batch', 'embed'), "both sharded over 'fsdp'"),
+    (('embed', 'embed'), "both sharded over 'fsdp'")])
+def test_a_wrong_axis_is_refused(names, message):
+  with pytest.raises(UserError, match=message):
+    Rules().spec(*names)
+
+
+def test_a_rule_for_a_mesh_axis_that_is_not_there_is_refused():
+  with pytest.raises(UserError, match=r"Rules.mlp='tensor' names the mesh axis 'tensor'.*data, fsdp"):
+    Rules(mlp='tensor').on(mesh(data=2, fsdp=4))
+
+
+def test_constrain_checks_names_even_without_a_mesh():
+  x = jnp.zeros((2, 3))
+  assert constrain(x, Rules(), 'batch', 'length') is x
+  with pytest.raises(UserError, match='not a logical axis'):
+    constrain(x, Rules(), 'batch', 'legnth')
+  with pytest.raises(ValueError, match='2 axes but 1 names'):
+    constrain(x, Rules(), 'batch')
+
+
+DEVICES = jax.devices() * 8  # `build` refuses before it looks at the devices themselves
+
+
+@pytest.mark.parametrize('sizes, fix', [
+    (dict(data=-1, fsdp=7), 'a multiple of 7 devices, there are 8; .* is 8$'),
+    (dict(data=-1, fsdp=3), 'a multiple of 3 devices, there are 8; .* is 2$'),
+    (dict(data=16), 'need 16 devices, there are 8; .* must be 8'),
+    (dict(data=4), 'need 4 devices, there are 8; .* must be 8'),
+    (dict(data=2, fsdp=3), 'need 6 devices, there are 8; .* must be 8')])
+def test_a_mesh_that_does_not_fit_is_refused_with_a_number_that_does(sizes, fix):
+  with pytest.raises(UserError, match=fix):
+    MeshConfig(**sizes).build(DEVICES)
+
+
+@pytest.mark.parametrize('sizes, message', [
+    (dict(data=-1, fsdp=-1), 'more than one -1'), (dict(fsdp=0), 'fsdp=0 must be at least 1'),
+    (dict(data=-2), 'data=-2 must be at least 1')])
+def test_sizes_that_cannot_be_are_refused(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    MeshConfig(**sizes)
+
+
+def test_abstract_state_computes_nothing_whatever_the_size(tiny_configs):
+  config = tiny_configs['llama'](d_model=8192, num_layers=80, num_heads=64, d_ff=28672, vocab_size=2**17)
+  rules = Rules().on(mesh(data=2, fsdp=64))
+  before = len(jax.live_arrays())
+  state = state_lib.abstract_state(config.build(rules), AdamW().build(10), rules)
+  leaves = jax.tree.leaves(state)
+  assert len(jax.live_arrays()) <= before + 2  # a key, perhaps; not 70 billion parameters
+  assert all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
+  whole = sum(x.size * x.dtype.itemsize for x in leaves)
+  held = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+  assert whole > 8e11 and held == pytest.approx(whole / 64, rel=0.01)
+
+
+def test_rules_are_a_value():
+  assert Rules() == Rules() and hash(Rules()) == hash(dataclasses.replace(Rules()))

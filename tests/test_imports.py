@@ -1,0 +1,118 @@
+"""Who may import whom: the table of the design, over every import statement of every file."""
+import ast
+import fnmatch
+import pathlib
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+FILES = sorted(str(path.relative_to(REPOSITORY)) for folder in ('lm', 'pallas_kernels')
+               for path in (REPOSITORY / folder).rglob('*.py'))
+
+# A package: the only files that may import it.
+ONLY = {
+    'gin': ['lm/config.py'],
+    # step.py and the rooms that receive a model name its type; only state.py initialises one.
+    'flax': ['lm/layers/*', 'lm/models/*', 'lm/training/state.py', 'lm/training/step.py'],
+    'tensorflow': ['lm/corpus/*', 'lm/data/tasks.py', 'lm/data/seqio_tasks.py'],
+    'seqio': ['lm/corpus/*', 'lm/data/tasks.py', 'lm/data/seqio_tasks.py'],
+    'apache_beam': ['lm/corpus/*', 'lm/data/*'],
+    'optax': ['lm/training/*', 'lm/run.py'],
+    'orbax': ['lm/training/*'],
+    'lm.main': [],
+    'lm.run': ['lm/main.py', 'lm/run.py', 'lm/commands/*'],
+    'lm.models': ['lm/models/*', 'lm/compression/*', 'lm/export/*', 'lm/interop/*', 'lm/main.py',
+                  'lm/run.py', 'lm/commands/*'],
+    'lm.layers': ['lm/layers/*', 'lm/models/*'],
+}
+
+# A room: what its files may not import.
+NEVER = {
+    'pallas_kernels/*': ['lm', 'flax', 'optax', 'numpy', 'jaxtyping', 'orbax', 'tensorflow'],
+    'lm/layers/*': ['lm.models', 'lm.training', 'lm.data', 'lm.corpus', 'optax', 'lm.inference'],
+    'lm/models/*': ['lm.training', 'lm.data', 'lm.corpus', 'optax', 'lm.inference', 'pallas_kernels'],
+    'lm/parallel/*': ['lm.layers', 'lm.models', 'lm.training', 'lm.data', 'flax'],
+    'lm/corpus/*': ['jax', 'flax', 'lm.models', 'lm.layers', 'lm.training', 'lm.data'],
+    'lm/data/*': ['jax', 'flax', 'lm.models', 'lm.layers', 'lm.training', 'lm.parallel'],
+    'lm/training/losses.py': ['flax', 'lm.models', 'lm.layers', 'optax', 'lm.parallel'],
+    'lm/training/optimizers.py': ['flax', 'lm.models', 'lm.layers', 'lm.parallel'],
+    'lm/training/*': ['lm.models', 'lm.layers', 'lm.corpus', 'lm.inference', 'lm.evaluation'],
+    'lm/config*.py': ['jax', 'flax', 'tensorflow', 'lm.training', 'lm.models', 'lm.data'],
+    'lm/errors.py': ['lm', 'jax', 'numpy'],
+}
+
+# Of the kernels, a model may see only the public function; no file may see an implementation.
+KERNELS = {'pallas_kernels.matmul', 'pallas_kernels.flash_attention', 'pallas_kernels.cross_entropy'}
+
+# Slow to import and needed by few commands: only inside functions, and under TYPE_CHECKING.
+LAZY = ['tensorflow', 'apache_beam', 'tensorboard', 'sentencepiece', 'zstandard', 'orbax',
+        'array_record', 'torch', 'transformers']
+EAGER = {'lm/data/seqio_tasks.py'}  # itself imported lazily
+
+
+def names(nodes, file):
+  """(line, dotted name) of everything that these nodes import; relative imports made absolute."""
+  for node in nodes:
+    if isinstance(node, ast.Import):
+      yield from ((node.lineno, alias.name) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      package = '.'.join(pathlib.PurePath(file).parts[:-node.level]) + '.' if node.level else ''
+      yield from ((node.lineno, f'{package}{node.module}.{alias.name}') for alias in node.names)
+
+
+def imports(file):
+  return list(names(ast.walk(ast.parse((REPOSITORY / file).read_text())), file))
+
+
+def is_in(name, package):
+  return name == package or name.startswith(package + '.')
+
+
+def matches(file, patterns):
+  return any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
+
+
+def forbidden(file, imported):
+  """The (line, name) of `imported` that the table does not allow in `file`."""
+  for line, name in imported:
+    for package, users in ONLY.items():
+      if is_in(name, package) and not matches(file, users):
+        yield line, name, f'only {users or "nobody"} may import {package}'
+    for room, packages in NEVER.items():
+      if matches(file, [room]) and any(is_in(name, package) for package in packages):
+        yield line, name, f'{room} may not'
+    if file.startswith('lm/') and is_in(name, 'pallas_kernels'):
+      if not any(name == f'{kernel}.{kernel.split(".")[1]}' for kernel in KERNELS):
+        yield line, name, 'only a kernel\'s public function'
+
+
+def test_there_are_files_to_check():
+  assert len(FILES) > 40 and 'lm/models/gpt.py' in FILES
+
+
+@pytest.mark.parametrize('file', FILES)
+def test_imports_follow_the_table(file):
+  assert not list(forbidden(file, imports(file)))
+
+
+@pytest.mark.parametrize('file', FILES)
+def test_slow_packages_are_imported_where_they_are_needed(file):
+  tree = ast.parse((REPOSITORY / file).read_text())
+  at_import = [(line, name) for line, name in names(tree.body, file)
+               if any(is_in(name, package) for package in LAZY)]
+  assert file in EAGER or not at_import
+
+
+@pytest.mark.parametrize('file, statement', [
+    ('pallas_kernels/matmul/api.py', 'import numpy'), ('lm/training/loop.py', 'import gin'),
+    ('lm/training/losses.py', 'from lm.models import gpt'), ('lm/data/loader.py', 'import jax.numpy as jnp'),
+    ('lm/data/packing.py', 'import tensorflow as tf'), ('lm/training/step.py', 'from lm import run'),
+    ('lm/models/gpt.py', 'from pallas_kernels.matmul import matmul'),
+    ('lm/layers/mlp.py', 'from pallas_kernels.matmul import cpu'), ('lm/corpus/a.py', 'from ..data import cache'),
+    ('lm/layers/mlp.py', 'from lm.models.gpt import GPT')])
+def test_the_table_refuses(file, statement):
+  assert list(forbidden(file, names(ast.parse(statement).body, file)))
+
+
+def test_no_module_of_gin_files_shadows_gin():
+  assert not list((REPOSITORY / 'gin').rglob('*.py'))
