@@ -1,10 +1,11 @@
 """Checks, on the user's own model and mesh, that what should be equal is equal.
 
-In: a model's config, an optimiser, a mesh, rules. Out: for each invariant whether it holds, the largest
-difference and the tolerance. One small function an invariant; add a new one here and to `check`.
+In: a model's config, an optimiser, a mesh, rules. Out: for each invariant whether it holds, the
+largest difference and the tolerance. Change `doctor_compare.py` for what is compared and how
+closely; add an invariant as a small function here, and to `invariants()`.
 
-Comparisons run in float32 without dropout, where a true difference stands out from rounding; the kernels
-also in bfloat16, and resuming exactly as the run trains.
+Comparisons run in float32 without dropout, where a true difference stands out from rounding; the
+kernels also in bfloat16, and resuming exactly as the run trains.
 """
 from collections.abc import Mapping
 import dataclasses
@@ -21,124 +22,23 @@ import numpy as np
 import optax
 import tqdm
 
-from lm.data import objectives
+from lm.doctor_compare import difference, random_batch, Skipped
+from lm.doctor_compare import Subject, tolerance, unpack
 from lm.parallel.rules import Rules
 from lm.training import checkpoint
-from lm.training.state import abstract_state, init_state
+from lm.training.state import abstract_state
 from lm.training.step import jit_train_step
 from pallas_kernels.cross_entropy import cross_entropy
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.matmul import matmul
 
-Batch = Mapping[str, np.ndarray]
 Result = dict[str, Any]
 CACHED_STEPS = 8  # tokens decoded one by one; the others fill the cache
 
 
-class Skipped(Exception):
-  """Why an invariant cannot be checked here."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-  """What is examined: `exact` is the user's config in float32 without dropout; rules are on the mesh."""
-  config: Any
-  optimizer: optax.GradientTransformation
-  rules: Rules
-  batch: Batch
-  loader: Any
-  seed: int
-
-  @property
-  def exact(self) -> Any:
-    return dataclasses.replace(self.config, dtype='float32', dropout_rate=0.0)
-
-  @functools.cached_property
-  def usual(self) -> Any:
-    """Gradients of the exact config on the whole batch and mesh: what most invariants compare with."""
-    return jax.device_get(gradients(self.exact, self.rules, self.batch, self.seed))
-
-  @property
-  def tolerance(self) -> float:
-    """Of gradients in float32: a sum over tokens of what went through all layers and the head."""
-    cfg, (B, T) = self.config, self.batch['decoder_input_tokens'].shape
-    return tolerance('float32', B * T, cfg.num_layers * (cfg.d_model + cfg.d_ff + T), cfg.vocab_size)
-
-
-def tolerance(dtype: Any, *reductions: int) -> float:
-  """8 eps sqrt(n): rounding errors of n additions walk at random; relative to the result's scale.
-
-  Args:
-    dtype: of the computation.
-    reductions: lengths of the sums one after another on the way to a result; n is their sum.
-  """
-  return 8 * float(jnp.finfo(dtype).eps) * math.sqrt(sum(reductions))
-
-
-def difference(tree: Any, expected: Any) -> float:
-  """The largest |a - b| of all leaves, each relative to its leaf's largest |b|.
-
-  A leaf's scale is at least 1e-3 of the whole tree's: the gradient of a key's bias, say, is zero but for
-  rounding, since softmax does not see it.
-  """
-  pairs = list(zip(jax.tree.leaves(jax.device_get(tree)), jax.tree.leaves(jax.device_get(expected)),
-                   strict=True))
-  pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
-  floor = 1e-3 * max(np.abs(b).max(initial=0) for _, b in pairs) or 1.0
-  errors = [np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), floor) for a, b in pairs]
-  return float(np.max(errors))  # np.max, unlike max, lets a NaN through
-
-
-def random_batch(vocab_size: int, sequence_length: int, batch_size: int, seed: int) -> Batch:
-  """Packed rows of random tokens in documents of random lengths, with some padding in the last row."""
-  rng = np.random.default_rng(seed)
-  shape = batch_size, sequence_length
-  tokens = rng.integers(min(3, vocab_size - 1), vocab_size, shape, dtype=np.int32)
-  starts = rng.random(shape) < 3 / sequence_length  # about four documents a row
-  starts[:, 0] = True
-  starts[0, sequence_length // 2] = True
-  segment_ids = np.cumsum(starts, axis=1, dtype=np.int32)
-  places = np.arange(sequence_length, dtype=np.int32)
-  positions = places - np.maximum.accumulate(np.where(starts, places, 0), axis=1)
-  padding = slice(sequence_length - sequence_length // 8, None)
-  for array in (tokens, segment_ids, positions):
-    array[-1, padding] = 0
-  return objectives.causal_lm(tokens, segment_ids, positions.astype(np.int32),
-                              np.zeros(batch_size, np.int32))
-
-
-def unpack(batch: Batch) -> dict[str, np.ndarray | None]:
-  """The same documents, one a row, which needs neither segment ids nor positions."""
-  segment_ids = batch['decoder_segment_ids']
-  batch_size, length = segment_ids.shape
-  documents = [(row, s) for row in range(batch_size) for s in np.unique(segment_ids[row]) if s]
-  rows = -(-len(documents) // batch_size) * batch_size  # so that they divide over the same mesh
-  unpacked = {}
-  for name in ('decoder_input_tokens', 'decoder_target_tokens', 'decoder_loss_weights'):
-    unpacked[name] = np.zeros((rows, length), batch[name].dtype)
-    for i, (row, segment) in enumerate(documents):
-      piece = batch[name][row, segment_ids[row] == segment]
-      unpacked[name][i, :len(piece)] = piece
-  return {**unpacked, 'decoder_segment_ids': None, 'decoder_positions': None}
-
-
-# Makes the gradient the optimiser's state, where the real train step leaves it for us to compare.
-KEEP_GRADIENT = optax.GradientTransformation(
-    lambda params: params, lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads))
-
-
-def gradients(config: Any, rules: Rules, batch: Batch, seed: int, num_microbatches: int = 1) -> Any:
-  """Loss and gradients of the real train step, on the parameters that `seed` gives."""
-  module = config.build(rules)
-  state = init_state(module, KEEP_GRADIENT, rules, seed)
-  step = jit_train_step(module, KEEP_GRADIENT, rules, state, num_microbatches)
-  state, metrics = step(state, batch)
-  return {'loss': metrics['loss'], 'gradients': state.opt_state}
-
-
 def packed_equals_unpacked(s: Subject) -> tuple[float, float]:
   """A token of a packed row sees what it sees in a row of its own."""
-  return difference(gradients(s.exact, s.rules, unpack(s.batch), s.seed), s.usual), s.tolerance
+  return difference(s.gradients(batch=unpack(s.batch)), s.usual), s.tolerance
 
 
 def accumulated_equals_whole(s: Subject) -> tuple[float, float]:
@@ -146,9 +46,9 @@ def accumulated_equals_whole(s: Subject) -> tuple[float, float]:
   batch_size, shards = len(s.batch['decoder_input_tokens']), _batch_shards(s.rules)
   parts = [n for n in range(2, batch_size + 1) if batch_size % (n * shards) == 0]
   if not parts:
-    raise Skipped(f'batch_size={batch_size} over {shards} devices leaves nothing to accumulate; try '
-                  f'{2 * shards}')
-  return difference(gradients(s.exact, s.rules, s.batch, s.seed, parts[0]), s.usual), s.tolerance
+    raise Skipped(f'batch_size={batch_size} over {shards} devices leaves nothing to accumulate; '
+                  f'try {2 * shards}')
+  return difference(s.gradients(num_microbatches=parts[0]), s.usual), s.tolerance
 
 
 def _batch_shards(rules: Rules) -> int:
@@ -163,20 +63,20 @@ def sharded_equals_single(s: Subject) -> tuple[float, float]:
     raise Skipped('the mesh has one device')
   sizes, names = (1,) * len(mesh.axis_names), mesh.axis_names
   one = jax.make_mesh(sizes, names, (AxisType.Auto,) * len(names), devices=[mesh.devices.flat[0]])
-  return difference(s.usual, gradients(s.exact, s.rules.on(one), s.batch, s.seed)), s.tolerance
+  return difference(s.usual, s.gradients(rules=s.rules.on(one))), s.tolerance
 
 
 def scanned_equals_unrolled(s: Subject) -> tuple[float, float]:
   """A loop over layers computes what the layers written out compute."""
   other = dataclasses.replace(s.exact, scan_layers=not s.config.scanned)
-  return difference(gradients(other, s.rules, s.batch, s.seed), s.usual), s.tolerance
+  return difference(s.gradients(other), s.usual), s.tolerance
 
 
 def rematerialised_equals_not(s: Subject) -> tuple[float, float]:
   """Activations computed again are those that would have been kept."""
   others = [policy for policy in ('none', 'full', 'dots') if policy != s.config.remat]
   changed = [dataclasses.replace(s.exact, remat=policy) for policy in others]
-  return max(difference(gradients(config, s.rules, s.batch, s.seed), s.usual)
+  return max(difference(s.gradients(config), s.usual)
              for config in changed), s.tolerance
 
 
@@ -195,8 +95,8 @@ def _kernel_difference(kernel, arrays, num_differentiable, **options) -> float:
 
 
 def _normal(seed: int, *shapes, dtype) -> tuple[jax.Array, ...]:
-  keys = jax.random.split(jax.random.key(seed), len(shapes))
-  return tuple(jax.random.normal(k, shape, jnp.float32).astype(dtype) for k, shape in zip(keys, shapes))
+  rng = np.random.default_rng(seed)
+  return tuple(jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for shape in shapes)
 
 
 def attention_equals_reference(s: Subject, dtype: str) -> tuple[float, float]:
@@ -237,13 +137,12 @@ def cached_equals_full(s: Subject) -> tuple[float, float]:
   if not num_steps:
     raise Skipped('sequence_length=1 has nothing to decode; make it longer')
   module = cfg.build(s.rules)
-  params = init_state(module, KEEP_GRADIENT, s.rules, s.seed).params
   lengths_B = (T - num_steps) - jnp.arange(B) % max(1, (T - num_steps) // 2)
 
   @jax.jit
   def both(params, tokens_BT):
     variables = {'params': params}
-    take = lambda x, place_B: jnp.take_along_axis(x, place_B.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
+    take = lambda x, place_B: jax.vmap(lambda row, i: row[i][None])(x, place_B)
     full_BTD, _ = module.apply(variables, tokens_BT)
     prompt_BTD, cache = module.apply(variables, tokens_BT[:, :T - num_steps],
                                      cache=cfg.init_cache(B, T))
@@ -254,7 +153,7 @@ def cached_equals_full(s: Subject) -> tuple[float, float]:
     cache = dataclasses.replace(cache, length_B=lengths_B)
     decoded, expected = jax.lax.scan(decode, cache, None, num_steps)[1]
     return (prompt_BTD, decoded), (full_BTD[:, :T - num_steps], expected)
-  return difference(*both(params, tokens_BT)), tolerance(
+  return difference(*both(s.params, tokens_BT)), tolerance(
       'float32', cfg.num_layers * (cfg.d_model + cfg.d_ff + T))
 
 
@@ -269,7 +168,7 @@ def resumed_equals_uninterrupted(s: Subject) -> tuple[float, float]:
       state, _ = step(state, {name: np.roll(x, i, axis=0) for name, x in s.batch.items()})
     return state
 
-  state = train(init_state(module, s.optimizer, s.rules, s.seed), range(2))
+  state = train(s.new_state(module, s.optimizer, s.rules), range(2))
   with tempfile.TemporaryDirectory() as directory:
     saver = checkpoint.Checkpointer(directory)
     saver.save(2, state, {})
@@ -279,7 +178,8 @@ def resumed_equals_uninterrupted(s: Subject) -> tuple[float, float]:
     _, state, _ = loader.restore(abstract)
     loader.close()
   resumed = jax.device_get(train(state, (2, 3)))
-  same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), resumed, whole)
+  same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), resumed,
+                      whole)
   # A difference of bits counts even where the numbers are equal or their difference rounds to 0.
   return 0.0 if all(jax.tree.leaves(same)) else max(
       difference(resumed, whole), float(np.finfo(np.float32).tiny)), 0.0
@@ -305,8 +205,8 @@ def more_hosts_equal_one(s: Subject) -> tuple[float, float]:
 
 def invariants() -> dict[str, Any]:
   """Name -> function of a `Subject`, in the order in which they are checked."""
-  kernels = {'attention': attention_equals_reference, 'cross_entropy': cross_entropy_equals_reference,
-             'matmul': matmul_equals_reference}
+  kernels = {'attention': attention_equals_reference, 'matmul': matmul_equals_reference,
+             'cross_entropy': cross_entropy_equals_reference}
   return {
       'packed == unpacked': packed_equals_unpacked,
       'accumulated == one big batch': accumulated_equals_whole,
@@ -330,12 +230,14 @@ def check(model_config: Any, optimizer: optax.GradientTransformation, mesh: Mesh
     model_config: as it trains; nothing of it is made smaller.
     optimizer: as it trains.
     sequence_length: tokens a row, at most the model's context.
-    batch_size: rows; a multiple of the devices that share a batch, twice that to check accumulation.
+    batch_size: rows; a multiple of the devices that share a batch, twice that to check
+      accumulation.
     loader: of `lm.data.loader`, for what concerns the reading of data; None skips it.
 
   Returns:
-    By name: `holds` (None where it cannot be checked here), `difference` relative to the scale of what is
-    compared, `tolerance`, `seconds`; and a `reason` where it could not be checked or computed.
+    By name: `holds` (None where it cannot be checked here), `difference` relative to the scale of
+    what is compared, `tolerance`, `seconds`; and a `reason` where it could not be checked or
+    computed.
   """
   batch = random_batch(model_config.vocab_size, sequence_length, batch_size, seed)
   subject = Subject(model_config, optimizer, rules.on(mesh), batch, loader, seed)

@@ -75,7 +75,7 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
     return info
   if args.command == 'doctor':
     from lm import doctor
-    results = doctor.of_experiment(experiment)
+    results = run.check_invariants(experiment)
     print(doctor.format_table(results))
     return results
   if args.run_dir is None:
@@ -117,7 +117,7 @@ def _tell_evaluation(name: str, metrics: dict[str, Any]):
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Returns the exit status: 0, 2 for a user's mistake, 128 + n when stopped by signal n."""
+  """Returns the exit status: 0; 1 for a broken invariant; 2 for a user's mistake; 128 + n after signal n."""
   args, rest = _parser().parse_known_args(argv)
   try:
     result = _execute(args, _bindings(rest))
@@ -132,6 +132,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f'error: --json={args.json} cannot be written ({error.strerror}); choose another file',
           file=sys.stderr)
     return 2
+  if args.command == 'doctor' and any(r['holds'] is False for r in result.values()):
+    return 1
   stopped_by = result.get('stopped_by') if args.command == 'train' else None
   return 128 + getattr(signal, stopped_by) if stopped_by else 0
 

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm import config
+from lm import config, doctor
 from lm.data import vocabularies
 from lm.data.loader import Loader
 from lm.data.tasks import Prepared, TextTask
@@ -152,6 +152,16 @@ def generate(experiment: Experiment, run_dir: str, prompts: Sequence[str], sampl
   vocabulary = vocabularies.load(pathlib.Path(run_dir) / 'vocabulary')
   return {'completions': complete(module, params, vocabulary, list(prompts), sampling, seed,
                                   experiment.model.max_length)}
+
+
+def check_invariants(experiment: Experiment) -> dict[str, Any]:
+  """`lm doctor`: what must hold of this model, this mesh and this data."""
+  settings = experiment.train
+  loader = Loader(experiment.task.prepare().cache('train'), settings.sequence_length,
+                  settings.batch_size, settings.seed)
+  return doctor.check(experiment.model, experiment.optimizer.build(settings.num_steps),
+                      experiment.mesh.build(), experiment.rules, settings.sequence_length,
+                      settings.batch_size, loader, settings.seed)
 
 
 def _load(experiment: Experiment, run_dir: str) -> tuple[int, nn.Module, Any]:

@@ -4,10 +4,10 @@ Every stage is skipped where its product stands, and every product appears whole
 build that is killed goes on where it was; a lock lets a second build of the same documents wait for
 the first.
 
-Shards are mapped by `shards.write_shard`, a pure function of a picklable job, with Python's own process
-pool, or with Apache Beam if `beam_options` name a runner. The pool is the default on one machine:
-on 2 cores it wrote the embedded corpus in 17.3 s, Beam's DirectRunner with 2 processes in 22.9 s
-and its import; and it starts while the vocabulary trains, and reports each shard.
+Shards are mapped by `shards.write_shard`, a pure function of a picklable job, with Python's own
+process pool, or with Apache Beam if `beam_options` name a runner. The pool is the default on one
+machine: Beam's DirectRunner with 2 processes took 1.1 and 1.3 times as long in two paired runs on
+the embedded corpus; and the pool starts while the vocabulary trains and reports each shard.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def evaluate(module: nn.Module, params: Any, documents: Sequence[dict[str, Any]]
   texts = [d['text'].encode() for d in documents]
   files = []
   for document, text, own in zip(documents, texts, nats):
-    rate = lambda size: size / max(len(text), 1)
+    rate = lambda bits: float(bits) / max(len(text), 1)
     files.append({'name': document['name'], 'bytes': len(text),
                   'bits_per_byte': rate(own / math.log(2)),
                   'gzip': rate(8 * len(gzip.compress(text, 9))),
@@ -85,4 +85,4 @@ def evaluate(module: nn.Module, params: Any, documents: Sequence[dict[str, Any]]
           'tokens': tokens, 'bytes': size, 'gzip_bits_per_byte': total('gzip'),
           'xz_bits_per_byte': total('xz'),
           'xz_together_bits_per_byte': 8 * len(lzma.compress(b''.join(texts), preset=9)) / size,
-          'wins': sum(f['bits_per_byte'] < min(f['gzip'], f['xz']) for f in files), 'files': files}
+          'wins': int(sum(f['bits_per_byte'] < min(f['gzip'], f['xz']) for f in files)), 'files': files}

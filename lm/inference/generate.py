@@ -1,9 +1,10 @@
-"""Completes prompts: fills the cache with the prompts, then decodes token by token, all in one program.
+"""Completes prompts: fills the cache with the prompts, then decodes token by token, in one program.
 
-A program is compiled once for a bucket of shapes: batch, prompt and number of new tokens are rounded up
-to powers of two. A request's bucket of prompt and cache depends on that request alone, so its neighbours
-in the batch do not change its text; only the number of rows does not belong to it, and may change the
-rounding of a product, never its meaning.
+A program is compiled once for a bucket of shapes: batch, prompt and number of new tokens are
+rounded up to powers of two. A request's bucket of prompt and cache, and its random numbers, depend
+on that request alone, so its neighbours in the batch do not change its text. What is not its own is
+the number of rows, which may change how a product is rounded: two tokens that tie to the last digit
+may then change places.
 """
 from collections.abc import Sequence
 import dataclasses
@@ -39,7 +40,8 @@ class Vocabulary(Protocol):
 
 class Completion(NamedTuple):
   """tokens: int32 [new tokens], the end of document included where it was reached.
-  log_probs: float32 [new tokens], nats: each token under the model itself (temperature 1, no filter).
+  log_probs: float32 [new tokens], nats: of each token under the model itself (temperature 1, no
+    filter).
   stopped: at the end of the document, after `max_new_tokens`, or because the context was full.
   """
   tokens: np.ndarray
@@ -78,8 +80,8 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray], config: Sa
   buckets: dict[int, list[int]] = {}
   for i, prompt in enumerate(prompts):
     if len(prompt) > max_length - 1:
-      raise UserError(f'prompt {i} has {len(prompt)} tokens, which leaves no room for a new one in a '
-                      f'context of {max_length}; cut it to at most {max_length - 1} tokens')
+      raise UserError(f'prompt {i} has {len(prompt)} tokens, which leaves no room for a new one in '
+                      f'a context of {max_length}; cut it to at most {max_length - 1} tokens')
     bucket = min(round_up(max(len(prompt) + 1, SHORTEST_BUCKET)), max_length)
     buckets.setdefault(bucket, []).append(i)
   params = cast_matrices(params, module.config.dtype)
@@ -118,8 +120,8 @@ def round_up(size: int) -> int:
 def cast_matrices(params: Any, dtype: str) -> Any:
   """Casts matrices and embeddings to the dtype in which layers compute, as each use of them would.
 
-  A token reads every weight once, so their size is its time. Scales and biases stay as they are: norms
-  compute with them in float32.
+  A token reads every weight once, so their size is its time. Scales and biases stay as they are:
+  norms compute with them in float32.
   """
   def cast(path, leaf):
     return leaf if path[-1].key in ('scale', 'bias') else leaf.astype(dtype)
@@ -138,15 +140,18 @@ def _generate_batch(module, params, prompts, seeds, bucket, config, max_length, 
   """Completes prompts of one bucket: builds the arrays of `_decode` and reads its results."""
   size = round_up(len(prompts))
   inputs_BT = np.full((size, bucket), BOS_ID, np.int32)
-  lengths_B, limits_B = np.ones(size, np.int32), np.zeros(size, np.int32)  # a row of limit 0 is idle
+  lengths_B = np.ones(size, np.int32)
+  limits_B = np.zeros(size, np.int32)  # a row of limit 0 is idle
   for row, prompt in enumerate(prompts):
     inputs_BT[row, 1:1 + len(prompt)] = prompt
     lengths_B[row] = 1 + len(prompt)
     limits_B[row] = min(config.max_new_tokens, max_length - len(prompt))
   keys = [request_key(prompt, seed) for prompt, seed in zip(prompts, seeds)]
   keys_B = jnp.stack(keys + keys[:1] * (size - len(keys)))
-  rounded = dataclasses.replace(config, max_new_tokens=min(round_up(config.max_new_tokens), max_length))
-  results = _decode(module, rounded, max_length, params, inputs_BT, lengths_B, limits_B, keys_B, eos_id)
+  num_new = min(round_up(config.max_new_tokens), max_length)
+  rounded = dataclasses.replace(config, max_new_tokens=num_new)
+  results = _decode(module, rounded, max_length, params, inputs_BT, lengths_B, limits_B, keys_B,
+                    eos_id)
   tokens_BP, log_probs_BP, counts_B = jax.device_get(results)
   completions = []
   for row in range(len(prompts)):
@@ -170,7 +175,7 @@ class _State(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _decode(module, config, max_length, params, inputs_BT, lengths_B, limits_B, keys_B, eos_id):
-  """Chooses up to `limits_B` tokens a row; returns tokens and log-probabilities [B, P], and counts [B]."""
+  """Chooses up to `limits_B` tokens a row; returns tokens, log-probabilities [B, P], counts [B]."""
   B, T = inputs_BT.shape
   variables = {'params': params}
   cache = module.config.init_cache(B, min(T + config.max_new_tokens, max_length))
@@ -198,7 +203,7 @@ def _decode(module, config, max_length, params, inputs_BT, lengths_B, limits_B, 
     return choose(state._replace(cache=cache), hidden_B1D)
 
   hidden_BTD, cache = module.apply(variables, inputs_BT, cache=cache)
-  # Keys of padding stand behind a row's length: new tokens take their places before any query sees them.
+  # Keys of padding stand behind a row's length: a new token takes the place before a query sees it.
   cache = dataclasses.replace(cache, length_B=lengths_B)
   table_BP = jnp.zeros((B, config.max_new_tokens))
   state = _State(jnp.int32(0), jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32), limits_B == 0,

@@ -39,8 +39,8 @@ def sample(logits_BV: Float[Array, 'B V'], rng: Key[Array, ''] | Key[Array, 'B']
            config: SamplingConfig) -> Int[Array, 'B']:
   """Draws one token a row from softmax(logits / temperature), filtered and renormalised.
 
-  Of equally probable tokens those of lower id count as the more probable, so that top_k=k keeps k tokens
-  exactly; the most probable token always stays.
+  Of equally probable tokens those of lower id count as the more probable, so that top_k=k keeps k
+  tokens exactly; the most probable token always stays.
 
   Args:
     logits_BV: scores of the next token; computed in float32.
@@ -74,9 +74,9 @@ def sample(logits_BV: Float[Array, 'B V'], rng: Key[Array, ''] | Key[Array, 'B']
 def _nucleus(scores_BV: Float[Array, 'B V'], top_p: float) -> Bool[Array, 'B V']:
   """True for the tokens that stay: those before which less than `top_p` of the probability stands.
 
-  Sorting 32,000 floats takes XLA:CPU 14 ms, twice the time of a small model's step. So the last score
-  that stays is found by bisection, exactly: distances from the largest score are non-negative floats,
-  whose bits are ordered as integers are.
+  Sorting 32,000 floats takes XLA:CPU 14 ms, twice the time of a small model's step. So the last
+  score that stays is found by bisection, exactly: distances from the largest score are non-negative
+  floats, whose bits are ordered as integers are.
 
   Args:
     scores_BV: at most 0, and 0 for the largest of each row.
@@ -92,7 +92,7 @@ def _nucleus(scores_BV: Float[Array, 'B V'], top_p: float) -> Bool[Array, 'B V']
     enough_B1 = mass_B1 >= top_p
     return jnp.where(enough_B1, low_B1, middle_B1 + 1), jnp.where(enough_B1, middle_B1, high_B1)
 
-  infinity = 0x7f800000  # the bits of float32 infinity: where rounding leaves the sum below p, all stay
+  infinity = 0x7f800000  # bits of float32 infinity: where rounding leaves the sum below p, all stay
   low_B1 = jnp.zeros_like(bits_BV[:, :1])
   last_B1, _ = lax.fori_loop(0, 31, halve, (low_B1, jnp.full_like(low_B1, infinity)))
   tied_BV = bits_BV == last_B1

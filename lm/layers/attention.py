@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lm.layers.linear import Linear
-from lm.layers.positions import rotary
+from lm.layers.positions import Rotation, rotary
 from lm.parallel.rules import Rules, constrain
 from pallas_kernels.flash_attention import flash_attention
 
@@ -21,7 +21,6 @@ class KVCache(NamedTuple):
 class Attention(nn.Module):
   """Multi-head attention with grouped key-value heads (arXiv:2305.13245) and optional rotary positions.
 
-  rope_theta: base of the rotary angles; None leaves positions to the embedding.
   std, out_std: standard deviations of the initial projections in and out.
   """
   d_model: int
@@ -29,18 +28,18 @@ class Attention(nn.Module):
   num_kv_heads: int
   d_head: int
   use_bias: bool
-  rope_theta: float | None
   std: float
   out_std: float
   rules: Rules
 
   @nn.compact
-  def __call__(self, x_BTD: Float[Array, 'B T D'], positions_BT: Int[Array, 'B T'],
+  def __call__(self, x_BTD: Float[Array, 'B T D'], rotation: Rotation | None = None,
                segment_ids_BT: Int[Array, 'B T'] | None = None, cache: KVCache | None = None,
                cache_length_B: Int[Array, ' B'] | None = None
                ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
     """Each token attends to itself and those before it in its segment, and to the cache.
 
+    `rotation` turns queries and keys; None leaves positions to the embedding.
     With a cache of `cache_length_B` tokens, the T new ones are written behind them and attend to all.
     """
     def project(name, heads, axis):
@@ -50,9 +49,8 @@ class Attention(nn.Module):
     query_BTNH = project('query', self.num_heads, 'heads')
     key_BSKH = project('key', self.num_kv_heads, 'kv_heads')
     value_BSKH = project('value', self.num_kv_heads, 'kv_heads')
-    if self.rope_theta is not None:
-      query_BTNH = rotary(query_BTNH, positions_BT, self.rope_theta)
-      key_BSKH = rotary(key_BSKH, positions_BT, self.rope_theta)
+    if rotation is not None:
+      query_BTNH, key_BSKH = rotary(query_BTNH, rotation), rotary(key_BSKH, rotation)
     query_BTNH = constrain(query_BTNH, self.rules, 'batch', 'length', 'heads', 'head_dim')
     if cache is not None:
       cache = KVCache(_write(cache.key, key_BSKH, cache_length_B),

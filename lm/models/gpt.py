@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lm.layers import linear
+from lm.layers import positions as positions_lib
 from lm.layers.attention import Attention, KVCache
 from lm.layers.mlp import MLP
 from lm.layers.norms import Norm
@@ -120,19 +121,18 @@ class Block(nn.Module):
   def __call__(self, x_BTD: Float[Array, 'B T D'], shared, per_layer):
     """Returns x [B, T, D] and this layer's cache."""
     cfg = self.config
-    positions_BT, segment_ids_BT, cache_length_B = shared
+    rotation, segment_ids_BT, cache_length_B = shared
     cache, rng = per_layer
     rngs = (None, None) if rng is None else jax.random.split(rng)
     out_std = cfg.init_std / (2 * cfg.num_layers)**0.5  # GPT-2: L blocks add 2L branches
     norm = functools.partial(Norm, cfg.norm, cfg.norm_epsilon, cfg.use_bias)
-    theta = cfg.rope_theta if cfg.positions == 'rotary' else None
-    attention = Attention(cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_dim, cfg.use_bias, theta,
+    attention = Attention(cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_dim, cfg.use_bias,
                           cfg.init_std, out_std, self.rules, name='attention')
     mlp = MLP(cfg.d_model, cfg.d_ff, cfg.activation, cfg.use_bias, cfg.init_std, out_std, self.rules,
               name='mlp')
 
-    branch_BTD, cache = attention(norm(name='attention_norm')(x_BTD), positions_BT, segment_ids_BT,
-                                  cache, cache_length_B)
+    branch_BTD, cache = attention(norm(name='attention_norm')(x_BTD), rotation, segment_ids_BT, cache,
+                                  cache_length_B)
     x_BTD += linear.dropout(branch_BTD, cfg.dropout_rate, rngs[0])
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'length', 'act_embed')
     branch_BTD = mlp(norm(name='mlp_norm')(x_BTD))
@@ -180,15 +180,18 @@ class GPT(nn.Module):
       positions = jnp.arange(T) + (0 if cache is None else length_B[:, None])
       positions = jnp.broadcast_to(positions, (B, T))
     x_BTD = linear.embed(self.token_embedding, tokens_BT, cfg.dtype)
+    rotation = None
     if cfg.positions == 'learned':
       x_BTD += linear.embed(self.position_embedding, positions, cfg.dtype)
+    else:
+      rotation = positions_lib.rotation(positions, cfg.head_dim, cfg.rope_theta)
     rngs = None
     if dropout_rng is not None and cfg.dropout_rate:
       first, rest = jax.random.split(dropout_rng)
       x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, first)
       rngs = jax.random.split(rest, cfg.num_layers)
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'length', 'act_embed')
-    shared = positions, segment_ids, length_B
+    shared = rotation, segment_ids, length_B
     x_BTD, layers = self.blocks(x_BTD, shared, (None if cache is None else cache.layers, rngs))
     if cache is not None:
       cache = Cache(length_B + T, layers)

@@ -33,8 +33,8 @@ class MeshConfig:
     fixed = math.prod(size for size in sizes.values() if size != -1)
     rest, remainder = divmod(len(devices), fixed)
     if -1 not in sizes.values() and fixed != len(devices):
-      raise UserError(f'the mesh axes {sizes} need {fixed} devices, there are {len(devices)}; their '
-                      f'product must be {len(devices)}, or set one axis to -1')
+      raise UserError(f'the mesh axes {sizes} need {fixed} devices, there are {len(devices)}; '
+                      f'their product must be {len(devices)}, or set one axis to -1')
     if remainder:
       divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
       nearest = min(divisors, key=lambda n: abs(n - fixed))

@@ -129,6 +129,8 @@ class Trainer:
     eval_fn = jax.jit(lambda params, batch: batch_loss(self.module, params, batch))
     timer, losses = meters.StepTimer(), []
     bar = monitor.ProgressBar(config.num_steps, start)
+    if self._due(start) and not self._evaluated(start):  # a signal asked to stop before it was
+      writer.write(start, 'validation', self._validation(state.params, eval_fn))
     with _signals() as received, self._batches(start) as batches, contextlib.closing(bar):
       for step in range(start + 1, config.num_steps + 1):
         with timer.waiting_for_data():
@@ -185,12 +187,19 @@ class Trainer:
     config = self.config
     last = step == config.num_steps
     metrics = None
-    if last or (step % config.eval_every == 0 and not stopping):
+    if last or (self._due(step) and not stopping):
       metrics = self._validation(state.params, eval_fn)
       writer.write(step, 'validation', metrics)
       bar.note(f'step {step}: validation loss {metrics["loss"]:.4f}')
     if last or stopping or step % config.checkpoint_every == 0:
       checkpointer.save(step, state, self._position(step), metrics)
+
+  def _due(self, step: int) -> bool:
+    return step > 0 and step % self.config.eval_every == 0
+
+  def _evaluated(self, step: int) -> bool:
+    rows = monitor.read_rows(self.run_dir / monitor.METRICS)
+    return any(row['step'] == step and row['split'] == 'validation' for row in rows)
 
   def _validation(self, params: Any, eval_fn: Callable) -> dict[str, float]:
     """Mean loss over the first `eval_batches` batches of the held-out text, the same every time."""

@@ -3,7 +3,10 @@ import dataclasses
 from typing import Literal, Optional
 
 import jax
+import jax.numpy as jnp
 import optax
+
+from lm.training import muon as muon_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Schedule:
       decay = optax.linear_schedule(peak, end, max(after, 1))
     elif self.kind == 'rsqrt':
       start = max(warmup, 1)
-      decay = lambda step: peak * (start / (step + start))**0.5
+      decay = lambda step: peak * (start / jnp.maximum(step + start, 1))**0.5  # < 1 only in warm-up
     elif self.kind == 'wsd':
       cooldown = min(round(self.decay_fraction * num_steps), after)
       decay = optax.linear_schedule(peak, end, max(cooldown, 1), after - cooldown)
@@ -70,6 +73,31 @@ class AdamW:
                         weight_decay=self.weight_decay, mask=decayed)
     return adamw if self.clip_norm is None else optax.chain(
         optax.clip_by_global_norm(self.clip_norm), adamw)
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon:
+  """Muon (Jordan et al. 2024; arXiv:2502.16982) for the blocks' matrices, AdamW for all else.
+
+  momentum: of Muon; b1, b2: of AdamW. weight_decay and clip_norm: as in `AdamW`.
+  """
+  schedule: Schedule = Schedule()
+  momentum: float = 0.95
+  b1: float = 0.9
+  b2: float = 0.95
+  weight_decay: float = 0.1
+  clip_norm: Optional[float] = 1.0
+
+  def build(self, num_steps: int) -> optax.GradientTransformation:
+    """The optax chain of a run of `num_steps` steps."""
+    schedule = self.schedule.build(num_steps)
+    muon = optax.chain(muon_lib.scale_by_orthogonal_momentum(self.momentum),
+                       optax.add_decayed_weights(self.weight_decay),
+                       optax.scale_by_learning_rate(schedule))
+    adamw = optax.adamw(schedule, self.b1, self.b2, weight_decay=self.weight_decay, mask=decayed)
+    both = optax.partition({True: muon, False: adamw}, muon_lib.is_matrix)
+    return both if self.clip_norm is None else optax.chain(
+        optax.clip_by_global_norm(self.clip_norm), both)
 
 
 def decayed(params):

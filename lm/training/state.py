@@ -39,11 +39,27 @@ def abstract_state(module: nn.Module, optimizer: optax.GradientTransformation,
                        is_leaf=lambda x: isinstance(x, nn.Partitioned))
   shardings = jax.tree.map(lambda _, names: rules.sharding(*names), state.params, specs)
   replicated = NamedSharding(rules.mesh, PartitionSpec())
-  opt_shardings = optax.tree_map_params(optimizer, lambda _, s: s, state.opt_state, shardings,
-                                        transform_non_params=lambda _: replicated)
+  opt_shardings = _like_params(state.opt_state, state.params, shardings, replicated)
   all_shardings = TrainState(replicated, shardings, opt_shardings, replicated)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state,
                       all_shardings)
+
+
+def _like_params(opt_state: Any, params: Any, shardings: Any, otherwise: NamedSharding) -> Any:
+  """Gives each leaf of an optimiser's state the sharding of the parameter whose path ends its own."""
+  by_path = {_names(path): (x.shape, sharding) for (path, x), sharding in
+             zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings))}
+
+  def of(path, leaf):
+    names = _names(path)
+    found = [by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path]
+    return found[0][1] if found and found[0][0] == leaf.shape else otherwise
+
+  return jax.tree_util.tree_map_with_path(of, opt_state)
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+  return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def init_state(module: nn.Module, optimizer: optax.GradientTransformation, rules: Rules,

@@ -56,10 +56,11 @@ def train_step(module: nn.Module, optimizer: optax.GradientTransformation, num_m
   """
   rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
   loss, weight, grads = _summed_gradients(module, state.params, batch, rng, num_microbatches)
-  grads = jax.tree.map(lambda g: g / weight, grads)
+  mean = lambda total: total / jnp.where(weight > 0, weight, 1)  # no token counts: 0, not NaN
+  grads = jax.tree.map(mean, grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics = {'loss': loss / weight, 'grad_norm': optax.global_norm(grads), 'weight': weight}
+  metrics = {'loss': mean(loss), 'grad_norm': optax.global_norm(grads), 'weight': weight}
   return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
 

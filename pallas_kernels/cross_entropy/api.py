@@ -75,10 +75,10 @@ def _cross_entropy(hidden, embedding, targets, loss_weights):
 
 
 def _forward(hidden, embedding, targets, loss_weights):
-  start = jnp.float32(0), jnp.zeros(embedding.shape, jnp.float32)
-  (total, dembedding), dhidden = _by_platform(blocks.loss_and_gradients, start, hidden, embedding,
+  start = jnp.float32(0), jnp.zeros(embedding.T.shape, jnp.float32)
+  (total, dembedding_DV), dhidden = _by_platform(blocks.loss_and_gradients, start, hidden, embedding,
                                               targets, loss_weights)
-  return total, (dhidden, dembedding.astype(embedding.dtype), targets)
+  return total, (dhidden, dembedding_DV.T.astype(embedding.dtype), targets)
 
 
 def _backward(gradients, g):

@@ -14,19 +14,18 @@ NUM_BLOCKS = 8  # an eighth of the logits at a time; more blocks save little bes
 
 
 class Products(NamedTuple):
-  """a [M, K] b [K, N];  a [M, K] b^T [N, K];  a^T [K, M] b [K, N]: all float32 [M, N]."""
+  """dot: a [M, K] b [K, N];  dot_t: a [M, K] b^T [N, K];  both float32 [M, N];  transpose: a^T."""
   dot: Callable
   dot_t: Callable
-  t_dot: Callable
+  transpose: Callable
 
 
 def _einsum(spec: str) -> Callable:
   return lambda a, b: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-PLAIN = Products(_einsum('mk,kn->mn'), _einsum('mk,nk->mn'), _einsum('km,kn->mn'))
-MATRIX_UNIT = Products(cpu.dot, lambda a, b: cpu.dot_t(cpu.row_major(a), b),
-                       lambda a, b: cpu.dot(cpu.transpose(a), b))
+PLAIN = Products(_einsum('mk,kn->mn'), _einsum('mk,nk->mn'), jnp.transpose)
+MATRIX_UNIT = Products(cpu.dot, cpu.dot_t, cpu.transpose)
 
 
 def _softmax_parts(products, hidden_MD, embedding_VD, targets_M):
@@ -47,13 +46,17 @@ def losses(products, embedding_VD, carry, block):
 
 
 def loss_and_gradients(products, embedding_VD, carry, block):
-  """Adds one block's loss and gradient of the embedding to the carry; returns that of its hidden."""
+  """Adds one block's loss and gradient of the embedding to the carry; returns that of its hidden.
+
+  The gradient of the embedding is summed transposed: hidden^T dlogits moves [M, D] elements into place,
+  dlogits^T hidden would move [M, V] of them.
+  """
   hidden_MD, targets_M, weights_M = block
-  total, dembedding_VD = carry
+  total, dembedding_DV = carry
   exps_MV, sums_M1, losses_M1 = _softmax_parts(products, hidden_MD, embedding_VD, targets_M)
   is_target_MV = jnp.arange(exps_MV.shape[1]) == targets_M[:, None]
   dlogits_MV = weights_M[:, None] * (exps_MV / sums_M1 - is_target_MV)
   dlogits_MV = dlogits_MV.astype(hidden_MD.dtype)
-  dhidden_MD = products.dot(dlogits_MV, embedding_VD).astype(hidden_MD.dtype)
-  dembedding_VD += products.t_dot(dlogits_MV, hidden_MD)
-  return (total + jnp.vdot(losses_M1[:, 0], weights_M), dembedding_VD), dhidden_MD
+  dhidden_MD = products.dot_t(dlogits_MV, products.transpose(embedding_VD)).astype(hidden_MD.dtype)
+  dembedding_DV += products.dot(products.transpose(hidden_MD), dlogits_MV)
+  return (total + jnp.vdot(losses_M1[:, 0], weights_M), dembedding_DV), dhidden_MD

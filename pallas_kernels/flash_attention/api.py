@@ -16,9 +16,10 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
   """Attends: out[t] = sum_s p[t, s] value[s], with p[t] = softmax_s(query[t] . key[s] / sqrt(H)).
 
   Query t sees key s when t + query_offset >= s (`causal`) and their segment ids are equal (where
-  given); one that sees none gives zeros. Each group of N / K query heads shares one key-value head (grouped queries, arXiv:2305.13245).
-  Scores and softmax are float32. Neither pass keeps the T x S probabilities: the backward pass
-  recomputes them from the row-wise log-sum-exp (FlashAttention, arXiv:2205.14135, algorithm 4).
+  given); one that sees none gives zeros. Each group of N / K query heads shares one key-value head
+  (grouped queries, arXiv:2305.13245). Scores and softmax are float32. Neither pass keeps the T x S
+  probabilities: the backward pass recomputes them from the row-wise log-sum-exp (FlashAttention,
+  arXiv:2205.14135, algorithm 4).
 
   Args:
     query: [B, T, N, H], bfloat16 or float32.

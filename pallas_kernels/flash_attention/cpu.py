@@ -71,7 +71,8 @@ def backward(causal, query, key, value, masking, out, lse, g):
   G, X, dtype = N // K, B * K, query.dtype
   query_XGTH, g_XGTH = _heads(query, K), _heads(g, K)
   key_XSH, value_XSH = _heads(key, K)[:, 0], _heads(value, K)[:, 0]
-  delta_XGT = (g_XGTH.astype(jnp.float32) * _heads(out, K).astype(jnp.float32)).sum(-1)
+  delta_BTN = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+  delta_XGT = delta_BTN.reshape(B, T, K, G).transpose(0, 2, 3, 1).reshape(X, G, T)
   lse_XGT = lse.reshape(X, G, T)
   mask = visible(causal, T, S, masking)
   dquery, dkey, dvalue = [], 0.0, 0.0

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 
 MASKED = -1e30  # finite, so that no row of scores gives NaN
-NO_KEY = MASKED / 2  # at least a row's log-sum-exp: one with no visible key gives zeros, exp(MASKED - NO_KEY)
+NO_KEY = MASKED / 2  # the least log-sum-exp: a row with no visible key has exp(MASKED - NO_KEY) = 0
 
 
 def visible(causal: bool, T: int, S: int, masking) -> jax.Array | None:

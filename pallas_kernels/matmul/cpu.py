@@ -43,6 +43,6 @@ def product(x_MK: jax.Array, w_KN: jax.Array) -> jax.Array:
 def gradients(x_MK: jax.Array, w_KN: jax.Array, g_MN: jax.Array) -> tuple[jax.Array, jax.Array]:
   """`reference.gradients`."""
   g_MN = row_major(g_MN)
-  dx_MK = dot_t(g_MN, w_KN.astype(g_MN.dtype)).astype(x_MK.dtype)
+  dx_MK = dot(g_MN, transpose(w_KN.astype(g_MN.dtype))).astype(x_MK.dtype)
   dw_KN = dot(transpose(x_MK), g_MN).astype(w_KN.dtype)
   return dx_MK, dw_KN

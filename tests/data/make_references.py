@@ -1,4 +1,4 @@
-"""Writes reference_gpt2.npz and reference_llama.npz: weights and logits of Hugging Face's own models.
+"""Writes reference_gpt2.npz and reference_llama.npz: weights and logits of Hugging Face's models.
 
     python tests/data/make_references.py      # needs the extra `parity`: torch and transformers
 

@@ -143,8 +143,8 @@ def test_whatever_makes_the_cache_is_in_its_name(tmp_path, task, prepared):
   assert len(seen) == 4
 
 
-@pytest.mark.parametrize('file', ['data/seqio_tasks.py', 'data/splits.py', 'data/vocabulary_training.py'])
-def test_a_changed_line_of_code_makes_a_new_cache(tmp_path, task, prepared, file):
+@pytest.mark.parametrize('name', ['seqio_tasks', 'splits', 'vocabulary_training', 'vocabularies'])
+def test_a_changed_line_of_code_makes_a_new_cache(tmp_path, task, prepared, name):
   root = Path(tasks.__file__).parents[2]
   shutil.copytree(root / 'lm', tmp_path / 'lm', ignore=shutil.ignore_patterns('__pycache__'))
   code = (
@@ -159,7 +159,7 @@ def test_a_changed_line_of_code_makes_a_new_cache(tmp_path, task, prepared, file
     return subprocess.check_output(command, env=environment, cwd=tmp_path, text=True).strip()
 
   assert located() == str(prepared.directory)
-  with open(tmp_path / 'lm' / file, 'a') as source:
+  with open(tmp_path / f'lm/data/{name}.py', 'a') as source:
     source.write('\nCHANGED = True\n')
   assert located() != str(prepared.directory)
 

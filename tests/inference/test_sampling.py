@@ -25,17 +25,24 @@ def filtered(logits, config):
   return full
 
 
+choose = jax.jit(sample, static_argnums=2)
+
+
 def draws(logits, config, seed=0):
   rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (DRAWS, len(logits)))
-  tokens = jax.jit(sample, static_argnums=2)(rows, jax.random.key(seed), config)
-  return np.bincount(np.asarray(tokens), minlength=len(logits))
+  return np.bincount(np.asarray(choose(rows, jax.random.key(seed), config)), minlength=len(logits))
+
+
+def with_impossible(*logits):
+  """Of one shape, so that a config compiles once; what is impossible must never be drawn."""
+  return np.concatenate([logits, np.full(24 - len(logits), -np.inf)])
 
 
 LOGITS = np.random.default_rng(0).normal(size=24) * 2
-TIED = np.array([0.0, 1, 2, 1, 2, 2, 0, -1])
+TIED = with_impossible(0.0, 1, 2, 1, 2, 2, 0, -1)
 
 
-@pytest.mark.parametrize('logits', [LOGITS, TIED, np.zeros(5), np.array([3.0])])
+@pytest.mark.parametrize('logits', [LOGITS, TIED, np.zeros(24), with_impossible(3.0)])
 @pytest.mark.parametrize('config', [
     SamplingConfig(temperature=1.0), SamplingConfig(temperature=0.5),
     SamplingConfig(temperature=1.3, top_k=1), SamplingConfig(temperature=1.3, top_k=4),
@@ -62,7 +69,7 @@ def test_greedy_takes_the_most_probable_token_and_the_lower_id_of_equals():
                                     SamplingConfig(temperature=1e-30, top_k=3, top_p=0.9)], ids=str)
 def test_a_vanishing_temperature_is_greedy(config):
   logits = jnp.asarray(LOGITS, jnp.float32)[None] * 1e3
-  assert int(sample(logits, jax.random.key(0), config)[0]) == int(jnp.argmax(logits))
+  assert int(choose(logits, jax.random.key(0), config)[0]) == int(jnp.argmax(logits))
 
 
 def test_the_nucleus_of_a_large_vocabulary_equals_that_of_sorting():
@@ -76,18 +83,10 @@ def test_the_nucleus_of_a_large_vocabulary_equals_that_of_sorting():
     assert logits[0][kept].min() >= logits[0][~kept].max()
 
 
-def test_impossible_tokens_are_never_drawn():
-  logits = np.where(np.arange(6) % 2, -np.inf, 0.0)
-  for config in (SamplingConfig(temperature=1.0), SamplingConfig(temperature=1.0, top_p=0.99),
-                 SamplingConfig(temperature=1.0, top_k=5)):
-    assert not draws(logits, config)[1::2].any()
-
-
 def test_a_row_with_its_own_key_does_not_depend_on_the_other_rows():
   logits = jnp.asarray(np.random.default_rng(2).normal(size=(6, 50)), jnp.float32)
   keys = jax.random.split(jax.random.key(3), 6)
   config = SamplingConfig(top_p=0.9)
-  choose = jax.jit(sample, static_argnums=2)
   together = choose(logits, keys, config)
   alone = jnp.concatenate([choose(logits[i:i + 1], keys[i:i + 1], config) for i in range(6)])
   assert together.tolist() == alone.tolist()

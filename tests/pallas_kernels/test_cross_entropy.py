@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.cross_entropy import cross_entropy
+from pallas_kernels.cross_entropy import cross_entropy, token_losses
 
 IMPLEMENTATIONS = ['reference', 'blocks']
 
@@ -16,8 +16,9 @@ def operands(B, T, D, V, dtype=jnp.float32):
   rng = np.random.default_rng(T + V)
   hidden = jnp.asarray(rng.normal(size=(B, T, D)), dtype)
   embedding = jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
-  targets = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
-  return hidden, embedding, targets, jnp.asarray(rng.choice([0, 0, 0.5, 1], (B, T)), jnp.float32)
+  targets, weights = rng.integers(0, V, (B, T)), rng.choice([0, 0, 0.5, 1], (B, T))
+  targets.flat[:2], weights.flat[:2] = [V - 1, 0][:B * T], 1  # both ends of the vocabulary count
+  return hidden, embedding, jnp.asarray(targets, jnp.int32), jnp.asarray(weights, jnp.float32)
 
 
 def exact(hidden, embedding, targets, weights, scale):
@@ -72,7 +73,8 @@ def test_tokens_of_weight_zero_count_for_nothing(implementation):
   for x, y in zip(got, other):
     np.testing.assert_allclose(x, y, atol=1e-6)
   assert not np.any(got[1][:, 4:])
-  nothing = loss_and_gradients(hidden, embedding, targets, 0 * weights, jnp.float32(1), implementation)
+  nothing = loss_and_gradients(hidden, embedding, targets, 0 * weights, jnp.float32(1),
+                               implementation)
   assert all(not np.any(x) for x in nothing)
 
 
@@ -82,10 +84,21 @@ def test_without_a_gradient_the_loss_is_the_same():
   np.testing.assert_allclose(loss, exact(*args, 1)[0], rtol=1e-6)
 
 
+def test_losses_one_by_one_are_those_that_are_summed():
+  hidden, embedding, targets, weights = operands(2, 13, 8, 37)
+  losses = jax.jit(token_losses)(hidden, embedding, targets)
+  assert losses.shape == (2, 13)
+  for b, t in np.ndindex(2, 13):
+    one = jnp.zeros((2, 13)).at[b, t].set(1)
+    want = exact(hidden, embedding, targets, one, 1)[0]
+    np.testing.assert_allclose(losses[b, t], want, rtol=1e-5)
+
+
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_huge_logits_overflow_nothing(implementation):
   hidden, embedding, targets, weights = operands(1, 8, 8, 12)
-  got = loss_and_gradients(hidden * 1e4, embedding, targets, weights, jnp.float32(1), implementation)
+  got = loss_and_gradients(hidden * 1e4, embedding, targets, weights, jnp.float32(1),
+                           implementation)
   assert all(np.isfinite(x).all() for x in got)
 
 

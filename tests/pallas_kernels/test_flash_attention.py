@@ -53,7 +53,7 @@ def out_and_gradients(query, key, value, g, **kwargs):
   return out, *vjp(g)
 
 
-# name: (B, T, S, N, K, H), arguments. T and S are odd, or span one, two and eight blocks of queries.
+# name: (B, T, S, N, K, H), arguments. T and S are odd, or span one, two or eight blocks.
 CASES = {
     'causal': ((2, 33, 33, 2, 2, 8), {}),
     'multi_query': ((1, 17, 17, 4, 1, 4), {'causal': False}),
@@ -115,11 +115,13 @@ def test_bfloat16_differs_by_its_rounding_only(implementation):
   shape, kwargs = CASES['packed']
   args = operands(*shape, jnp.bfloat16)
   got = out_and_gradients(*args, implementation=implementation, **kwargs)
-  want = out_and_gradients(*(x.astype(jnp.float32) for x in args), implementation='reference', **kwargs)
+  args = [x.astype(jnp.float32) for x in args]
+  want = out_and_gradients(*args, implementation='reference', **kwargs)
   for x, y in zip(got, want):
     assert x.dtype == jnp.bfloat16
     # Each row of gradients sums up to S products, of which each factor was rounded once.
-    assert np.abs(exact(x) - exact(y)).max() < float(jnp.finfo(jnp.bfloat16).eps) * shape[2]**0.5 / 4
+    tolerance = float(jnp.finfo(jnp.bfloat16).eps) * shape[2]**0.5 / 4
+    assert np.abs(exact(x) - exact(y)).max() < tolerance
 
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)

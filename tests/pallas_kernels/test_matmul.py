@@ -10,14 +10,15 @@ from pallas_kernels.matmul import matmul
 pytestmark = pytest.mark.usefixtures('strict')
 
 HAS_UNITS = platform.cpu_has_bfloat16_units()
+NEEDS_UNIT = pytest.mark.skipif(not HAS_UNITS, reason='no matrix unit')
 CASES = [(None, jnp.bfloat16), ('reference', jnp.float32), ('reference', jnp.bfloat16),
-         pytest.param('cpu', jnp.bfloat16, marks=pytest.mark.skipif(not HAS_UNITS, reason='no units'))]
+         pytest.param('cpu', jnp.bfloat16, marks=NEEDS_UNIT)]
 SHAPES = [((31,), 1), ((2, 3, 129), 65), ((40, 256), 48)]
 
 
 def tolerance(dtype, length):
   """Absolute error of a sum of `length` products of unit normals, the largest of a few thousand."""
-  spread = {jnp.float32: 24, jnp.bfloat16: 3}[dtype]  # a chain of roundings; one rounding of the sum
+  spread = {jnp.float32: 24, jnp.bfloat16: 3}[dtype]  # many roundings; one of the sum
   return spread * float(jnp.finfo(dtype).eps) * length**0.5
 
 
@@ -71,7 +72,8 @@ def test_vmap_and_a_gradient_through_scan_agree_with_a_loop(implementation, dtyp
     out = jax.lax.scan(step, x, length=3)[0] if scan else step(step(step(x, 0)[0], 0)[0], 0)[0]
     return out.astype(jnp.float32).sum()
 
-  scanned, unrolled = (exact(jax.jit(jax.grad(looped), static_argnums=1)(w, s)) for s in (True, False))
+  gradient = jax.jit(jax.grad(looped), static_argnums=1)
+  scanned, unrolled = (exact(gradient(w, scan)) for scan in (True, False))
   np.testing.assert_allclose(scanned, unrolled, rtol=1e-4, atol=1e-4 * np.abs(unrolled).max())
 
 
@@ -89,8 +91,9 @@ def test_wrong_arguments_are_named():
     matmul(x, w, implementation='gpu')
 
 
-@pytest.mark.skipif(not HAS_UNITS, reason='no matrix unit')
+@NEEDS_UNIT
 def test_a_program_lowered_for_another_platform_takes_the_plain_form():
   x, w = operands((6, 8), 4, jnp.bfloat16)
-  text = lambda platform: jax.jit(matmul).trace(x, w).lower(lowering_platforms=(platform,)).as_text()
+  traced = jax.jit(matmul).trace(x, w)
+  text = lambda platform: traced.lower(lowering_platforms=(platform,)).as_text()
   assert 'LayoutConstraint' in text('cpu') and 'LayoutConstraint' not in text('tpu')

@@ -14,16 +14,17 @@ from lm.training.optimizers import AdamW, Schedule
 
 CONFIG = GPTConfig(vocab_size=40, max_length=16, d_model=16, num_layers=2, num_heads=4, d_ff=24,
                    num_kv_heads=2, norm='rmsnorm', positions='rotary', activation='swiglu',
-                   use_bias=False, tie_embeddings=False, init_std=0.1, dtype='float32')
+                   use_bias=False, tie_embeddings=False, init_std=0.1, dtype='float32',
+                   scan_layers=True)
 # Without clipping, the first moment after the first step is (1 - b1) times the gradient.
 OPTIMIZER = AdamW(Schedule(kind='constant', warmup_steps=0), b1=0.5, clip_norm=None)
 
-# name: mesh axes, number of devices, microbatches, changes of the model, whether to initialise there
+# name: mesh axes, devices, microbatches, changes of the model, whether initialised there
 RUNS = {
     'one': (dict(data=1), 1, 1, {}, True),
     'data': (dict(data=8), 8, 1, {}, False),
     'fsdp': (dict(data=1, fsdp=8), 8, 1, {}, True),
-    'both': (dict(data=2, fsdp=4), 8, 2, {'remat': 'full', 'scan_layers': True}, True),
+    'both': (dict(data=2, fsdp=4), 8, 2, {'remat': 'full', 'scan_layers': False}, True),
     'one_bf16': (dict(data=1), 1, 1, {'dtype': 'bfloat16'}, False),
     'both_bf16': (dict(data=2, fsdp=4), 8, 1, {'dtype': 'bfloat16'}, False),
 }
@@ -35,9 +36,10 @@ def packed_batch():
   ends = rng.integers(3, 12, (16, 1))
   place = np.arange(14)
   segments = np.where(place < ends, 1, np.where(place < 12, 2, 0)).astype(np.int32)
+  weights = (segments > 0) * rng.choice([0, 1], (16, 14))
   return {'decoder_input_tokens': rng.integers(1, 40, (16, 14)).astype(np.int32),
           'decoder_target_tokens': rng.integers(1, 40, (16, 14)).astype(np.int32),
-          'decoder_loss_weights': ((segments > 0) * rng.choice([0, 1], (16, 14))).astype(np.float32),
+          'decoder_loss_weights': weights.astype(np.float32),
           'decoder_segment_ids': segments,
           'decoder_positions': np.where(segments == 2, place - ends, place).astype(np.int32)}
 

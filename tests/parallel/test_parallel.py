@@ -83,7 +83,8 @@ def test_a_wrong_axis_is_refused(names, message):
 
 
 def test_a_rule_for_a_mesh_axis_that_is_not_there_is_refused():
-  with pytest.raises(UserError, match=r"Rules.mlp='tensor' names the mesh axis 'tensor'.*data, fsdp"):
+  message = "Rules.mlp='tensor' names the mesh axis 'tensor'.*data, fsdp"
+  with pytest.raises(UserError, match=message):
     Rules(mlp='tensor').on(mesh(data=2, fsdp=4))
 
 
@@ -119,7 +120,8 @@ def test_sizes_that_cannot_be_are_refused(sizes, message):
 
 
 def test_abstract_state_computes_nothing_whatever_the_size(tiny_configs):
-  config = tiny_configs['llama'](d_model=8192, num_layers=80, num_heads=64, d_ff=28672, vocab_size=2**17)
+  config = tiny_configs['llama'](d_model=8192, num_layers=80, num_heads=64, d_ff=28672,
+                                 vocab_size=2**17)
   rules = Rules().on(mesh(data=2, fsdp=64))
   before = len(jax.live_arrays())
   state = state_lib.abstract_state(config.build(rules), AdamW().build(10), rules)

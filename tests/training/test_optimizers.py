@@ -7,10 +7,12 @@ import pytest
 
 from lm.training.optimizers import AdamW, Schedule, decayed
 
-PARAMS = {'blocks': {'wi': {'kernel': np.array([[[1.0, -2.0], [0.5, 3.0]]]), 'bias': np.array([[1.0, 2.0]])},
+PARAMS = {'blocks': {'wi': {'kernel': np.array([[[1.0, -2.0], [0.5, 3.0]]]),
+                            'bias': np.array([[1.0, 2.0]])},
                      'norm': {'scale': np.array([[1.0, 1.5]]), 'bias': np.array([[0.5, -0.5]])}},
           'token_embedding': np.array([[2.0, -1.0], [0.3, 0.7]])}
-DECAYED = {'blocks': {'wi': {'kernel': True, 'bias': False}, 'norm': {'scale': False, 'bias': False}},
+DECAYED = {'blocks': {'wi': {'kernel': True, 'bias': False},
+                      'norm': {'scale': False, 'bias': False}},
            'token_embedding': True}
 
 
@@ -56,7 +58,8 @@ def test_warm_up_rises_from_above_zero_to_the_peak(kind):
 
 
 @pytest.mark.parametrize('kind, step, value', [
-    ('cosine', 55, 0.55), ('cosine', 100, 0.1), ('cosine', 32, 0.1 + 0.9 * (1 + np.cos(np.pi * 22 / 90)) / 2),
+    ('cosine', 55, 0.55), ('cosine', 100, 0.1),
+    ('cosine', 32, 0.1 + 0.9 * (1 + np.cos(np.pi * 22 / 90)) / 2),
     ('linear', 55, 0.55), ('linear', 100, 0.1), ('linear', 19, 0.91),
     ('rsqrt', 40, 0.5), ('rsqrt', 90, 1 / 3),
     ('wsd', 10, 1), ('wsd', 45, 1), ('wsd', 80, 1), ('wsd', 90, 0.55), ('wsd', 100, 0.1),
