@@ -10,7 +10,7 @@ from typing import Any
 from lm.errors import UserError
 
 COMMANDS = {
-    'train': 'prepare the data, train, evaluate, sample, write the report; the same command continues',
+    'train': 'prepare the data, train, evaluate, sample, report; the same command continues',
     'evaluate': 'score the held-out files with the last checkpoint of a run',
     'generate': 'continue prompts with the last checkpoint of a run',
     'cache': 'train the vocabulary and build the token cache, without training',
@@ -111,13 +111,14 @@ def _tell_training(result: dict[str, Any], run_dir: str):
 
 def _tell_evaluation(name: str, metrics: dict[str, Any]):
   print(f'{name}: {metrics["bits_per_byte"]:.3f} bits per byte; file by file gzip -9 needs '
-        f'{metrics["gzip_bits_per_byte"]:.3f} and xz -9 {metrics["xz_bits_per_byte"]:.3f}; the model '
-        f'beats both on {metrics["wins"]} of {len(metrics["files"])}; '
+        f'{metrics["gzip_bits_per_byte"]:.3f} and xz -9 {metrics["xz_bits_per_byte"]:.3f}; the '
+        f'model beats both on {metrics["wins"]} of {len(metrics["files"])}; '
         f'all in one xz: {metrics["xz_together_bits_per_byte"]:.3f}')
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Returns the exit status: 0; 1 for a broken invariant; 2 for a user's mistake; 128 + n after signal n."""
+  """Returns the exit status: 0; 1 for a broken invariant; 2 for a user's mistake; 128 + n after
+  signal n."""
   args, rest = _parser().parse_known_args(argv)
   try:
     result = _execute(args, _bindings(rest))

@@ -18,7 +18,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from lm import config, doctor
 from lm.data import vocabularies
@@ -33,7 +32,8 @@ from lm.parallel.mesh import MeshConfig
 from lm.parallel.rules import Rules
 from lm.training import checkpoint, meters, monitor
 from lm.training.loop import TrainConfig, Trainer
-from lm.training.optimizers import AdamW
+from lm.training.optimizers import AdamW, Muon
+from lm.training.state import abstract_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Experiment:
   """
   task: TextTask
   model: GPTConfig
-  optimizer: AdamW
+  optimizer: AdamW | Muon
   train: TrainConfig
   mesh: MeshConfig = MeshConfig()
   rules: Rules = Rules()
@@ -58,8 +58,8 @@ class Experiment:
     kind, size = self.task.vocabulary.kind, self.task.vocabulary.size
     size = vocabularies.ByteVocabulary.size if kind == 'byte' else size
     if size != self.model.vocab_size:
-      raise ValueError(f'the model has vocab_size={self.model.vocab_size} and the {kind} vocabulary '
-                       f'has {size} ids; bind both to VOCAB_SIZE')
+      raise ValueError(f'the model has vocab_size={self.model.vocab_size} and the {kind} '
+                       f'vocabulary has {size} ids; bind both to VOCAB_SIZE')
 
   def bound_rules(self) -> Rules:
     """The rules on this machine's mesh."""
@@ -71,7 +71,8 @@ def open_experiment(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]
   """Reads the gin files, or else the run's own config.gin, and turns on the compilation cache."""
   if not gin_files:
     if run_dir is None:
-      raise UserError('nothing says what to run; give --gin_file=FILE, or --run_dir of a run that stands')
+      raise UserError('nothing says what to run; give --gin_file=FILE, or --run_dir of a run that '
+                      'stands')
     saved = pathlib.Path(run_dir) / 'config.gin'
     if not saved.exists():
       raise UserError(f'--run_dir={run_dir} holds no config.gin, so it is no run; '
@@ -88,24 +89,35 @@ def open_experiment(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]
 def train(experiment: Experiment, run_dir: str) -> dict[str, Any]:
   """Prepares the data, trains, evaluates on the held-out files, samples, and writes the report.
 
-  Called again on the same directory it goes on where it stopped, and does again only what is missing.
+  Called again on the same directory it goes on where it stopped, and does again only what is
+  missing.
   """
   directory = pathlib.Path(run_dir)
   with _claim(directory):
-    _save_config(directory)
-    prepared = experiment.task.prepare()
-    trainer = _trainer(experiment, prepared, directory)
-    if not (directory / 'vocabulary').exists():
-      prepared.vocabulary.save(directory / 'vocabulary')
-    result = trainer.run()
-    result['losses'] = [row['loss'] for row in monitor.read_rows(directory / monitor.METRICS)
-                        if row['split'] == 'train']
-    if result['final_loss'] is None:
-      result['final_loss'] = result['losses'][-1]
+    prepared, result = _fit(experiment, directory)
     if result['stopped_by'] is None:
       _finish(experiment, directory, prepared)
     result['report'] = str(report.write_report(directory))
   return result
+
+
+def fit(experiment: Experiment, run_dir: str) -> dict[str, Any]:
+  """Trains and no more: what `train` does before it evaluates, samples and reports."""
+  with _claim(pathlib.Path(run_dir)):
+    return _fit(experiment, pathlib.Path(run_dir))[1]
+
+
+def _fit(experiment: Experiment, directory: pathlib.Path) -> tuple[Prepared, dict[str, Any]]:
+  _save_config(directory)
+  prepared = experiment.task.prepare()
+  if not (directory / 'vocabulary').exists():
+    prepared.vocabulary.save(directory / 'vocabulary')
+  result = _trainer(experiment, prepared, directory).run()
+  result['losses'] = [row['loss'] for row in monitor.read_rows(directory / monitor.METRICS)
+                      if row['split'] == 'train']
+  if result['final_loss'] is None:
+    result['final_loss'] = result['losses'][-1]
+  return prepared, result
 
 
 def _trainer(experiment: Experiment, prepared: Prepared, directory: pathlib.Path) -> Trainer:
@@ -113,8 +125,9 @@ def _trainer(experiment: Experiment, prepared: Prepared, directory: pathlib.Path
   loader = lambda split, seed: Loader(prepared.cache(split), settings.sequence_length,
                                       settings.batch_size, seed)
   return Trainer(
-      settings, experiment.model.build(rules), experiment.optimizer.build(settings.num_steps), rules,
-      loader('train', settings.seed), loader('validation', 0), _data_digest(prepared.info), directory,
+      settings, experiment.model.build(rules), experiment.optimizer.build(settings.num_steps),
+      rules, loader('train', settings.seed), loader('validation', 0),
+      _data_digest(prepared.info), directory,
       experiment.model.flops_per_token(settings.sequence_length),
       meters.peak_flops(experiment.model.dtype), log=lambda text: print(text, file=sys.stderr))
 
@@ -134,7 +147,8 @@ def _finish(experiment: Experiment, directory: pathlib.Path, prepared: Prepared)
     _write_json(directory / 'samples.json', completions['completions'])
 
 
-def evaluate(experiment: Experiment, run_dir: str, prepared: Prepared | None = None) -> dict[str, Any]:
+def evaluate(experiment: Experiment, run_dir: str,
+             prepared: Prepared | None = None) -> dict[str, Any]:
   """Scores the held-out files with a run's last good checkpoint, and writes evaluation.json."""
   prepared = prepared or experiment.task.prepare()
   step, module, params = _load(experiment, run_dir)
@@ -167,10 +181,7 @@ def check_invariants(experiment: Experiment) -> dict[str, Any]:
 def _load(experiment: Experiment, run_dir: str) -> tuple[int, nn.Module, Any]:
   """The step, the module, and the parameters of a run's last good checkpoint."""
   module = experiment.model.build()
-  abstract = jax.eval_shape(
-      lambda: nn.meta.unbox(module.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']))
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+  abstract = abstract_params(module, jax.local_devices()[0])
   step, params = checkpoint.restore_params(pathlib.Path(run_dir) / 'checkpoints', abstract,
                                            log=lambda text: print(text, file=sys.stderr))
   return step, module, params
@@ -212,5 +223,5 @@ def _write_json(path: pathlib.Path, value: Any):
     os.replace(temporary, path)
   except OSError as error:
     temporary.unlink(missing_ok=True)
-    raise UserError(f'{path} cannot be written ({error.strerror}); free some space or choose another '
-                    'directory') from error
+    raise UserError(f'{path} cannot be written ({error.strerror}); free some space or choose '
+                    'another directory') from error

@@ -1,4 +1,5 @@
-"""Which implementation serves which platform, decided when a program is lowered, not when it is traced."""
+"""Which implementation serves which platform, decided when a program is lowered, not when it is
+traced."""
 import functools
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ def cpu_has_bfloat16_units() -> bool:
 def by_platform(cpu: Callable, default: Callable, *args):
   """Calls `cpu(*args)` in a program lowered for a CPU and `default(*args)` in any other.
 
-  The choice is made at lowering, so a program compiled ahead of time for a TPU on a CPU machine gets
-  the TPU's form.
+  The choice is made at lowering, so a program compiled ahead of time for a TPU on a CPU machine
+  gets the TPU's form.
   """
   return jax.lax.platform_dependent(*args, cpu=cpu, default=default)

@@ -1,8 +1,9 @@
-"""A hand-written JAX training step of the same recipe, with no framework: what `lm` must not be slower than.
+"""A hand-written JAX training step of the same recipe, with no framework: what `lm` must not be
+slower than.
 
-Plain dicts, plain functions, layers unrolled, AdamW by hand. Where the CPU multiplies bfloat16 it uses
-the one form of product that reaches the matrix unit (see pallas_kernels/matmul/cpu.py), written out again
-here so that the comparison does not share the code that it judges.
+Plain dicts, plain functions, layers unrolled, AdamW by hand. Where the CPU multiplies bfloat16 it
+uses the one form of product that reaches the matrix unit (see pallas_kernels/matmul/cpu.py),
+written out again here so that the comparison does not share the code that it judges.
 """
 import jax
 import jax.numpy as jnp
@@ -136,7 +137,8 @@ def train_step(state, x, y):
 def make_step(dtype):
   """A function that does one step and returns its loss."""
   if dtype != 'bfloat16':
-    raise SystemExit('the hand-written step is bfloat16; in float32 compare with torch_eager:float32')
+    raise SystemExit('the hand-written step is bfloat16; in float32 compare with '
+                     'torch_eager:float32')
   keys = iter(jax.random.split(jax.random.key(0), 4 * LAYERS + 4))
   normal = lambda *shape: 0.02 * jax.random.normal(next(keys), shape)
   ones = jnp.ones(D_MODEL)

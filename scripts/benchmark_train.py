@@ -4,10 +4,11 @@
   python scripts/benchmark_train.py --workers lm:bfloat16,torch_eager:bfloat16 --rounds 12
   python scripts/benchmark_train.py --torch_python PATH    # an interpreter that has torch
 
-6 layers, d_model 512, 8 heads, d_ff 2048, vocabulary 32000, sequence 512, batch 8; forward, backward and
-AdamW. Every program is a process of its own, all with the same allocator (tcmalloc or jemalloc where one
-is installed); one step each in turn, forwards then backwards, so that a slow minute of the machine hits
-all alike. Trust the ratios, which pair the steps of a round; a few per cent are noise.
+6 layers, d_model 512, 8 heads, d_ff 2048, vocabulary 32000, sequence 512, batch 8; forward,
+backward and AdamW. Every program is a process of its own, all with the same allocator (tcmalloc or
+jemalloc where one is installed); one step each in turn, forwards then backwards, so that a slow
+minute of the machine hits all alike. Trust the ratios, which pair the steps of a round; a few per
+cent are noise.
 """
 import argparse
 import importlib.util
@@ -92,7 +93,8 @@ def peak_of_machine() -> dict[str, float]:
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument('--workers', default=','.join(ALL), help='worker:dtype, separated by commas')
   parser.add_argument('--torch_python', default=sys.executable, help='an interpreter with torch')
   parser.add_argument('--rounds', type=int, default=7, help='timed steps of each')
@@ -121,7 +123,8 @@ def main():
       again = Worker(name, python(name), env)
       warm[name] = again.first_step_seconds
       again.close()
-  print(f'\nallocator: {env.get("LD_PRELOAD") and pathlib.Path(env["LD_PRELOAD"]).name or "glibc"}; '
+  allocator = pathlib.Path(env.get('LD_PRELOAD', 'glibc')).name
+  print(f'\nallocator: {allocator}; '
         f'measured peaks: bfloat16 {peaks["bfloat16"] / 1e9:.0f}, float32 '
         f'{peaks["float32"] / 1e9:.0f} GFLOP/s; {FLOPS / 1e9:.0f} GFLOP a step')
   print(f'{"":24} tokens/s    best   MFU  paired with {names[0]:16} peak RSS  first step, warm')
@@ -132,7 +135,8 @@ def main():
     mfu = FLOPS / median / peaks[worker.name.split(':')[1]]
     rows.append({'worker': worker.name, 'tokens_per_second': TOKENS / median, 'best': TOKENS / best,
                  'mfu': mfu, 'paired': ratio, 'peak_rss_mb': worker.peak_rss_mb,
-                 'first_step_seconds': cold[worker.name], 'warm_first_step_seconds': warm[worker.name]})
+                 'first_step_seconds': cold[worker.name],
+                 'warm_first_step_seconds': warm[worker.name]})
     print(f'{worker.name:24} {TOKENS / median:8.0f} {TOKENS / best:7.0f} {mfu:5.0%} '
           f'{ratio:21.2f}x {worker.peak_rss_mb:17.0f} MB {cold[worker.name]:7.1f} s '
           f'{warm[worker.name]:5.1f} s')

@@ -1,4 +1,5 @@
-"""The programs that `benchmark_train.py` compares: one training step for each line on standard input.
+"""The programs that `benchmark_train.py` compares: one training step for each line on standard
+input.
 
 Each prints `READY`, then for every line it reads `STEP seconds loss peak_rss_mb`. All have the same
 dimensions, parameters, batch, AdamW and mean loss; no clipping, no dropout.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a machine with Python >= 3.11 to a trained, evaluated and sampled GPT: bash scripts/quickstart.sh
+# From a machine with Python >= 3.11 to a trained, evaluated and sampled GPT.
 # Arguments go to `lm train`: --gin.FILES="'books/*.txt'" --run_dir=runs/books
 set -euo pipefail
 cd "$(dirname "$0")/.."

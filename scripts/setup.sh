@@ -6,7 +6,7 @@ setup_venv() {
   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
   python="${PYTHON:-python3}"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "error: $("$python" --version) is too old; Python >= 3.11 is needed, name one by PYTHON=" >&2
+    echo "error: $("$python" --version) is too old; name a Python >= 3.11 by PYTHON=" >&2
     return 2
   }
   [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv" || return

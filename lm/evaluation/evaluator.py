@@ -16,12 +16,14 @@ from pallas_kernels.cross_entropy import token_losses
 def windows(tokens: np.ndarray, length: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
   """Cuts a document into overlapping windows that score every token once.
 
-  The first window scores all of its tokens, each later one starts half a window further and scores its
-  second half, so that every token but those of the first half has at least length / 2 tokens of
-  context (strided evaluation; Press et al. 2020, arXiv:2012.15832, section 2.2, call it a sliding window).
+  The first window scores all of its tokens, each later one starts half a window further and scores
+  its second half, so that every token but those of the first half has at least length / 2 tokens of
+  context (strided evaluation; Press et al. 2020, arXiv:2012.15832, section 2.2, call it a sliding
+  window).
 
   Yields:
-    (first scored place, inputs [<= length], targets [<= length]); the input before the first token is 0.
+    (first scored place, inputs [<= length], targets [<= length]); the input before the first token
+    is 0.
   """
   inputs = np.concatenate([[0], tokens[:-1]]).astype(np.int32)
   stride = max(length // 2, 1)
@@ -65,11 +67,13 @@ def evaluate(module: nn.Module, params: Any, documents: Sequence[dict[str, Any]]
     length: tokens of a window; batch_size: windows at a time.
 
   Returns:
-    `bits_per_byte`, `loss` (nats a token), `perplexity`, `tokens`, `bytes`, `gzip_bits_per_byte` and
-    `xz_bits_per_byte` (each file compressed alone), `xz_together_bits_per_byte` (all in one), `wins`
-    (files where the model needs less than both) and `files`: name, bytes, bits_per_byte, gzip, xz.
+    `bits_per_byte`, `loss` (nats a token), `perplexity`, `tokens`, `bytes`, `gzip_bits_per_byte`
+    and `xz_bits_per_byte` (each file compressed alone), `xz_together_bits_per_byte` (all in one),
+    `wins` (files where the model needs less than both) and `files`: name, bytes, bits_per_byte,
+    gzip, xz.
   """
-  nats = document_nats(module, params, [d['tokens'] for d in documents], length, batch_size, progress)
+  nats = document_nats(module, params, [d['tokens'] for d in documents], length, batch_size,
+                       progress)
   texts = [d['text'].encode() for d in documents]
   files = []
   for document, text, own in zip(documents, texts, nats):
@@ -81,8 +85,10 @@ def evaluate(module: nn.Module, params: Any, documents: Sequence[dict[str, Any]]
   size, tokens = sum(map(len, texts)), sum(len(d['tokens']) for d in documents)
   total = lambda key: sum(f[key] * f['bytes'] for f in files) / size
   loss = float(nats.sum() / tokens)
-  return {'bits_per_byte': total('bits_per_byte'), 'loss': loss, 'perplexity': math.exp(min(loss, 700)),
-          'tokens': tokens, 'bytes': size, 'gzip_bits_per_byte': total('gzip'),
+  wins = sum(f['bits_per_byte'] < min(f['gzip'], f['xz']) for f in files)
+  return {'bits_per_byte': total('bits_per_byte'), 'loss': loss,
+          'perplexity': math.exp(min(loss, 700)), 'tokens': tokens, 'bytes': size,
+          'gzip_bits_per_byte': total('gzip'),
           'xz_bits_per_byte': total('xz'),
           'xz_together_bits_per_byte': 8 * len(lzma.compress(b''.join(texts), preset=9)) / size,
-          'wins': int(sum(f['bits_per_byte'] < min(f['gzip'], f['xz']) for f in files)), 'files': files}
+          'wins': int(wins), 'files': files}

@@ -19,7 +19,8 @@ class KVCache(NamedTuple):
 
 
 class Attention(nn.Module):
-  """Multi-head attention with grouped key-value heads (arXiv:2305.13245) and optional rotary positions.
+  """Multi-head attention with grouped key-value heads (arXiv:2305.13245) and optional rotary
+  positions.
 
   std, out_std: standard deviations of the initial projections in and out.
   """
@@ -40,7 +41,8 @@ class Attention(nn.Module):
     """Each token attends to itself and those before it in its segment, and to the cache.
 
     `rotation` turns queries and keys; None leaves positions to the embedding.
-    With a cache of `cache_length_B` tokens, the T new ones are written behind them and attend to all.
+    With a cache of `cache_length_B` tokens, the T new ones are written behind them and attend to
+    all.
     """
     def project(name, heads, axis):
       return Linear((self.d_model,), (heads, self.d_head), ('embed', axis, 'head_dim'), self.std,

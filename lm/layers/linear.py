@@ -48,13 +48,15 @@ def embed(embedding_VD: Float[Array, 'V D'], tokens: Int[Array, 'B T'],
 
 def logits(hidden_BTD: Float[Array, 'B T D'],
            embedding_VD: Float[Array, 'V D']) -> Float[Array, 'B T V']:
-  """Scores of every token of the vocabulary, float32; `cross_entropy` never needs them all at once."""
+  """Scores of every token of the vocabulary, float32; `cross_entropy` never needs them all at
+  once."""
   return jnp.einsum('btd,vd->btv', hidden_BTD, embedding_VD.astype(hidden_BTD.dtype),
                     preferred_element_type=jnp.float32)
 
 
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
-  """Zeroes elements with probability `rate` and scales the others by 1 / (1 - rate); no rng, no dropout."""
+  """Zeroes elements with probability `rate` and scales the others by 1 / (1 - rate); no rng, no
+  dropout."""
   if rng is None or rate == 0:
     return x
   keep = jax.random.bernoulli(rng, 1 - rate, x.shape)

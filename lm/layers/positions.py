@@ -9,7 +9,8 @@ from pallas_kernels.platform import by_platform
 
 
 class Rotation(NamedTuple):
-  """Sines and cosines of every token's angles, float32 [B, T, H / 2]; computed once for all layers."""
+  """Sines and cosines of every token's angles, float32 [B, T, H / 2]; computed once for all
+  layers."""
   sin: jax.Array
   cos: jax.Array
 
@@ -22,14 +23,15 @@ def rotation(positions_BT: Int[Array, 'B T'], d_head: int, theta: float) -> Rota
   half = d_head // 2
   frequency_H = theta**(-jnp.arange(half, dtype=jnp.float32) / half)
   angle_BTH = positions_BT[..., None].astype(jnp.float32) * frequency_H
-  return Rotation(*by_platform(_in_a_loop, lambda angle: (jnp.sin(angle), jnp.cos(angle)), angle_BTH))
+  elsewhere = lambda angle: (jnp.sin(angle), jnp.cos(angle))
+  return Rotation(*by_platform(_in_a_loop, elsewhere, angle_BTH))
 
 
 def _in_a_loop(angle: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Sine and cosine in a loop of two turns, the one thing that XLA:CPU does not fuse through.
 
-  Otherwise it computes them again for every head of every layer: a fifth of a small model's step. An
-  optimization_barrier is gone by the time it fuses.
+  Otherwise it computes them again for every head of every layer: a fifth of a small model's step.
+  An optimization_barrier is gone by the time it fuses.
   """
   one = lambda _, is_cos: (None, jnp.where(is_cos, jnp.cos(angle), jnp.sin(angle)))
   sin, cos = jax.lax.scan(one, None, jnp.array([False, True]))[1]

@@ -1,7 +1,7 @@
 """A stack of equal blocks, one after another.
 
-Parameters are kept as one tree with a leading `layers` axis whether the stack is scanned or unrolled, so
-a checkpoint does not depend on how it is run.
+Parameters are kept as one tree with a leading `layers` axis whether the stack is scanned or
+unrolled, so a checkpoint does not depend on how it is run.
 """
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,7 +16,8 @@ POLICIES = {'full': jax.checkpoint_policies.nothing_saveable,
 
 
 def unstack(tree: Any) -> list[Any]:
-  """[L, ...] leaves -> L trees; one split, whose gradient is one concatenation (indexing's is L sums)."""
+  """[L, ...] leaves -> L trees; one split, whose gradient is one concatenation (indexing's is L
+  sums)."""
   leaves, treedef = jax.tree.flatten(tree)
   parts = [jnp.unstack(leaf) for leaf in leaves]
   return [treedef.unflatten(layer) for layer in zip(*parts)]

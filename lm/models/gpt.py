@@ -1,4 +1,5 @@
-"""Decoder-only transformer: GPT-2 (Radford et al. 2019) to Llama (arXiv:2302.13971), by its config."""
+"""Decoder-only transformer: GPT-2 (Radford et al. 2019) to Llama (arXiv:2302.13971), by its
+config."""
 import dataclasses
 import functools
 from typing import Literal, Optional
@@ -21,8 +22,8 @@ SCAN_FROM_LAYERS = 16  # shallower stacks compile fast enough unrolled, and run 
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-  """What the model is. The defaults are GPT-2 124M; Llama differs by `norm`, `positions`, `activation`,
-  `num_kv_heads`, `use_bias=False` and `tie_embeddings=False`.
+  """What the model is. The defaults are GPT-2 124M; Llama differs by `norm`, `positions`,
+  `activation`, `num_kv_heads`, `use_bias=False` and `tie_embeddings=False`.
 
   vocab_size: V, tokens of the vocabulary.
   max_length: the longest sequence, in tokens (the context).
@@ -66,7 +67,8 @@ class GPTConfig:
       raise ValueError(f'num_heads={self.num_heads} is not divisible by '
                        f'num_kv_heads={self.num_kv_heads}; each key-value head serves equally many')
     if self.positions == 'rotary' and self.head_dim % 2:
-      raise ValueError(f'd_head={self.head_dim} is odd; rotary positions rotate pairs, so make it even')
+      raise ValueError(f'd_head={self.head_dim} is odd; rotary positions rotate pairs, so make '
+                       'it even')
     if not 0 <= self.dropout_rate < 1:
       raise ValueError(f'dropout_rate={self.dropout_rate} must be in [0, 1)')
 
@@ -95,8 +97,8 @@ class GPTConfig:
   def flops_per_token(self, length: int) -> int:
     """FLOPs of a training step for each token of a sequence of `length` tokens.
 
-    6 a matrix parameter, with the head, without embeddings; 12 L N H length for all scores and sums,
-    as if every token saw all others (the convention of PaLM, arXiv:2204.02311, appendix B).
+    6 a matrix parameter, with the head, without embeddings; 12 L N H length for all scores and
+    sums, as if every token saw all others (the convention of PaLM, arXiv:2204.02311, appendix B).
     """
     heads = self.head_dim * (2 * self.num_heads + 2 * self.kv_heads)
     mlp = self.d_ff * (3 if self.activation == 'swiglu' else 2)
@@ -107,7 +109,8 @@ class GPTConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys and values of all layers, [L, B, S, K, H], and how many tokens of each row stand in them."""
+  """Keys and values of all layers, [L, B, S, K, H], and how many tokens of each row stand in
+  them."""
   length_B: jax.Array
   layers: KVCache
 
@@ -128,11 +131,11 @@ class Block(nn.Module):
     norm = functools.partial(Norm, cfg.norm, cfg.norm_epsilon, cfg.use_bias)
     attention = Attention(cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_dim, cfg.use_bias,
                           cfg.init_std, out_std, self.rules, name='attention')
-    mlp = MLP(cfg.d_model, cfg.d_ff, cfg.activation, cfg.use_bias, cfg.init_std, out_std, self.rules,
-              name='mlp')
+    mlp = MLP(cfg.d_model, cfg.d_ff, cfg.activation, cfg.use_bias, cfg.init_std, out_std,
+              self.rules, name='mlp')
 
-    branch_BTD, cache = attention(norm(name='attention_norm')(x_BTD), rotation, segment_ids_BT, cache,
-                                  cache_length_B)
+    branch_BTD, cache = attention(norm(name='attention_norm')(x_BTD), rotation, segment_ids_BT,
+                                  cache, cache_length_B)
     x_BTD += linear.dropout(branch_BTD, cfg.dropout_rate, rngs[0])
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'length', 'act_embed')
     branch_BTD = mlp(norm(name='mlp_norm')(x_BTD))
@@ -175,6 +178,9 @@ class GPT(nn.Module):
     """
     cfg = self.config
     B, T = tokens_BT.shape
+    if cfg.positions == 'learned' and T > cfg.max_length:
+      raise ValueError(f'{T} tokens are longer than the context max_length={cfg.max_length}; '
+                       'learned positions end there')
     length_B = None if cache is None else cache.length_B
     if positions is None:
       positions = jnp.arange(T) + (0 if cache is None else length_B[:, None])

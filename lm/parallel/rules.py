@@ -13,9 +13,9 @@ Axes = str | tuple[str, ...] | None
 class Rules:
   """Logical axis -> mesh axes; `None` replicates.
 
-  Parameters are named by `embed mlp heads kv_heads head_dim vocab position layers norm`, activations by
-  `batch length act_embed`. The defaults shard the batch over `data` and `fsdp`, and parameters and
-  optimiser state over `fsdp` (ZeRO-3, arXiv:1910.02054).
+  Parameters are named by `embed mlp heads kv_heads head_dim vocab position layers norm`,
+  activations by `batch length act_embed`. The defaults shard the batch over `data` and `fsdp`, and
+  parameters and optimiser state over `fsdp` (ZeRO-3, arXiv:1910.02054).
   """
   batch: Axes = ('data', 'fsdp')
   length: Axes = None
@@ -39,8 +39,8 @@ class Rules:
         continue
       for axis in (axes,) if isinstance(axes, str) else axes:
         if axis not in mesh.axis_names:
-          raise UserError(f'Rules.{field.name}={axes!r} names the mesh axis {axis!r}, which is not one '
-                          f'of {", ".join(mesh.axis_names)}; use one of those or None')
+          raise UserError(f'Rules.{field.name}={axes!r} names the mesh axis {axis!r}, which is not '
+                          f'one of {", ".join(mesh.axis_names)}; use one of those or None')
     rules = dataclasses.replace(self)
     object.__setattr__(rules, 'mesh', mesh)
     return rules

@@ -87,7 +87,8 @@ class Trainer:
       UserError: the loss is not finite, the disk is full, the checkpoints are of another model.
     """
     self._check_rows()
-    checkpointer = Checkpointer(self.run_dir / 'checkpoints', self.config.keep_checkpoints, self.log)
+    checkpointer = Checkpointer(self.run_dir / 'checkpoints', self.config.keep_checkpoints,
+                                self.log)
     with contextlib.closing(checkpointer):
       state = self._restore(checkpointer)
       with contextlib.closing(monitor.MetricsWriter(self.run_dir, int(state.step))) as writer:
@@ -116,7 +117,8 @@ class Trainer:
     return state
 
   def _position(self, step: int) -> dict[str, Any]:
-    """All that decides the batches from here on: the position in the data is a number of sequences."""
+    """All that decides the batches from here on: the position in the data is a number of
+    sequences."""
     return {'sequences': step * self.config.batch_size, 'seed': self.config.seed,
             'data': self.data_digest,
             'sequence_length': self.config.sequence_length}
@@ -125,7 +127,8 @@ class Trainer:
              writer: monitor.MetricsWriter) -> dict[str, Any]:
     config = self.config
     start, tokens_per_step = int(state.step), config.batch_size * config.sequence_length
-    step_fn = jit_train_step(self.module, self.optimizer, self.rules, state, config.num_microbatches)
+    step_fn = jit_train_step(self.module, self.optimizer, self.rules, state,
+                             config.num_microbatches)
     eval_fn = jax.jit(lambda params, batch: batch_loss(self.module, params, batch))
     timer, losses = meters.StepTimer(), []
     bar = monitor.ProgressBar(config.num_steps, start)

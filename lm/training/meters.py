@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import pathlib
 import resource
 import sys
 import time
@@ -13,6 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.platform import cpu_has_bfloat16_units
 
 # Dense peak in FLOP/s of one JAX device, from the vendors' data sheets: part of `device_kind`,
 # bfloat16, float32 (as `jax.default_matmul_precision` at its default multiplies it: in one bfloat16
@@ -114,7 +115,7 @@ def peak_flops(dtype: Any = jnp.bfloat16, devices: Sequence[jax.Device] | None =
 
 def _measured_flops(dtype: Any) -> float:
   """Times square products for a third of a second and takes the best, in FLOP/s of one device."""
-  if jax.default_backend() == 'cpu' and not _cpu_multiplies_bfloat16():
+  if jax.default_backend() == 'cpu' and not cpu_has_bfloat16_units():
     dtype = jnp.float32  # XLA converts the operands: that is slower than float32 itself.
   size = 2048 if jnp.dtype(dtype) == jnp.bfloat16 else 1024
   # Two bfloat16 operands with a float32 result are the form that reaches a CPU's matrix unit.
@@ -127,14 +128,6 @@ def _measured_flops(dtype: Any) -> float:
     product(a, a).block_until_ready()
     best = min(best, time.perf_counter() - start)
   return 2 * size**3 / best
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-  try:
-    flags = pathlib.Path('/proc/cpuinfo').read_text(encoding='utf-8').split()
-  except OSError:
-    return False
-  return 'amx_bf16' in flags or 'avx512_bf16' in flags
 
 
 def peak_rss_bytes() -> int:

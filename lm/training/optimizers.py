@@ -56,7 +56,8 @@ class Schedule:
 class AdamW:
   """AdamW (arXiv:1711.05101) after clipping the gradient to a global norm.
 
-  weight_decay: applies to matrices only (parameters of two or more axes, the layer axis aside), scaled
+  weight_decay: applies to matrices only (parameters of two or more axes, the layer axis aside),
+    scaled
     by the learning rate as in optax and PyTorch.
   clip_norm: the largest global norm of a gradient; None does not clip.
   """
@@ -101,6 +102,7 @@ class Muon:
 
 
 def decayed(params):
-  """True for matrices and embeddings; False for biases, scales and anything else of one axis a layer."""
+  """True for matrices and embeddings; False for biases, scales and anything else of one axis a
+  layer."""
   is_matrix = lambda path, _: path[-1].key not in ('bias', 'scale')
   return jax.tree_util.tree_map_with_path(is_matrix, params)

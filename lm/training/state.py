@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lm.parallel.rules import Rules
 
@@ -14,7 +14,8 @@ from lm.parallel.rules import Rules
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """step: int32, updates done; params; opt_state: of optax; rng: the run's key, folded with the step."""
+  """step: int32, updates done; params; opt_state: of optax; rng: the run's key, folded with the
+  step."""
   step: jax.Array
   params: Any
   opt_state: Any
@@ -45,8 +46,19 @@ def abstract_state(module: nn.Module, optimizer: optax.GradientTransformation,
                       all_shardings)
 
 
+def abstract_params(module: nn.Module, device: jax.Device) -> Any:
+  """Shapes and dtypes of the parameters alone, on one device: what evaluation and inference
+  need."""
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens)['params'])
+  sharding = SingleDeviceSharding(device)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                      nn.meta.unbox(boxed))
+
+
 def _like_params(opt_state: Any, params: Any, shardings: Any, otherwise: NamedSharding) -> Any:
-  """Gives each leaf of an optimiser's state the sharding of the parameter whose path ends its own."""
+  """Gives each leaf of an optimiser's state the sharding of the parameter whose path ends its
+  own."""
   by_path = {_names(path): (x.shape, sharding) for (path, x), sharding in
              zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings))}
 

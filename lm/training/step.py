@@ -35,7 +35,8 @@ def _summed_gradients(module, params, batch, rng, num_microbatches):
     (loss, weight), grads = value_and_grad(params, *inputs)
     return jax.tree.map(jnp.add, sums, (loss, weight, grads)), None
 
-  # Every num_microbatches-th row, so that each microbatch is spread over the same devices as the batch.
+  # Every num_microbatches-th row, so that each microbatch is spread over the same devices as the
+  # batch.
   cut = lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
   zeros = jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
   rngs = jax.random.split(rng, num_microbatches)
@@ -60,13 +61,14 @@ def train_step(module: nn.Module, optimizer: optax.GradientTransformation, num_m
   grads = jax.tree.map(mean, grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics = {'loss': mean(loss), 'grad_norm': optax.global_norm(grads), 'weight': weight}
+  metrics = {'loss': mean(loss), 'grad_norm': optax.tree.norm(grads), 'weight': weight}
   return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
 
 def jit_train_step(module: nn.Module, optimizer: optax.GradientTransformation, rules: Rules,
                    state: TrainState, num_microbatches: int = 1) -> Callable:
-  """`train_step` compiled for the shardings of `state` (arrays or ShapeDtypeStructs), which it donates."""
+  """`train_step` compiled for the shardings of `state` (arrays or ShapeDtypeStructs), which it
+  donates."""
   shardings = jax.tree.map(lambda x: x.sharding, state)
   by_rows = rules.sharding('batch', 'length')
 

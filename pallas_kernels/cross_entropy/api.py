@@ -13,9 +13,9 @@ def cross_entropy(hidden: jax.Array, embedding: jax.Array, targets: jax.Array,
   """Sums weight * (logsumexp_v(logits[v]) - logits[target]) with logits[v] = hidden . embedding[v].
 
   Exact, in float32, without a [B, T, V] array in either pass: since nothing follows a loss, its
-  gradient is computed block by block in the forward pass, beside the logits it needs, and only scaled
-  in the backward pass (as in Liger Kernel, arXiv:2410.10989, section 3.2): three products instead of
-  the four of recomputation.
+  gradient is computed block by block in the forward pass, beside the logits it needs, and only
+  scaled in the backward pass (as in Liger Kernel, arXiv:2410.10989, section 3.2): three products
+  instead of the four of recomputation.
 
   Args:
     hidden: [B, T, D], bfloat16 or float32: the last layer's output.
@@ -76,8 +76,8 @@ def _cross_entropy(hidden, embedding, targets, loss_weights):
 
 def _forward(hidden, embedding, targets, loss_weights):
   start = jnp.float32(0), jnp.zeros(embedding.T.shape, jnp.float32)
-  (total, dembedding_DV), dhidden = _by_platform(blocks.loss_and_gradients, start, hidden, embedding,
-                                              targets, loss_weights)
+  (total, dembedding_DV), dhidden = _by_platform(blocks.loss_and_gradients, start, hidden,
+                                                 embedding, targets, loss_weights)
   return total, (dhidden, dembedding_DV.T.astype(embedding.dtype), targets)
 
 

@@ -1,6 +1,7 @@
 """`reference.cross_entropy` over blocks of tokens, with the gradient computed beside the loss.
 
-`Products` names the three products of a block in a platform's best form, on matrices [rows, columns].
+`Products` names the three products of a block in a platform's best form, on matrices [rows,
+columns].
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.matmul import cpu
 
-NUM_BLOCKS = 8  # an eighth of the logits at a time; more blocks save little beside the other activations
+NUM_BLOCKS = 8  # an eighth of the logits at a time; beside the other activations more save little
 
 
 class Products(NamedTuple):
@@ -48,8 +49,8 @@ def losses(products, embedding_VD, carry, block):
 def loss_and_gradients(products, embedding_VD, carry, block):
   """Adds one block's loss and gradient of the embedding to the carry; returns that of its hidden.
 
-  The gradient of the embedding is summed transposed: hidden^T dlogits moves [M, D] elements into place,
-  dlogits^T hidden would move [M, V] of them.
+  The gradient of the embedding is summed transposed: hidden^T dlogits moves [M, D] elements into
+  place, dlogits^T hidden would move [M, V] of them.
   """
   hidden_MD, targets_M, weights_M = block
   total, dembedding_DV = carry

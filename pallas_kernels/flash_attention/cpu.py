@@ -1,7 +1,8 @@
 """Attention for XLA:CPU: blocks of queries against only the keys that they can see.
 
-Heads are made row-major, so that every product reaches the CPU's matrix unit (see `matmul/cpu.py`), and
-the scores of one block (16 MB at 64 heads, 128 queries, 512 keys) stay in its caches.
+Heads are made row-major, so that every product reaches the CPU's matrix unit (see
+`matmul/cpu.py`), and the scores of one block (16 MB at 64 heads, 128 queries, 512 keys) stay in
+its caches.
 """
 import jax
 import jax.numpy as jnp

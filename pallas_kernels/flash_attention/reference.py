@@ -7,7 +7,8 @@ NO_KEY = MASKED / 2  # the least log-sum-exp: a row with no visible key has exp(
 
 
 def visible(causal: bool, T: int, S: int, masking) -> jax.Array | None:
-  """Boolean [B or 1, T, S], True where query t sees key s; None where every query sees every key."""
+  """Boolean [B or 1, T, S], True where query t sees key s; None where every query sees every
+  key."""
   query_offset, query_segment_ids, key_segment_ids = masking
   mask = None
   if causal:

@@ -1,4 +1,4 @@
-"""Matrix product with float32 accumulation: `from pallas_kernels.matmul import matmul`."""
-from pallas_kernels.matmul.api import matmul
+"""Products summed in float32: `from pallas_kernels.matmul import matmul`."""
+from pallas_kernels.matmul.api import dot, matmul
 
-__all__ = ['matmul']
+__all__ = ['dot', 'matmul']

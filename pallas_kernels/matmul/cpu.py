@@ -1,9 +1,9 @@
 """Products in the one form that XLA:CPU hands to the CPU's matrix unit (AMX, AVX-512 BF16).
 
 A dot reaches it when both operands are bfloat16, the result is float32, the contraction is over the
-last axis of the left operand, and the left operand is row-major in memory; any other form runs 2 to 5
-times slower, as float32. Autodiff leaves that form twice (a float32 cotangent; x^T g contracts the
-first axis), hence the gradients written out here.
+last axis of the left operand, and the left operand is row-major in memory; any other form runs 2
+to 5 times slower, as float32. Autodiff leaves that form twice (a float32 cotangent; x^T g
+contracts the first axis), hence the gradients written out here.
 """
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ def row_major(x: jax.Array) -> jax.Array:
 
 
 def transpose(x: jax.Array) -> jax.Array:
-  """Swaps the last two axes by moving elements; a plain `.mT` is folded into the dot as a layout."""
+  """Swaps the last two axes by moving elements; a plain `.mT` is folded into the dot as a
+  layout."""
   return row_major(jnp.swapaxes(x, -1, -2))
 
 
