@@ -211,8 +211,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(flags, 
   run = tmp_path / 'run'
   lm('train', *flags, '--gin.NUM_STEPS=4', f'--run_dir={run}')
   message = refused('train', *flags, '--gin.NUM_STEPS=40', '--gin.LEARNING_RATE=1e30',
-                    '--gin.optimizers.AdamW.clip_norm=None', f'--run_dir={run}')
-  assert 'loss of step' in message and 'nan' in message and 'checkpoint of step 4' in message
+                    f'--run_dir={run}')
+  assert 'loss of step' in message and ('nan' in message or 'inf' in message)
+  assert 'checkpoint of step 4 stands' in message
   assert checkpoint.list_steps(run / 'checkpoints') == [4]
 
 
@@ -223,7 +224,7 @@ def test_mistakes_are_refused_in_one_sentence(flags, whole, text, tmp_path):
   assert 'int' in refused('train', *flags, "--gin.BATCH_SIZE='8'", run)
   assert f'{tmp_path}/*.txt' in refused('train', *flags, f"--gin.FILES='{tmp_path}/*.txt'", run)
   assert 'max_length' in refused('train', *flags, '--gin.gpt.GPTConfig.max_length=8', run)
-  assert 'config.gin' in refused('generate', '--prompt=a', run)
+  assert 'config.gin' in refused('generate', '--prompt=a', f'--run_dir={tmp_path / "none"}')
   assert 'prompt' in refused('generate', f'--run_dir={whole}', f'--prompt={"the " * 40}')
   (text.parent / 'latin').mkdir(exist_ok=True)
   (text.parent / 'latin' / 'a.txt').write_bytes('caf\xe9 '.encode('latin-1') * 9)
