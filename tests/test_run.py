@@ -232,8 +232,8 @@ def test_mistakes_are_refused_in_one_sentence(flags, whole, text, tmp_path):
   assert 'a.txt' in message and 'UTF-8' in message
   (tmp_path / 'file').write_text('')
   assert 'cannot be written' in refused('train', *flags, f'--run_dir={tmp_path}/file/run')
-  message = refused('train', *flags, '--gin.mesh.MeshConfig.data=3',
-                    '--gin.run.Experiment.mesh=@mesh.MeshConfig()', run)
+  message = refused('train', *flags, '--gin_file=gin/mesh/fsdp.gin',
+                    '--gin.mesh.MeshConfig.data=3', run)
   assert '3' in message and 'device' in message
 
 
