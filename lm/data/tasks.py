@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 from importlib import metadata
 import json
 import os
@@ -95,6 +96,9 @@ class TextTask:
     Raises:
       UserError: the files, the vocabulary's size or the cache's directory are at fault.
     """
+    if beam_options is not None and importlib.util.find_spec('apache_beam') is None:
+      raise UserError(f'beam_options={beam_options!r} need Apache Beam, which is not installed: '
+                      "pip install 'lm[beam]', or leave them out.")
     places = locate(self)
     if places.cache is None or not (places.cache / 'info.json').exists():
       _build(self, workers or len(os.sched_getaffinity(0)), progress, beam_options)

@@ -112,6 +112,13 @@ def test_a_killed_build_resumes_and_keeps_finished_shards(tmp_path, monkeypatch)
   assert not list(tmp_path.glob('cache/**/*.part')) and not list(tmp_path.glob('cache/texts-*/'))
 
 
+def test_beam_options_without_beam_say_what_to_install(tmp_path, monkeypatch):
+  task = tasks.TextTask(write_corpus(tmp_path / 'texts', 4), _BYTES, 0.2, str(tmp_path / 'cache'))
+  monkeypatch.setattr(tasks.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match=r"pip install 'lm\[beam\]'"):
+    task.prepare(progress=False, beam_options=('--runner=DirectRunner',))
+
+
 def test_a_builder_ends_when_its_caller_is_killed(tmp_path):
   task = tasks.TextTask(write_corpus(tmp_path / 'texts', 4), _BYTES, 0.2, str(tmp_path / 'cache'))
   caller = run_python(PREPARE, _arguments(task), start_new_session=True)
