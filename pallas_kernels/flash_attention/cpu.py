@@ -57,9 +57,10 @@ def forward(causal, query, key, value, masking):
     block = None if mask is None else mask[:, start:end, :seen]
     scores = _scores(query_XGTH[:, :, start:end], key_XSH[:, :seen], block)
     largest = jnp.maximum(scores.max(-1, keepdims=True), NO_KEY)
-    exps = jnp.exp(scores - largest)
-    sums = jnp.maximum(exps.sum(-1, keepdims=True), 1e-30)  # 0 where no key is visible
-    out = dot(exps.astype(query.dtype), value_XSH[:, :seen]) / sums
+    exps = jnp.exp(scores - largest).astype(query.dtype)
+    sums = exps.sum(-1, keepdims=True, dtype=jnp.float32)
+    sums = jnp.maximum(sums, 1e-30)  # 0 where no key is visible
+    out = dot(exps, value_XSH[:, :seen]) / sums
     outs.append(out.astype(query.dtype).reshape(B * K, N // K, end - start, H))
     lses.append((largest + jnp.log(sums)).reshape(B, K, N // K, end - start))
   return _tokens(jnp.concatenate(outs, 2), B), jnp.concatenate(lses, 3)
@@ -76,7 +77,7 @@ def backward(causal, query, key, value, masking, out, lse, g):
   delta_XGT = delta_BTN.reshape(B, T, K, G).transpose(0, 2, 3, 1).reshape(X, G, T)
   lse_XGT = lse.reshape(X, G, T)
   mask = visible(causal, T, S, masking)
-  dquery, dkey, dvalue = [], 0.0, 0.0
+  dquery, dkey_XHS, dvalue_XHS = [], *jnp.zeros((2, X, H, S), jnp.float32)
   for start, end, seen in _blocks(causal, T, S, masking[0]):
     rows = (X, G * (end - start), -1)
     q, dout = query_XGTH[:, :, start:end].reshape(rows), g_XGTH[:, :, start:end].reshape(rows)
@@ -87,8 +88,9 @@ def backward(causal, query, key, value, masking, out, lse, g):
     dscores = probs * (dprobs - delta_XGT[:, :, start:end].reshape(rows)) * H**-0.5
     dscores = row_major(dscores.astype(dtype))
     dquery.append(dot(dscores, key_XSH[:, :seen]).astype(dtype).reshape(X, G, end - start, H))
-    unseen = ((0, 0), (0, S - seen), (0, 0))
-    dkey += jnp.pad(dot(transpose(dscores), q), unseen)
-    dvalue += jnp.pad(dot(transpose(probs.astype(dtype)), dout), unseen)
-  one_head = lambda x_XSH: _tokens(x_XSH.astype(dtype)[:, None], B)
-  return _tokens(jnp.concatenate(dquery, 2), B), one_head(dkey), one_head(dvalue)
+    # Transposed sums: q^T dscores moves [rows, H] elements into place, not [rows, S].
+    dkey_XHS = dkey_XHS.at[:, :, :seen].add(dot(transpose(q), dscores))
+    dvalue_XHS = dvalue_XHS.at[:, :, :seen].add(dot(transpose(dout), probs.astype(dtype)))
+  one_head = lambda x: jax.lax.optimization_barrier(x.astype(dtype)).reshape(B, K, H, S)
+  return (_tokens(jnp.concatenate(dquery, 2), B), one_head(dkey_XHS).transpose(0, 3, 1, 2),
+          one_head(dvalue_XHS).transpose(0, 3, 1, 2))

@@ -13,7 +13,9 @@ HAS_UNITS = platform.cpu_has_bfloat16_units()
 NEEDS_UNIT = pytest.mark.skipif(not HAS_UNITS, reason='no matrix unit')
 CASES = [(None, jnp.bfloat16), ('reference', jnp.float32), ('reference', jnp.bfloat16),
          pytest.param('cpu', jnp.bfloat16, marks=NEEDS_UNIT)]
-SHAPES = [((31,), 1), ((2, 3, 129), 65), ((40, 256), 48)]
+# The last three are cut into parts: rows, the contraction, the contraction of the gradient.
+SHAPES = [((31,), 1), ((2, 3, 129), 65), ((40, 256), 48), ((1100, 24), 70), ((3, 4200), 40),
+          ((4500, 8), 6)]
 
 
 def tolerance(dtype, length):
