@@ -5,9 +5,9 @@
   python scripts/benchmark_train.py --torch_python PATH    # an interpreter that has torch
 
 6 layers, d_model 512, 8 heads, d_ff 2048, vocabulary 32000, sequence 512, batch 8; forward,
-backward and AdamW. Every program is a process of its own, all with the same allocator (tcmalloc or
-jemalloc where one is installed); one step each in turn, forwards then backwards, so that a slow
-minute of the machine hits all alike. Trust the ratios, which pair the steps of a round; a few per
+backward and AdamW. Every program is a process of its own, all with the same settings of glibc's
+allocator (allocator.sh); one step each in turn, forwards then backwards, so that a slow minute of
+the machine hits all alike. Trust the ratios, which pair the steps of a round; a few per
 cent are noise.
 """
 import argparse
@@ -123,9 +123,7 @@ def main():
       again = Worker(name, python(name), env)
       warm[name] = again.first_step_seconds
       again.close()
-  allocator = pathlib.Path(env.get('LD_PRELOAD', 'glibc')).name
-  print(f'\nallocator: {allocator}; '
-        f'measured peaks: bfloat16 {peaks["bfloat16"] / 1e9:.0f}, float32 '
+  print(f'\nmeasured peaks: bfloat16 {peaks["bfloat16"] / 1e9:.0f}, float32 '
         f'{peaks["float32"] / 1e9:.0f} GFLOP/s; {FLOPS / 1e9:.0f} GFLOP a step')
   print(f'{"":24} tokens/s    best   MFU  paired with {names[0]:16} peak RSS  first step, warm')
   rows = []

@@ -26,8 +26,7 @@ def serve(step):
 
 def lm(dtype):
   """This project's model, optimiser and train step, as `lm train` puts them together."""
-  import jax
-  import jax.numpy as jnp
+  import numpy as np
   from lm.models.gpt import GPTConfig
   from lm.parallel.mesh import MeshConfig
   from lm.parallel.rules import Rules
@@ -42,11 +41,11 @@ def lm(dtype):
   optimizer = AdamW(Schedule('constant', 1e-4, 0), clip_norm=None).build(1000)
   state = init_state(module, optimizer, rules, 0)
   step_fn = jit_train_step(module, optimizer, rules, state)
-  x, y = jax.random.randint(jax.random.key(1), (2, BATCH, LENGTH), 0, VOCAB)
+  x, y = np.random.default_rng(0).integers(VOCAB, size=(2, BATCH, LENGTH), dtype=np.int32)
   batch = {'decoder_input_tokens': x, 'decoder_target_tokens': y,
-           'decoder_loss_weights': jnp.ones((BATCH, LENGTH)),
-           'decoder_positions': jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH)),
-           'decoder_segment_ids': jnp.ones((BATCH, LENGTH), jnp.int32)}
+           'decoder_loss_weights': np.ones((BATCH, LENGTH), np.float32),
+           'decoder_positions': np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1)),
+           'decoder_segment_ids': np.ones((BATCH, LENGTH), np.int32)}
 
   def step():
     nonlocal state

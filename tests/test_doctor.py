@@ -94,7 +94,7 @@ ILLNESSES = [
     ('accumulated == one big batch', losses, 'causal_lm', mean_instead_of_sum),
     ('scanned == unrolled', stack, 'unstack', twice_as_large),
     ('rematerialised == not', jax, 'checkpoint',
-     lambda f, **_: lambda x, inputs: f(x * 1.01, inputs)),
+     lambda f, **_: lambda x, *inputs: f(x * 1.01, *inputs)),
     ('kernel == reference (attention, bfloat16)', cpu, 'forward', without_mask),
     ('kernel == reference (cross_entropy, bfloat16)', blocks, 'loss_and_gradients', slightly_wrong),
     ('kernel == reference (matmul, bfloat16)', doctor, 'matmul', wrong_product),

@@ -177,7 +177,7 @@ class _State(NamedTuple):
 def _decode(module, config, max_length, params, inputs_BT, lengths_B, limits_B, keys_B, eos_id):
   """Chooses up to `limits_B` tokens a row; returns tokens, log-probabilities [B, P], counts [B]."""
   B, T = inputs_BT.shape
-  variables = {'params': params}
+  variables = {'params': module.config.unstack(params)}
   cache = module.config.init_cache(B, min(T + config.max_new_tokens, max_length))
 
   def choose(state, hidden_B1D):

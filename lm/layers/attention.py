@@ -9,11 +9,11 @@ from jaxtyping import Array, Float, Int
 from lm.layers.linear import Linear
 from lm.layers.positions import Rotation, rotary
 from lm.parallel.rules import Rules, constrain
-from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.flash_attention import decode_attention, flash_attention
 
 
 class KVCache(NamedTuple):
-  """Keys and values of the tokens so far, [B, S, K, H] each; with a leading L for a stack."""
+  """Keys and values so far, [B, K, S, H] each: heads first, as decoding reads them."""
   key: jax.Array
   value: jax.Array
 
@@ -57,16 +57,21 @@ class Attention(nn.Module):
     if cache is not None:
       cache = KVCache(_write(cache.key, key_BSKH, cache_length_B),
                       _write(cache.value, value_BSKH, cache_length_B))
-      key_BSKH, value_BSKH = cache
-    out_BTNH = flash_attention(query_BTNH, key_BSKH, value_BSKH, causal=True,
-                               query_offset=cache_length_B, query_segment_ids=segment_ids_BT,
-                               key_segment_ids=segment_ids_BT)
+    if cache is not None and x_BTD.shape[1] == 1:
+      out_BTNH = decode_attention(query_BTNH, *cache, cache_length_B + 1)
+    else:
+      if cache is not None:
+        key_BSKH, value_BSKH = (jnp.swapaxes(x, 1, 2) for x in cache)
+      out_BTNH = flash_attention(query_BTNH, key_BSKH, value_BSKH, causal=True,
+                                 query_offset=cache_length_B, query_segment_ids=segment_ids_BT,
+                                 key_segment_ids=segment_ids_BT)
     y_BTD = Linear((self.num_heads, self.d_head), (self.d_model,), ('heads', 'head_dim', 'embed'),
                    self.out_std, self.use_bias, name='out')(out_BTNH)
     return y_BTD, cache
 
 
-def _write(cache_BSKH, new_BTKH, start_B):
+def _write(cache_BKSH, new_BTKH, start_B):
   """Writes the new rows behind the `start_B` rows that stand."""
-  update = lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (start, 0, 0))
-  return jax.vmap(update)(cache_BSKH, new_BTKH.astype(cache_BSKH.dtype), start_B)
+  new_BKTH = jnp.swapaxes(new_BTKH, 1, 2).astype(cache_BKSH.dtype)
+  update = lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (0, start, 0))
+  return jax.vmap(update)(cache_BKSH, new_BKTH, start_B)

@@ -16,8 +16,12 @@ POLICIES = {'full': jax.checkpoint_policies.nothing_saveable,
 
 
 def unstack(tree: Any) -> list[Any]:
-  """[L, ...] leaves -> L trees; one split, whose gradient is one concatenation (indexing's is L
-  sums)."""
+  """[L, ...] leaves -> L trees; a list of L trees stays as it is.
+
+  One split, whose gradient is one concatenation (indexing's is L sums).
+  """
+  if isinstance(tree, list):
+    return tree
   leaves, treedef = jax.tree.flatten(tree)
   parts = [jnp.unstack(leaf) for leaf in leaves]
   return [treedef.unflatten(layer) for layer in zip(*parts)]
@@ -40,29 +44,38 @@ class Stack(nn.Module):
   def __call__(self, x: jax.Array, shared: Any, per_layer: Any) -> tuple[jax.Array, Any]:
     """`shared` goes to every block, a slice of the [L, ...] leaves of `per_layer` to each one.
 
+    An unrolled stack also takes its parameters, and any member of the tuple `per_layer`, as a list
+    of L trees: a loop that calls it again and again then slices and stacks nothing.
+
     Returns:
-      The last x, and the blocks' second results stacked on a leading axis.
+      The last x, and the blocks' second results: stacked on a leading axis if scanned, else a list.
     """
     block = self.block()
 
     def init(rng):
-      one = jax.tree.map(lambda leaf: leaf[0], per_layer)
+      one = tuple(unstack(tree)[0] if jax.tree.leaves(tree) else None for tree in per_layer)
       rngs = jax.random.split(rng, self.num_layers)
       stacked = jax.vmap(lambda r: block.init(r, x, shared, one)['params'])(rngs)
       return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
 
-    params = self.param('layers', init)
+    if self.is_initializing():
+      params = self.param('layers', init)
+    else:  # `param` would trace all of `init` again, to compare shapes
+      params = self.get_variable('params', 'layers')
 
-    def apply(x, inputs):
+    def apply(x, inputs, shared):
       layer_params, one = inputs
       return block.apply({'params': layer_params}, x, shared, one)
 
     if self.remat != 'none':
       apply = jax.checkpoint(apply, policy=POLICIES[self.remat], prevent_cse=not self.scan)
     if self.scan:
-      return jax.lax.scan(apply, x, (params, per_layer))
+      return jax.lax.scan(lambda x, inputs: apply(x, inputs, shared), x, (params, per_layer))
+    apply = jax.jit(apply)  # traced and lowered once for all layers, and inlined by XLA
     outputs = []
-    for inputs in unstack((params, per_layer)):
-      x, output = apply(x, inputs)
+    per_layer = [unstack(tree) if jax.tree.leaves(tree) else [None] * self.num_layers
+                 for tree in per_layer]
+    for layer_params, *one in zip(unstack(params), *per_layer):
+      x, output = apply(x, (layer_params, tuple(one)), shared)
       outputs.append(output)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+    return x, outputs

@@ -2,7 +2,7 @@
 config."""
 import dataclasses
 import functools
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ from lm.layers import positions as positions_lib
 from lm.layers.attention import Attention, KVCache
 from lm.layers.mlp import MLP
 from lm.layers.norms import Norm
-from lm.layers.stack import Remat, Stack
+from lm.layers.stack import Remat, Stack, unstack
 from lm.parallel.rules import Rules, constrain
 
 SCAN_FROM_LAYERS = 16  # shallower stacks compile fast enough unrolled, and run faster
@@ -90,9 +90,18 @@ class GPTConfig:
 
   def init_cache(self, batch_size: int, max_length: int) -> 'Cache':
     """An empty cache for `max_length` tokens of each of `batch_size` sequences."""
-    shape = self.num_layers, batch_size, max_length, self.kv_heads, self.head_dim
-    layers = KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+    shape = batch_size, self.kv_heads, max_length, self.head_dim
+    if self.scanned:
+      layers = KVCache(*jnp.zeros((2, self.num_layers, *shape), self.dtype))
+    else:
+      layers = [KVCache(*jnp.zeros((2, *shape), self.dtype)) for _ in range(self.num_layers)]
     return Cache(jnp.zeros((batch_size,), jnp.int32), layers)
+
+  def unstack(self, params: Any) -> Any:
+    """The parameters with unrolled layers as a list: sliced once, not at every turn of a loop."""
+    if self.scanned:
+      return params
+    return {**params, 'blocks': {'layers': unstack(params['blocks']['layers'])}}
 
   def flops_per_token(self, length: int) -> int:
     """FLOPs of a training step for each token of a sequence of `length` tokens.
@@ -109,10 +118,12 @@ class GPTConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys and values of all layers, [L, B, S, K, H], and how many tokens of each row stand in
-  them."""
+  """Keys and values of all layers, and how many tokens of each row stand in them.
+
+  layers: [L, B, K, S, H] where layers are scanned, else a list of L times [B, K, S, H].
+  """
   length_B: jax.Array
-  layers: KVCache
+  layers: KVCache | list[KVCache]
 
 
 class Block(nn.Module):
@@ -174,6 +185,7 @@ class GPT(nn.Module):
       positions: of each token in its document; None counts from the cache's length.
       segment_ids: a token sees only its own segment (packing); None for one document a row.
       cache: from `GPTConfig.init_cache` or an earlier call; None to attend within these tokens.
+        It must have room for T more: what is written past its end replaces its last tokens.
       dropout_rng: a key turns dropout on.
     """
     cfg = self.config
@@ -181,6 +193,9 @@ class GPT(nn.Module):
     if cfg.positions == 'learned' and T > cfg.max_length:
       raise ValueError(f'{T} tokens are longer than the context max_length={cfg.max_length}; '
                        'learned positions end there')
+    if cache is not None and segment_ids is not None:
+      raise ValueError('segment_ids pack documents for training; with a cache each row is one '
+                       'document, so leave them out')
     length_B = None if cache is None else cache.length_B
     if positions is None:
       positions = jnp.arange(T) + (0 if cache is None else length_B[:, None])

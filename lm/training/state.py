@@ -1,5 +1,6 @@
 """The state of training: one pytree, made in its shardings."""
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +23,7 @@ class TrainState:
   rng: jax.Array
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))  # so that shapes and values share one trace
 def _init(module: nn.Module, optimizer: optax.GradientTransformation, seed: int):
   params_rng, rng = jax.random.split(jax.random.key(seed))
   boxed = module.init(params_rng, jnp.zeros((1, 1), jnp.int32))['params']

@@ -47,13 +47,40 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
     raise ValueError(f'{N} query heads do not divide into {K} key-value heads')
   if (query_segment_ids is None) != (key_segment_ids is None):
     raise ValueError('segment ids are needed for both query and key, or for neither')
+  for name, ids, shape in (('query_offset', query_offset, (B,)),
+                           ('query_segment_ids', query_segment_ids, (B, T)),
+                           ('key_segment_ids', key_segment_ids, (B, S))):
+    if ids is not None and ids.shape != shape:
+      raise ValueError(f'{name} has shape {ids.shape}, it must be {shape} for query {query.shape} '
+                       f'and key {key.shape}')
   if implementation not in (None, 'reference', 'cpu'):
     raise ValueError(f"implementation={implementation!r} must be None, 'reference' or 'cpu'")
   masking = (query_offset, query_segment_ids, key_segment_ids)
-  if implementation is None and T == 1:
-    # One query is a matrix-vector product: moving the cache into the matrix unit's form costs more.
-    implementation = 'reference'
   return _attend(causal, implementation, query, key, value, masking)
+
+
+def decode_attention(query: jax.Array, key: jax.Array, value: jax.Array,
+                     lengths: jax.Array) -> jax.Array:
+  """`flash_attention` of one query a row over a cache; not to be differentiated.
+
+  Args:
+    query: [B, 1, N, H].
+    key: [B, K, S, H], heads first, so that no token moves the cache.
+    value: [B, K, S, H].
+    lengths: int32 [B], at least 1: the keys of each row that stand; the others are not seen.
+
+  Returns:
+    [B, 1, N, H] in the dtype of `query`.
+  """
+  B, _, N, H = query.shape
+  K, S = key.shape[1:3]
+  query_BKGH = query.reshape(B, K, N // K, H)
+  scores_BKGS = jnp.einsum('bkgh,bksh->bkgs', query_BKGH, key, preferred_element_type=jnp.float32)
+  seen_BS = jnp.arange(S) < lengths[:, None]
+  scores_BKGS = jnp.where(seen_BS[:, None, None], scores_BKGS * H**-0.5, reference.MASKED)
+  probs_BKGS = jax.nn.softmax(scores_BKGS).astype(query.dtype)
+  out_BKGH = jnp.einsum('bkgs,bksh->bkgh', probs_BKGS, value, preferred_element_type=jnp.float32)
+  return out_BKGH.astype(query.dtype).reshape(B, 1, N, H)
 
 
 def _choose(implementation, name, causal, *args):

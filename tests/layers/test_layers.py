@@ -104,14 +104,14 @@ def test_logits_are_float32_sums_of_bfloat16_products():
 def test_attention_writes_its_keys_behind_those_of_the_cache():
   x = draw(2, 3, 8)
   layer = Attention(8, 4, 2, 2, False, 0.1, 0.1, Rules())
-  params, old = random_params(layer, x), draw(2, 9, 2, 2)
+  params, old = random_params(layer, x), draw(2, 2, 9, 2)
   lengths = jnp.array([0, 4])
   _, cache = layer.apply({'params': params}, x, None, None, KVCache(old, -old), lengths)
-  new = np.einsum('btd,dkh->btkh', x, params['key']['kernel'])
+  new = np.einsum('btd,dkh->bkth', x, params['key']['kernel'])
   for row, start in enumerate((0, 4)):
-    np.testing.assert_allclose(cache.key[row, start:start + 3], new[row], atol=1e-5)
-    np.testing.assert_array_equal(cache.key[row, :start], old[row, :start])
-    np.testing.assert_array_equal(cache.value[row, start + 3:], -old[row, start + 3:])
+    np.testing.assert_allclose(cache.key[row, :, start:start + 3], new[row], atol=1e-5)
+    np.testing.assert_array_equal(cache.key[row, :, :start], old[row, :, :start])
+    np.testing.assert_array_equal(cache.value[row, :, start + 3:], -old[row, :, start + 3:])
 
 
 class Affine(nn.Module):
@@ -121,7 +121,7 @@ class Affine(nn.Module):
   def __call__(self, x, shared, own):
     ones = nn.with_partitioning(nn.initializers.ones, ('embed',))
     scale = self.param('scale', ones, x.shape[-1:])
-    return x * scale + shared + own, x
+    return x * scale + shared + own[0], x
 
 
 @pytest.mark.parametrize('scan', [True, False])
@@ -129,16 +129,20 @@ class Affine(nn.Module):
 def test_a_stack_applies_its_blocks_in_order(scan, remat):
   x, own = draw(2, 4), draw(3)
   stack = Stack(lambda: Affine(parent=None), 3, scan, remat)
-  boxed = jax.eval_shape(stack.init, jax.random.key(0), x, 0.5, own)['params']
+  boxed = jax.eval_shape(stack.init, jax.random.key(0), x, 0.5, (own,))['params']
   assert boxed['layers']['scale'].names == ('layers', 'embed')
   params = {'layers': {'scale': draw(3, 4)}}
   want, before = x, []
   for layer in range(3):
     before.append(want)
     want = want * params['layers']['scale'][layer] + 0.5 + own[layer]
-  got, outputs = stack.apply({'params': params}, x, 0.5, own)
+  got, outputs = stack.apply({'params': params}, x, 0.5, (own,))
   np.testing.assert_allclose(got, want, atol=1e-6)
-  np.testing.assert_allclose(outputs, jnp.stack(before), atol=1e-6)
+  np.testing.assert_allclose(jnp.stack(list(outputs)), jnp.stack(before), atol=1e-6)
+  if not scan:
+    sliced = {'layers': [{'scale': scale} for scale in params['layers']['scale']]}
+    again, _ = stack.apply({'params': sliced}, x, 0.5, (list(own),))
+    np.testing.assert_array_equal(again, got)
 
 
 class Shift(nn.Module):
@@ -151,7 +155,7 @@ class Shift(nn.Module):
 
 def test_each_layer_of_a_stack_has_its_own_draw():
   stack = Stack(lambda: Shift(parent=None), 3, True, 'none')
-  boxed = jax.jit(stack.init)(jax.random.key(0), jnp.zeros((1, 4)), None, None)
+  boxed = jax.jit(stack.init)(jax.random.key(0), jnp.zeros((1, 4)), None, ())
   rows = nn.meta.unbox(boxed)['params']['layers']['shift']
   assert rows.shape == (3, 4) and len(np.unique(rows)) == 12
 

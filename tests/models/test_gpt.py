@@ -131,6 +131,14 @@ def test_cached_decoding_is_the_full_forward_pass(tiny_config):
   assert list(cache.length_B) == [T, T]
 
 
+def test_a_cache_takes_no_packed_documents(tiny_configs):
+  config = tiny_configs['gpt2']()
+  ids = jnp.asarray(tokens(config))
+  with pytest.raises(ValueError, match='each row is one document'):
+    config.build().apply({'params': init(config)}, ids, segment_ids=jnp.ones_like(ids),
+                         cache=config.init_cache(2, T))
+
+
 def test_prompts_of_ragged_lengths_continue_as_if_alone(tiny_config):
   config = tiny_config()
   params, ids = init(config), tokens(config)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.flash_attention import decode_attention, flash_attention
 
 IMPLEMENTATIONS = ['reference', 'cpu']
 
@@ -189,3 +189,26 @@ def test_wrong_arguments_are_named():
     flash_attention(query[:, :, :2], key, value, query_segment_ids=ids)
   with pytest.raises(ValueError, match="implementation='gpu'"):
     flash_attention(query[:, :, :2], key, value, implementation='gpu')
+
+
+@pytest.mark.parametrize('dtype, atol', [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize('N, K', [(4, 4), (4, 2), (6, 1)])
+def test_decoding_over_a_cache_is_attention_of_its_last_query(N, K, dtype, atol):
+  query, key, value, _ = operands(3, 1, 40, N, K, 8, dtype)
+  offset = jnp.array([0, 7, 39])
+  heads_first = lambda x: jnp.swapaxes(x, 1, 2)
+  out = decode_attention(query, heads_first(key), heads_first(value), offset + 1)
+  assert out.dtype == dtype
+  np.testing.assert_allclose(exact(out), naive(query, key, value, query_offset=offset), atol=atol)
+
+
+@pytest.mark.parametrize('changes, named', [
+    ({'query_offset': jnp.array([1])}, 'query_offset'),
+    ({'query_segment_ids': jnp.ones((2, 4), int), 'key_segment_ids': jnp.ones((2, 5), int)},
+     'query_segment_ids'),
+    ({'query_segment_ids': jnp.ones((2, 5), int), 'key_segment_ids': jnp.ones((2, 4), int)},
+     'key_segment_ids')])
+def test_masks_of_another_shape_are_named(changes, named):
+  query, key, value, _ = operands(2, 5, 5, 2, 2, 4)
+  with pytest.raises(ValueError, match=named):
+    flash_attention(query, key, value, **changes)
