@@ -125,6 +125,7 @@ def test_train_leaves_all_that_it_promises(whole):
   assert 'held-out' in (whole / 'report.html').read_text().lower()
 
 
+@pytest.mark.supports('faults survived', 'kill -9 bit for bit')
 def test_a_killed_run_repeats_itself_bit_for_bit(flags, whole, tmp_path):
   run = tmp_path / 'run'
   for step in sorted(random.Random().sample(range(2, 13), 2)):
@@ -136,6 +137,7 @@ def test_a_killed_run_repeats_itself_bit_for_bit(flags, whole, tmp_path):
   same_run(run, whole)
 
 
+@pytest.mark.supports('faults survived', 'SIGTERM within a step')
 def test_sigterm_saves_within_one_step_and_the_same_command_continues(flags, whole, tmp_path):
   for attempt in range(3):  # these steps are so short that a run may end before the signal arrives
     run = tmp_path / f'run{attempt}'
@@ -155,6 +157,7 @@ def test_sigterm_saves_within_one_step_and_the_same_command_continues(flags, who
   same_run(run, whole)
 
 
+@pytest.mark.supports('faults survived', 'another number of devices')
 def test_another_number_of_devices_goes_on_with_the_same_batches(flags, whole, tmp_path):
   run = tmp_path / 'run'
   child = start('train', *flags, f'--run_dir={run}')
@@ -169,6 +172,7 @@ def test_another_number_of_devices_goes_on_with_the_same_batches(flags, whole, t
   np.testing.assert_allclose(list(ours.values()), list(theirs.values()), atol=2e-3)
 
 
+@pytest.mark.supports('faults survived', 'damaged checkpoints')
 @pytest.mark.parametrize('damage', ['truncated', 'flipped'])
 def test_a_damaged_checkpoint_is_named_and_the_last_good_one_used(damage, flags, whole, tmp_path):
   run = tmp_path / 'run'
@@ -212,6 +216,7 @@ def test_evaluate_and_generate_need_the_run_directory_alone(whole, tmp_path):
   assert metrics['bits_per_byte'] == pytest.approx(before['bits_per_byte'], rel=1e-6)
 
 
+@pytest.mark.supports('faults survived', 'NaN loss')
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(flags, tmp_path):
   run = tmp_path / 'run'
   lm('train', *flags, '--gin.NUM_STEPS=4', f'--run_dir={run}')

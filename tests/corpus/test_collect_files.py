@@ -28,6 +28,7 @@ def _texts(patterns):
 @pytest.mark.parametrize(
     'compress', [None, gzip.compress, zstandard.compress], ids=['plain', 'gz', 'zst']
 )
+@pytest.mark.supports('documents', 'txt, md, py and jsonl, plain, gz or zst')
 def test_compressed_files_give_the_same_documents(tmp_path, compress):
   suffix = {None: '', gzip.compress: '.gz', zstandard.compress: '.zst'}[compress]
   pack = compress or (lambda data: data)

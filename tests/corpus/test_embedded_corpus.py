@@ -18,6 +18,7 @@ def corpus():
   return list(stdlib.documents())
 
 
+@pytest.mark.supports('documents', "Python's standard library")
 def test_it_has_every_kind_of_document_once(corpus):
   kinds = collections.Counter(name.split('/')[0] for name, _ in corpus)
   assert kinds['lib'] > 300 and kinds['docs'] > 20

@@ -61,6 +61,7 @@ def test_training_needs_no_tensorflow_once_the_cache_stands(task, prepared):
   assert output.strip() == '[]', error
 
 
+@pytest.mark.supports('data', 'worker processes')
 def test_worker_processes_give_the_same_batches(task, prepared):
   code = PREPARE.replace('print(', 'prepared = (').replace('.directory)', ')') + (
       '  from lm.data import loader\n'
@@ -75,6 +76,7 @@ def test_worker_processes_give_the_same_batches(task, prepared):
   assert not error.strip(), error
 
 
+@pytest.mark.supports('data', 'resumable ArrayRecord cache', 'Apache Beam')
 def test_a_killed_build_resumes_and_keeps_finished_shards(tmp_path, monkeypatch):
   """Kills the builder and its workers at the first finished shard; Beam then does the rest."""
   task = tasks.TextTask(write_corpus(tmp_path / 'texts', 40), _BYTES, 0.2, str(tmp_path / 'cache'))
@@ -171,6 +173,7 @@ def test_a_changed_line_of_code_makes_a_new_cache(tmp_path, task, prepared, name
   assert located() != str(prepared.directory)
 
 
+@pytest.mark.supports('data', 'SeqIO tasks')
 def test_the_task_is_a_seqio_task(task, prepared):
   code = PREPARE.replace('print(', 'task = (').replace('.prepare(workers=1).directory', '') + (
       '  import seqio\n'
@@ -237,6 +240,7 @@ def test_a_missing_cache_is_named(tmp_path):
     cache.TokenCache(tmp_path, 'train')
 
 
+@pytest.mark.supports('faults survived', 'full disk')
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path):
   """A limit on a file's size fails a write as a full disk does."""
   code = (

@@ -48,6 +48,7 @@ def test_every_token_of_an_epoch_appears_exactly_once(lengths, sequence_length, 
   assert sum((row.segment_ids == 0).sum() for row in rows) < sequence_length
 
 
+@pytest.mark.supports('data', 'packing with segments')
 @settings(deadline=None)
 @given(lengths_strategy, st.integers(1, 50))
 def test_each_piece_is_a_run_of_one_document(lengths, sequence_length):
@@ -119,6 +120,7 @@ def test_seeds_and_epochs_give_other_orders_of_the_same_tokens():
   assert len(set(orders)) == 6 and len({tuple(sorted(order)) for order in orders}) == 1
 
 
+@pytest.mark.supports('data', 'batches by (seed, step) alone')
 @pytest.mark.parametrize('num_threads', [0, 1, 4])
 @pytest.mark.parametrize('start', [0, 3, 1_000_000])
 def test_batches_do_not_depend_on_threads_or_start(num_threads, start):

@@ -39,6 +39,7 @@ def trained():
   return {kind: _train(kind) for kind in ('bpe', 'unigram', 'byte')}
 
 
+@pytest.mark.supports('vocabularies', 'BPE', 'unigram', 'bytes')
 @pytest.mark.parametrize('kind', ['bpe', 'unigram', 'byte'])
 @settings(max_examples=150, deadline=None)
 @given(text=st.one_of(st.text(), st.text(alphabet=_ALPHABET), st.sampled_from(_HARD)))

@@ -23,6 +23,7 @@ def test_windows_score_every_token_once_after_its_predecessor(length, size):
   assert scored == tokens.tolist()
 
 
+@pytest.mark.supports('evaluation', 'bits per byte by file beside gzip and xz')
 def test_bits_are_those_of_the_full_softmax(tiny_configs):
   config = tiny_configs['llama']()
   module = config.build()

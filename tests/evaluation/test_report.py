@@ -106,6 +106,7 @@ def test_summary_and_charts_show_the_numbers_of_the_run(run_dir):
       page.of('span'))
 
 
+@pytest.mark.supports('evaluation', 'self-contained report')
 def test_nothing_is_loaded_and_nothing_runs(run_dir):
   text = report.write_report(run_dir).read_text(encoding='utf-8')
   page = Page(text)

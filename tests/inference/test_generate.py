@@ -67,6 +67,7 @@ def test_greedy_completions_and_log_probs_are_those_of_the_full_forward_pass(mod
     np.testing.assert_allclose(done.log_probs, new[np.arange(8), done.tokens], atol=2e-5)
 
 
+@pytest.mark.supports('decoding', 'KV cache of ragged batches')
 @pytest.mark.parametrize('model', [GPT2, LLAMA, SCANNED], ids=['gpt2', 'llama', 'scanned llama'])
 def test_ragged_cached_decoding_equals_the_full_forward_pass(model):
   module, variables = model.build(), {'params': params_of(model)}

@@ -42,6 +42,7 @@ LOGITS = np.random.default_rng(0).normal(size=24) * 2
 TIED = with_impossible(0.0, 1, 2, 1, 2, 2, 0, -1)
 
 
+@pytest.mark.supports('decoding', 'temperature', 'top-k', 'top-p')
 @pytest.mark.parametrize('logits', [LOGITS, TIED, np.zeros(24), with_impossible(3.0)])
 @pytest.mark.parametrize('config', [
     SamplingConfig(temperature=1.0), SamplingConfig(temperature=0.5),
@@ -58,6 +59,7 @@ def test_draws_follow_the_filtered_distribution(logits, config):
     assert scipy.stats.chisquare(counts[kept], expected[kept] * DRAWS).pvalue > 1e-3
 
 
+@pytest.mark.supports('decoding', 'greedy')
 def test_greedy_takes_the_most_probable_token_and_the_lower_id_of_equals():
   logits = jnp.array([[0.0, 5, 1], [2, 2, 2], [-jnp.inf, -1, -1]])
   tokens = sample(logits, jax.random.key(0), SamplingConfig(temperature=0))

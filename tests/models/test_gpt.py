@@ -106,6 +106,7 @@ def value_and_grad(config, params, ids):
   return jax.value_and_grad(score)(params)
 
 
+@pytest.mark.supports('models', 'scan over layers', 'rematerialisation')
 @pytest.mark.parametrize('changes', [{'scan_layers': True}, {'remat': 'full'},
                                      {'scan_layers': True, 'remat': 'dots'}],
                          ids=['scanned', 'rematerialised', 'both'])
@@ -228,6 +229,7 @@ LLAMA = dict(norm='rmsnorm', positions='rotary', activation='swiglu', use_bias=F
     ('Llama-3-8B', GPTConfig(128256, 8192, 4096, 32, 32, 8, None, 14336, **LLAMA), 8_030_261_248),
     ('TinyLlama-1.1B', GPTConfig(32000, 2048, 2048, 22, 32, 4, None, 5632, **LLAMA), 1_100_048_384),
 ], ids=lambda value: value if isinstance(value, str) else '')
+@pytest.mark.supports('models', 'the published parameter counts')
 def test_parameter_counts_are_the_published_ones(name, config, count):
   assert sum(x.size for x in jax.tree.leaves(shapes(config))) == count, name
 
@@ -304,6 +306,7 @@ def from_hugging_face_llama(weights):
 IMPORTERS = {'gpt2': from_hugging_face_gpt2, 'llama': from_hugging_face_llama}
 
 
+@pytest.mark.supports('models', 'GPT-2 and Llama with the logits of Hugging Face')
 @pytest.mark.parametrize('family', IMPORTERS)
 def test_logits_are_those_that_hugging_face_stored(family):
   reference = dict(np.load(DATA / f'reference_{family}.npz'))

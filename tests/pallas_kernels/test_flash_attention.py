@@ -67,6 +67,7 @@ CASES = {
 }
 
 
+@pytest.mark.supports('models', 'grouped and multi-query attention')
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 @pytest.mark.parametrize('case', CASES)
 def test_attention_is_float64s_softmax_attention(case, implementation):
@@ -110,6 +111,7 @@ def naive_float64(*arrays, **kwargs):
     return naive(*arrays, **kwargs)
 
 
+@pytest.mark.supports('precision and parallelism', 'bfloat16 attention')
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_bfloat16_differs_by_its_rounding_only(implementation):
   shape, kwargs = CASES['packed']

@@ -34,6 +34,7 @@ def operands(x_shape, columns, dtype, master=jnp.float32):
   return normal(*x_shape).astype(dtype), normal(x_shape[-1], columns).astype(dtype).astype(master)
 
 
+@pytest.mark.supports('precision and parallelism', 'bfloat16 products with float32 sums')
 @pytest.mark.parametrize('x_shape, columns', SHAPES)
 @pytest.mark.parametrize('implementation, dtype', CASES)
 def test_product_and_gradients_are_float64s(implementation, dtype, x_shape, columns):

@@ -30,6 +30,7 @@ def test_the_child_has_8_devices(steps):
   assert steps['devices'] == 8
 
 
+@pytest.mark.supports('precision and parallelism', 'data and fsdp meshes')
 @pytest.mark.parametrize('name', SHARDED)
 def test_loss_and_every_gradient_are_those_of_one_device(steps, name):
   assert steps[name]['loss'] == pytest.approx(steps[name]['one_loss'], rel=1e-5)

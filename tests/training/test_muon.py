@@ -12,6 +12,7 @@ from lm.training.optimizers import AdamW, Muon, Schedule
 from lm.training.state import abstract_state
 
 
+@pytest.mark.supports('optimisers', 'Muon')
 @pytest.mark.parametrize('shape', [(2, 24, 40), (2, 40, 24), (1, 16, 16)])
 def test_the_direction_is_nearly_orthogonal(shape):
   x = jax.random.normal(jax.random.key(0), shape)

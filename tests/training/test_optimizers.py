@@ -20,6 +20,7 @@ def test_only_matrices_and_embeddings_are_decayed():
   assert decayed(PARAMS) == DECAYED
 
 
+@pytest.mark.supports('optimisers', 'AdamW')
 @pytest.mark.parametrize('clip_norm', [1.0, 1e6, None])
 def test_adamw_is_the_papers_by_hand(clip_norm):
   config = AdamW(Schedule(kind='constant', learning_rate=0.1, warmup_steps=0), b1=0.8, b2=0.9,
@@ -57,6 +58,7 @@ def test_warm_up_rises_from_above_zero_to_the_peak(kind):
   assert max(rates) == pytest.approx(1)
 
 
+@pytest.mark.supports('optimisers', 'cosine, linear, rsqrt and WSD schedules')
 @pytest.mark.parametrize('kind, step, value', [
     ('cosine', 55, 0.55), ('cosine', 100, 0.1),
     ('cosine', 32, 0.1 + 0.9 * (1 + np.cos(np.pi * 22 / 90)) / 2),

@@ -54,6 +54,7 @@ def steps(module):
   return {n: step_lib.jit_train_step(module, OPTIMIZER, RULES, shapes, n) for n in (1, 4)}
 
 
+@pytest.mark.supports('precision and parallelism', 'gradient accumulation')
 def test_accumulated_is_the_whole_batch_though_microbatches_weigh_differently(steps, make_state):
   batch = make_batch(np.array([[1], [0], [1], [0.1], [1], [0], [0], [0]]))
   (whole, metrics), (parts, other) = (steps[n](make_state(), batch) for n in (1, 4))
