@@ -120,6 +120,9 @@ def test_train_leaves_all_that_it_promises(whole):
   assert result['final_loss'] < result['losses'][0]
   assert 0 <= result['data_wait_share'] < 1 and result['tokens_per_second'] > 0
   assert result['mfu'] > 0 and result['first_step_seconds'] > 0 and result['peak_rss_bytes'] > 1e8
+  rows = [json.loads(line) for line in (whole / 'metrics.jsonl').read_text().splitlines()]
+  rates = [row['learning_rate'] for row in rows if row['split'] == 'train']
+  assert len(rates) == 14 and 0 < rates[0] < rates[-1]  # all of it is warm-up
   evaluation = json.loads((whole / 'evaluation.json').read_text())
   assert evaluation['step'] == 14 and 0 < evaluation['bits_per_byte'] < 16
   assert 'held-out' in (whole / 'report.html').read_text().lower()

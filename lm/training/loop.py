@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -58,12 +59,14 @@ class TrainConfig:
 class Trainer:
   """What a loop needs: the model, the data, and where to write.
 
+  schedule: the optimiser's learning rate by step, for the metrics.
   data_digest: of the training tokens; a run goes on only with the same.
   peak_flops: FLOP/s of all devices; flops_per_token: of a step; their ratio gives MFU.
   """
   config: TrainConfig
   module: nn.Module
   optimizer: optax.GradientTransformation
+  schedule: optax.Schedule
   rules: Rules
   train_data: Loader
   validation_data: Loader
@@ -130,6 +133,7 @@ class Trainer:
     step_fn = jit_train_step(self.module, self.optimizer, self.rules, state,
                              config.num_microbatches)
     eval_fn = jax.jit(lambda params, batch: batch_loss(self.module, params, batch))
+    rates = np.asarray(jax.vmap(self.schedule)(jnp.arange(config.num_steps)))
     timer, losses = meters.StepTimer(), []
     bar = monitor.ProgressBar(config.num_steps, start)
     if self._due(start) and not self._evaluated(start):  # a signal asked to stop before it was
@@ -142,7 +146,7 @@ class Trainer:
         row = {name: float(value) for name, value in metrics.items()}
         timer.step_done(tokens_per_step)
         self._check_finite(step, row['loss'], checkpointer)
-        row |= timer.window()
+        row |= timer.window() | {'learning_rate': float(rates[step - 1])}
         if 'tokens_per_second' in row:
           row['mfu'] = row['tokens_per_second'] * self.flops_per_token / self.peak_flops
         writer.write(step, 'train', row)

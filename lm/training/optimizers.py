@@ -30,6 +30,11 @@ class Schedule:
       raise ValueError(f'learning_rate={self.learning_rate} must be greater than 0')
     if self.warmup_steps < 0:
       raise ValueError(f'warmup_steps={self.warmup_steps} must not be negative')
+    if not 0 <= self.end_factor <= 1:
+      raise ValueError(f'end_factor={self.end_factor} must be in [0, 1]: a share of learning_rate')
+    if not 0 < self.decay_fraction <= 1:
+      raise ValueError(f'decay_fraction={self.decay_fraction} must be in (0, 1]: a share of the '
+                       'steps')
 
   def build(self, num_steps: int) -> optax.Schedule:
     """The schedule of a run of `num_steps` steps; its step 0 is the first update."""
@@ -52,13 +57,22 @@ class Schedule:
     return optax.join_schedules([rise, decay], [warmup])
 
 
+def _check(config: 'AdamW | Muon'):
+  for name in ('b1', 'b2', 'momentum'):
+    if not 0 <= getattr(config, name, 0) < 1:
+      raise ValueError(f'{name}={getattr(config, name)} must be in [0, 1)')
+  if config.weight_decay < 0:
+    raise ValueError(f'weight_decay={config.weight_decay} must not be negative')
+  if config.clip_norm is not None and config.clip_norm <= 0:
+    raise ValueError(f'clip_norm={config.clip_norm} must be greater than 0; None does not clip')
+
+
 @dataclasses.dataclass(frozen=True)
 class AdamW:
   """AdamW (arXiv:1711.05101) after clipping the gradient to a global norm.
 
   weight_decay: applies to matrices only (parameters of two or more axes, the layer axis aside),
-    scaled
-    by the learning rate as in optax and PyTorch.
+    scaled by the learning rate as in optax and PyTorch.
   clip_norm: the largest global norm of a gradient; None does not clip.
   """
   schedule: Schedule = Schedule()
@@ -67,6 +81,8 @@ class AdamW:
   epsilon: float = 1e-8
   weight_decay: float = 0.1
   clip_norm: Optional[float] = 1.0
+
+  __post_init__ = _check
 
   def build(self, num_steps: int) -> optax.GradientTransformation:
     """The optax chain of a run of `num_steps` steps."""
@@ -88,6 +104,8 @@ class Muon:
   b2: float = 0.95
   weight_decay: float = 0.1
   clip_norm: Optional[float] = 1.0
+
+  __post_init__ = _check
 
   def build(self, num_steps: int) -> optax.GradientTransformation:
     """The optax chain of a run of `num_steps` steps."""

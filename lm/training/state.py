@@ -1,6 +1,7 @@
 """The state of training: one pytree, made in its shardings."""
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from lm.errors import UserError
 from lm.parallel.rules import Rules
 
 
@@ -40,12 +42,25 @@ def abstract_state(module: nn.Module, optimizer: optax.GradientTransformation,
   boxed, state = jax.eval_shape(lambda: _init(module, optimizer, 0))
   specs = jax.tree.map(lambda x: x.names if isinstance(x, nn.Partitioned) else (), boxed,
                        is_leaf=lambda x: isinstance(x, nn.Partitioned))
-  shardings = jax.tree.map(lambda _, names: rules.sharding(*names), state.params, specs)
+  shardings = jax.tree_util.tree_map_with_path(
+      lambda path, x, names: _fitting(rules.sharding(*names), path, x.shape), state.params, specs)
   replicated = NamedSharding(rules.mesh, PartitionSpec())
   opt_shardings = _like_params(state.opt_state, state.params, shardings, replicated)
   all_shardings = TrainState(replicated, shardings, opt_shardings, replicated)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state,
                       all_shardings)
+
+
+def _fitting(sharding: NamedSharding, path: tuple, shape: tuple[int, ...]) -> NamedSharding:
+  """The sharding, if the shape divides over its devices."""
+  for size, axes in zip(shape, sharding.spec):
+    axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    devices = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    if size % devices:
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      raise UserError(f'{name} has shape {shape}, and {size} does not divide over the {devices} '
+                      f'devices of mesh axis {", ".join(axes)}; change the size or the mesh')
+  return sharding
 
 
 def abstract_params(module: nn.Module, device: jax.Device) -> Any:

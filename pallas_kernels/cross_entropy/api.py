@@ -21,7 +21,8 @@ def cross_entropy(hidden: jax.Array, embedding: jax.Array, targets: jax.Array,
     hidden: [B, T, D], bfloat16 or float32: the last layer's output.
     embedding: [V, D], the head, cast to the dtype of `hidden`.
     targets: int32 [B, T], each in [0, V).
-    loss_weights: float32 [B, T]; tokens of weight 0 do not count.
+    loss_weights: float32 [B, T]; tokens of weight 0 do not count. They are data: their gradient is
+      not computed, it is zero.
     implementation: None, 'reference' (all logits at once) or 'blocks'.
 
   Returns:

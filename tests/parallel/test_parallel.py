@@ -134,5 +134,12 @@ def test_abstract_state_computes_nothing_whatever_the_size(tiny_configs):
   assert whole > 8e11 and held == pytest.approx(whole / 64, rel=0.01)
 
 
+def test_a_parameter_that_does_not_divide_over_the_mesh_is_named(tiny_configs):
+  rules = Rules().on(mesh(data=1, fsdp=3))
+  message = r'has shape .*, and 16 does not divide over the 3 devices of mesh axis fsdp'
+  with pytest.raises(UserError, match=message):
+    state_lib.abstract_state(tiny_configs['gpt2']().build(rules), AdamW().build(10), rules)
+
+
 def test_rules_are_a_value():
   assert Rules() == Rules() and hash(Rules()) == hash(dataclasses.replace(Rules()))

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from lm.training.optimizers import AdamW, Schedule, decayed
+from lm.training.optimizers import AdamW, decayed, Muon, Schedule
 
 PARAMS = {'blocks': {'wi': {'kernel': np.array([[[1.0, -2.0], [0.5, 3.0]]]),
                             'bias': np.array([[1.0, 2.0]])},
@@ -85,7 +85,20 @@ def test_the_shortest_runs_have_finite_rates(kind, warmup_steps, num_steps):
 
 @pytest.mark.parametrize('fields, message', [
     ({'learning_rate': 0}, 'learning_rate=0 must be greater than 0'),
-    ({'warmup_steps': -1}, 'warmup_steps=-1 must not be negative')])
+    ({'warmup_steps': -1}, 'warmup_steps=-1 must not be negative'),
+    ({'end_factor': 1.5}, r'end_factor=1.5 must be in \[0, 1\]'),
+    ({'decay_fraction': 0}, r'decay_fraction=0 must be in \(0, 1\]')])
 def test_a_schedule_that_cannot_be_is_refused(fields, message):
   with pytest.raises(ValueError, match=message):
     Schedule(**fields)
+
+
+@pytest.mark.parametrize('optimizer', [AdamW, Muon])
+@pytest.mark.parametrize('fields, message', [
+    ({'b1': 1.0}, r'b1=1.0 must be in \[0, 1\)'),
+    ({'b2': -0.1}, r'b2=-0.1 must be in \[0, 1\)'),
+    ({'weight_decay': -1}, 'weight_decay=-1 must not be negative'),
+    ({'clip_norm': 0.0}, 'clip_norm=0.0 must be greater than 0')])
+def test_an_optimizer_that_cannot_be_is_refused(optimizer, fields, message):
+  with pytest.raises(ValueError, match=message):
+    optimizer(**fields)
