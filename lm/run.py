@@ -127,8 +127,8 @@ def _trainer(experiment: Experiment, prepared: Prepared, directory: pathlib.Path
   return Trainer(
       settings, experiment.model.build(rules), experiment.optimizer.build(settings.num_steps),
       experiment.optimizer.schedule.build(settings.num_steps), rules,
-      loader('train', settings.seed), loader('validation', 0), _data_digest(prepared.info), directory,
-      experiment.model.flops_per_token(settings.sequence_length),
+      loader('train', settings.seed), loader('validation', 0), _data_digest(prepared.info),
+      directory, experiment.model.flops_per_token(settings.sequence_length),
       meters.peak_flops(experiment.model.dtype), log=lambda text: print(text, file=sys.stderr))
 
 
