@@ -5,8 +5,8 @@
   python scripts/benchmark_train.py --torch_python PATH    # an interpreter that has torch
 
 6 layers, d_model 512, 8 heads, d_ff 2048, vocabulary 32000, sequence 512, batch 8; forward,
-backward and AdamW. Every program is a process of its own, all with the same settings of glibc's
-allocator (allocator.sh); one step each in turn, forwards then backwards, so that a slow minute of
+backward and AdamW. Every program is a process of its own, all with the same allocator
+(scripts/allocator.sh); one step each in turn, forwards then backwards, so that a slow minute of
 the machine hits all alike. Trust the ratios, which pair the steps of a round; a few per
 cent are noise.
 """

@@ -14,7 +14,7 @@ NEEDS_UNIT = pytest.mark.skipif(not HAS_UNITS, reason='no matrix unit')
 CASES = [(None, jnp.bfloat16), ('reference', jnp.float32), ('reference', jnp.bfloat16),
          pytest.param('cpu', jnp.bfloat16, marks=NEEDS_UNIT)]
 # The last three are cut into parts: rows, the contraction, the contraction of the gradient.
-SHAPES = [((31,), 1), ((2, 3, 129), 65), ((40, 256), 48), ((1100, 24), 70), ((3, 4200), 40),
+SHAPES = [((31,), 1), ((2, 3, 129), 65), ((40, 256), 48), ((1100, 24), 2000), ((3, 4200), 40),
           ((4500, 8), 6)]
 
 
