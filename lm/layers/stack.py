@@ -30,7 +30,7 @@ def unstack(tree: Any) -> list[Any]:
 class Stack(nn.Module):
   """x -> block_L(...block_1(x)), each with its own parameters.
 
-  block: makes one block, a module called as `block(x, inputs) -> (x, outputs)`.
+  block: makes one block, a module called as `block(x, shared, one) -> (x, output)`.
   scan: one compiled block in a loop (compile time does not grow with depth) or unrolled (on a CPU
     a quarter faster, since a loop copies each layer's parameters and residuals).
   remat: what the backward pass recomputes: nothing, all of a block, or all but its matrix products.
