@@ -233,7 +233,9 @@ class Embedder(_Head):
   def __call__(self, tokens_BT: Int[Array, 'B T'], dropout_rng: jax.Array | None = None
                ) -> Float[Array, 'B E']:
     """Vectors of rows of tokens; 0s behind the last other token of a row are padding."""
-    is_text = jnp.cumsum(tokens_BT[:, ::-1] != 0, axis=1)[:, ::-1] > 0
+    places = jnp.arange(tokens_BT.shape[1])
+    length_B1 = jnp.max((tokens_BT != 0) * (places + 1), axis=1, keepdims=True)
+    is_text = places < length_B1
     batch = {'encoder_input_tokens': tokens_BT, 'encoder_segment_ids': is_text.astype(jnp.int32)}
     return self.head(*self.hidden(batch, dropout_rng)[:2])
 
