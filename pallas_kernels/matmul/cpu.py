@@ -53,8 +53,9 @@ def dot_t(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _dot_by_rows(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
   """`dot`, rounded to the dtype of `a` part by part."""
-  M = a_MK.shape[0]
-  size = max(MIN_ROWS, PART // b_KN.shape[1], -(-M // MAX_PARTS))
+  M, N = a_MK.shape[0], b_KN.shape[1]
+  parts = min(-(-M * N // PART), -(-M // MIN_ROWS), MAX_PARTS)
+  size = 64 * -(-M // (64 * max(parts, 1)))  # equal parts of whole tiles
   parts = [dot(row_major(a_MK[m:m + size]), b_KN).astype(a_MK.dtype)
            for m in range(0, max(M, 1), size)]
   return jnp.concatenate(parts)
