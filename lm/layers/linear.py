@@ -36,8 +36,18 @@ class Linear(nn.Module):
     if self.use_bias:
       zeros = nn.with_partitioning(nn.initializers.zeros, self.axes[len(self.inputs):])
       bias = self.param('bias', zeros, self.outputs)
-      y += bias.reshape(size_out).astype(y.dtype)
+      y = _add_bias(y, bias.reshape(size_out))
     return y.reshape(*rows, *self.outputs)
+
+
+@jax.custom_vjp
+def _add_bias(y, bias_N):
+  """Adds a float32 bias, whose gradient is a float32 sum: jax's own has the dtype of y."""
+  return y + bias_N.astype(y.dtype)
+
+
+_add_bias.defvjp(lambda y, bias_N: (_add_bias(y, bias_N), None),
+                 lambda _, g: (g, g.sum(range(g.ndim - 1), dtype=jnp.float32)))
 
 
 def embed(embedding_VD: Float[Array, 'V D'], tokens: Int[Array, 'B T'],

@@ -92,7 +92,8 @@ def _bias_gradient(dscores, bias, start, end, first, last):
   N, S = bias.shape[1], bias.shape[3]
   dbias = dscores.reshape(-1, N, end - start, last - first)
   if bias.shape[0] == 1:  # XLA:CPU needs half of the whole backward pass for a sum over axis 0.
-    dbias = jnp.einsum('bnts,b->nts', dbias, jnp.ones(dbias.shape[0]))[None]
+    ones = jnp.ones((1, dbias.shape[0]))
+    dbias = (ones @ dbias.reshape(dbias.shape[0], -1)).reshape(1, *dbias.shape[1:])
   return jnp.pad(dbias.astype(bias.dtype), ((0, 0),) * 3 + ((first, S - last),))
 
 
