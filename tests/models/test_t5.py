@@ -317,21 +317,3 @@ def test_a_call_of_the_decoder_that_cannot_be_is_refused(call, message):
   call = {**call, 'cache': config.init_cache(2, T)} if 'cache' in call else call
   with pytest.raises(ValueError, match=message):
     config.build().apply({'params': params_of(config)}, OUTPUTS, **call, method='decode')
-
-
-GATED = dict(activation='geglu', tie_embeddings=False)
-
-
-@pytest.mark.parametrize('name, config, count', [
-    ('T5 small', T5Config(), 60_506_624),
-    ('T5 11B', T5Config(d_model=1024, num_layers=24, num_heads=128, d_head=128, d_ff=65536),
-     11_307_321_344),
-    ('T5 1.1 base', T5Config(d_model=768, num_layers=12, num_heads=12, d_ff=2048, **GATED),
-     247_577_856),
-    ('mT5 small', T5Config(250112, d_head=64, num_heads=6, num_layers=8, d_ff=1024, **GATED),
-     300_176_768),
-    ('UMT5 XXL', T5Config(256384, d_model=4096, num_layers=24, num_heads=64, d_ff=10240,
-                          bias_per_layer=True, **GATED), 12_972_531_712),
-], ids=lambda value: value if isinstance(value, str) else '')
-def test_parameter_counts_are_the_published_ones(name, config, count):
-  assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes(config))) == count, name
