@@ -125,7 +125,7 @@ def backward(options, query, key, value, bias, masking, out, lse, g):
     # Transposed sums: q^T dscores moves [rows, H] elements into place, not [rows, S].
     dkey_XHS = dkey_XHS.at[:, :, first:last].add(dot(transpose(q), dscores))
     dvalue_XHS = dvalue_XHS.at[:, :, first:last].add(dot(transpose(dout), probs.astype(dtype)))
-  # First each head's matrix, then the heads: at once it takes twice as long, fused with the sums more.
+  # First each head's matrix, then the heads: at once it takes twice as long.
   one_head = lambda x_XHS: _tokens(transpose_apart(x_XHS.astype(dtype))[:, None], B)
   return (_tokens(jnp.concatenate(dquery, 2), B), one_head(dkey_XHS), one_head(dvalue_XHS),
           None if bias is None else jnp.concatenate(dbias, 2))

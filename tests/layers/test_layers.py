@@ -62,6 +62,14 @@ def test_rotary_is_multiplication_by_a_complex_phase():
   assert halved.dtype == jnp.bfloat16
 
 
+def test_the_gradient_of_a_bias_is_a_float32_sum():
+  layer = linear.Linear((4,), (6,), ('embed', 'mlp'), 0.1, True)
+  x, g = draw(64, 32, 4).astype(jnp.bfloat16), draw(64, 32, 6).astype(jnp.bfloat16)
+  params = nn.meta.unbox(layer.init(jax.random.key(0), x))
+  got = jax.grad(lambda params: jnp.vdot(layer.apply(params, x), g))(params)['params']['bias']
+  np.testing.assert_allclose(got, np.asarray(g, np.float64).sum((0, 1)), atol=1e-3)
+
+
 def test_linear_contracts_its_inputs_and_adds_its_bias():
   x = draw(2, 3, 4, 5)
   layer = linear.Linear((4, 5), (2, 6), ('heads', 'head_dim', 'mlp', 'embed'), 0.1, True)
