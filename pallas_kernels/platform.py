@@ -1,6 +1,7 @@
 """Which implementation serves which platform, decided when a program is lowered, not when it is
 traced."""
 import functools
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -17,10 +18,25 @@ def cpu_has_bfloat16_units() -> bool:
   return 'amx_bf16' in flags or 'avx512_bf16' in flags
 
 
-def by_platform(cpu: Callable, default: Callable, *args):
-  """Calls `cpu(*args)` in a program lowered for a CPU and `default(*args)` in any other.
+def by_platform(cpu: Callable, default: Callable, *args, tpu: Callable | None = None):
+  """Calls `cpu(*args)` in a program lowered for a CPU, `tpu(*args)`, where there is one, for a TPU,
+  and `default(*args)` for any other platform.
 
   The choice is made at lowering, so a program compiled ahead of time for a TPU on a CPU machine
   gets the TPU's form.
   """
-  return jax.lax.platform_dependent(*args, cpu=cpu, default=default)
+  forms = {'cpu': cpu, 'default': default} | ({} if tpu is None else {'tpu': tpu})
+  return jax.lax.platform_dependent(*args, **forms)
+
+
+def interpreted(kernel: Callable, *args):
+  """Calls a Pallas kernel of a TPU: compiled on a TPU, and interpreted on all other platforms."""
+  return by_platform(functools.partial(kernel, interpret=True),
+                     functools.partial(kernel, interpret=True), *args,
+                     tpu=functools.partial(kernel, interpret=False))
+
+
+@functools.cache
+def warn_once(message: str):
+  """Warns of what a program does instead of what was asked, the first time that it is said."""
+  warnings.warn(message, stacklevel=3)

@@ -1,0 +1,142 @@
+"""What the TPU compiler makes of a function, without a TPU: memory, and cycles of each kernel.
+
+libtpu compiles for any topology on a Linux x86-64 host and writes the VLIW bundles that it
+scheduled. A bundle issues in one cycle, so the bundles of a kernel's loops times their trip counts
+are the cycles that it takes if it never waits for memory. Every predicated branch counts as taken.
+Compilation runs in child processes: some bad programs abort the compiler.
+"""
+from collections.abc import Callable
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+TOPOLOGIES = {'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2',
+              'tpu7x': 'tpu7x:2x2x1'}
+# bfloat16 FLOPs a cycle of the matrix units of one device, as jax counts devices.
+FLOPS_PER_CYCLE = {'v4': 131072, 'v5e': 131072, 'v5p': 262144, 'v6e': 524288}
+
+_ENVIRONMENT = {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'JAX_ENABLE_COMPILATION_CACHE':
+                'false', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+_BUNDLE = re.compile(r'\s*(?:0x[0-9a-f]+|0)\s')
+_LABEL = re.compile(r'\s*0x[0-9a-f]+ LB:')
+_TEST = re.compile(r'%(\w+) = scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test \*/')
+_BRANCH = re.compile(r'sbr\.rel \(!?%(\w+)\)')
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What the compiler says of one program on one device.
+
+  kernels: cycles of each Pallas kernel, by its name.
+  temp_bytes: of buffers that are neither arguments nor results.
+  hlo: the optimised program, where it was asked for.
+  refusal: why it did not compile; the rest is then empty.
+  """
+  kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+  temp_bytes: int = 0
+  hlo: str = ''
+  refusal: str = ''
+
+  @property
+  def cycles(self) -> int:
+    """Cycles of all kernels together."""
+    return sum(self.kernels.values())
+
+
+def count_cycles(bundles: str) -> int:
+  """Counts the bundles of a `final_bundles` dump, each as often as the loops around it run.
+
+  A loop runs from its `LB:` label to the branch on its exit test, which states the trip count; a
+  loop whose test is no constant counts once.
+  """
+  lines = [line for line in bundles.splitlines() if _BUNDLE.match(line)]
+  weights, starts, trips = [1] * len(lines), [], {}
+  for i, line in enumerate(lines):
+    if _LABEL.match(line):
+      starts.append(i)
+    trips.update((name, int(count)) for name, count in _TEST.findall(line))
+    branch = _BRANCH.search(line)
+    if branch and branch[1] in trips and starts:
+      count = trips.pop(branch[1])
+      for k in range(starts.pop(), i + 1):
+        weights[k] *= count
+  return sum(weights)
+
+
+def reports(cases: str, names: list[str], topology: str, keep_hlo: bool = False
+            ) -> dict[str, Report]:
+  """Compiles functions for one device of a topology, in one child process.
+
+  Args:
+    cases: 'package.module:function'; called in the child, the function returns
+      {name: (function, arguments)}, arguments a tuple of trees of `jax.ShapeDtypeStruct`.
+    names: which of them.
+    topology: such as 'v5e:2x2'.
+    keep_hlo: whether to return the optimised programs.
+
+  Raises:
+    RuntimeError: the child ended without an answer.
+  """
+  request = json.dumps([cases, names, topology, keep_hlo])
+  child = subprocess.run([sys.executable, '-m', 'pallas_kernels.tpu_compiler', request],
+                         capture_output=True, text=True, env=os.environ | _ENVIRONMENT)
+  answers = [line[7:] for line in child.stdout.splitlines() if line.startswith('RESULT ')]
+  out = {name: Report(**fields) for name, fields in map(json.loads, answers)}
+  missing = [name for name in names if name not in out]
+  if missing:
+    last = (child.stderr.strip().splitlines() or ['it said nothing'])[-1]
+    raise RuntimeError(f'compiling {missing[0]!r} for {topology} ended the compiler: {last}')
+  return out
+
+
+def compile_here(function: Callable, arguments, topology: str):
+  """Lowers and compiles for the first device of a topology; for processes that `reports` starts."""
+  import jax
+  from jax.experimental import topologies
+
+  device = topologies.get_topology_desc(topology, 'tpu').devices[0]
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                        arguments)
+  return jax.jit(function).lower(*placed).compile()
+
+
+def _answer(function, arguments, topology, dump: pathlib.Path, keep_hlo) -> dict:
+  """The fields of a `Report`; the dump's folder is emptied first."""
+  for path in dump.iterdir():
+    path.unlink()
+  try:
+    compiled = compile_here(function, arguments, topology)
+  except Exception as error:  # pylint: disable=broad-except  # whatever the compiler raises
+    return {'refusal': ' '.join(str(error).split())[:400] or repr(error)}
+  kernels = {}
+  for path in sorted(dump.glob('*-final_bundles.txt')):
+    name, text = path.name.split('-', 1)[1].rsplit('-', 2)[0], path.read_text()
+    if name[0] != '<' and name != 'TLP' and ('vmatmul' in text or 'dma' in text):
+      kernels[name] = count_cycles(text)
+  return {'kernels': kernels, 'temp_bytes': compiled.memory_analysis().temp_size_in_bytes,
+          'hlo': compiled.as_text() if keep_hlo else ''}
+
+
+def _child(request: str):
+  """What `reports` starts."""
+  import importlib
+
+  cases, names, topology, keep_hlo = json.loads(request)
+  with tempfile.TemporaryDirectory() as folder:
+    os.environ['LIBTPU_INIT_ARGS'] = (os.environ.get('LIBTPU_INIT_ARGS', '') + ' --xla_jf_dump_to='
+                                      f'{folder} --xla_jf_dump_llo_text=true')
+    module, function = cases.split(':')
+    made = getattr(importlib.import_module(module), function)()
+    for name in names:
+      fields = _answer(*made[name], topology, pathlib.Path(folder), keep_hlo)
+      print('RESULT ' + json.dumps([name, fields]), flush=True)
+
+
+if __name__ == '__main__':
+  _child(sys.argv[1])

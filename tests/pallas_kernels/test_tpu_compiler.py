@@ -1,0 +1,39 @@
+"""What the TPU compiler says, through the door that benches and tests use."""
+import pathlib
+
+import pytest
+
+from pallas_kernels import tpu_compiler
+
+BUNDLES = """
+      0x0   : {  %a = vld }
+      0x1 LB: {  %b = vmatmul }
+      0x2   : {  %c = vst }
+      0x3 LB: {  %d = vadd }
+      0x4   : {  %p1 = scmp.ge.s32.totalorder %s1, 5 /* loop exit test */ }
+      0x5   : {  %e = sbr.rel (!%p1) }
+      0x6   : {  %p2 = scmp.ge.s32.totalorder %s2, 3 /* loop exit test */ ;  %f = sbr.rel (!%p2) }
+      0x7   : {  %g = vst }
+"""
+
+
+def test_a_bundle_counts_as_often_as_the_loops_around_it_run():
+  inner = 5 * 3
+  assert tpu_compiler.count_cycles(BUNDLES) == 1 + 3 * (2 + inner + 1) + 1
+
+
+@pytest.mark.supports('kernels', 'compiled for v4, v5e, v5p, v6e and tpu7x without a TPU')
+def test_the_compiler_counts_a_kernel_and_says_what_it_refuses(monkeypatch):
+  pytest.importorskip('libtpu', reason='the tpu extra is not installed')
+  monkeypatch.setenv('PYTHONPATH', str(pathlib.Path(__file__).parent))
+  reports = tpu_compiler.reports('tpu_cases:cases', ['1 block', '64 blocks', 'too large'],
+                                 tpu_compiler.TOPOLOGIES['v5e'])
+  one, many, large = reports.values()
+  assert set(one.kernels) == set(many.kernels) and len(one.kernels) == 1
+  assert 64 <= one.cycles < 2 * 64 and 64 * 64 <= many.cycles < 2 * 64 * 64  # stores, one a cycle
+  assert 'vmem' in large.refusal.lower() and not large.kernels and not one.refusal
+
+
+def test_a_child_that_dies_is_one_sentence():
+  with pytest.raises(RuntimeError, match="compiling 'x' for v5e:2x2 ended the compiler: .*nowhere"):
+    tpu_compiler.reports('nowhere:cases', ['x'], 'v5e:2x2')
