@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform
-from pallas_kernels.cross_entropy import blocks, reference
+from pallas_kernels.cross_entropy import blocks, reference, tpu
 from pallas_kernels.cross_entropy.reference import Options
 from pallas_kernels.matmul import cpu
 
@@ -13,7 +13,7 @@ from pallas_kernels.matmul import cpu
 def cross_entropy(hidden: jax.Array, embedding: jax.Array, targets: jax.Array,
                   loss_weights: jax.Array, *, bias: jax.Array | None = None,
                   softcap: float | None = None, z_loss: float = 0.0, label_smoothing: float = 0.0,
-                  implementation: str | None = None) -> jax.Array:
+                  implementation: str | None = None, axis_name: str | None = None) -> jax.Array:
   """Sums weight * loss over tokens, with logits[v] = hidden . embedding[v] + bias[v] and
 
     loss = lse - (1 - label_smoothing) * logits[target] - label_smoothing * mean_v(logits[v])
@@ -37,13 +37,19 @@ def cross_entropy(hidden: jax.Array, embedding: jax.Array, targets: jax.Array,
       section 5, has 1e-4).
     label_smoothing: share of the target's probability that all V tokens divide evenly
       (arXiv:1512.00567, section 7).
-    implementation: None, 'reference' (all logits at once) or 'blocks'.
+    implementation: None, 'reference' (all logits at once), 'blocks' (of tokens, for XLA) or 'tpu'
+      (Pallas kernels over blocks of the vocabulary, whose logits never leave VMEM; without a TPU
+      they are interpreted). None takes 'tpu' on a TPU, else 'blocks'.
+    axis_name: inside `jax.shard_map(..., check_vma=False)`, the mesh axis whose devices have equal
+      parts of the vocabulary, in order: rows of `embedding` and `bias`. `targets` and the loss are
+      those of the whole vocabulary. 'blocks' does not take it: None is 'reference' without a TPU.
 
   Returns:
     The float32 sum of losses in nats; divide by the sum of the weights for the mean.
 
   Raises:
     ValueError: shapes that do not fit, or an option out of its range.
+    NotImplementedError: the named implementation does not take this case.
   """
   if hidden.shape[:2] != targets.shape or targets.shape != loss_weights.shape:
     raise ValueError(f'hidden {hidden.shape}, targets {targets.shape} and loss_weights '
@@ -53,18 +59,30 @@ def cross_entropy(hidden: jax.Array, embedding: jax.Array, targets: jax.Array,
   if z_loss < 0:
     raise ValueError(f'z_loss={z_loss} must not be negative')
   _check_head(hidden, embedding, bias, softcap)
-  options = Options(softcap, z_loss, label_smoothing)
+  options, args = Options(softcap, z_loss, label_smoothing), (hidden, embedding, bias, targets,
+                                                              loss_weights)
+  at_once = functools.partial(reference.cross_entropy, options, axis_name=axis_name)
   if implementation == 'reference':
-    return reference.cross_entropy(options, hidden, embedding, bias, targets, loss_weights)
-  if implementation not in (None, 'blocks'):
-    raise ValueError(f"implementation={implementation!r} must be None, 'reference' or 'blocks'")
-  return _cross_entropy(options, hidden, embedding, bias, targets, loss_weights)
+    return at_once(*args)
+  chosen = _implementation(implementation, hidden, embedding)
+  if axis_name is None:
+    return _cross_entropy(options, chosen, None, *args)
+  if implementation == 'blocks':
+    raise NotImplementedError(f"implementation='blocks' does not take axis_name={axis_name!r}; "
+                              "'reference' and 'tpu' do")
+  kernel = functools.partial(_cross_entropy, options, 'tpu', axis_name)
+  if chosen is None:
+    return platform.by_platform(at_once, at_once, *args, tpu=kernel)
+  return (kernel if chosen == 'tpu' else at_once)(*args)
 
 
 def token_losses(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, *,
-                 bias: jax.Array | None = None,
-                 softcap: float | None = None) -> tuple[jax.Array, jax.Array]:
+                 bias: jax.Array | None = None, softcap: float | None = None,
+                 implementation: str | None = None) -> tuple[jax.Array, jax.Array]:
   """Scores tokens one by one, by the losses of `cross_entropy`; not to be differentiated.
+
+  Args:
+    implementation: None, 'blocks' or 'tpu'; this and the others are as in `cross_entropy`.
 
   Returns:
     losses, float32 [B, T] in nats, and whether each target is the most likely token, boolean
@@ -72,9 +90,23 @@ def token_losses(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, *,
 
   Raises:
     ValueError: shapes that do not fit, or a softcap that is not positive.
+    NotImplementedError: the named implementation does not take this case.
   """
   _check_head(hidden, embedding, bias, softcap)
-  return _token_losses(Options(softcap), hidden, embedding, bias, targets)
+  return _token_losses(Options(softcap), _implementation(implementation, hidden, embedding), None,
+                       hidden, embedding, bias, targets, wants_best=True)
+
+
+def _implementation(asked, hidden, embedding):
+  """What was asked for, or 'blocks' for None where the kernels refuse these arrays."""
+  if asked not in (None, 'blocks', 'tpu'):
+    raise ValueError(f"implementation={asked!r} must be None, 'reference', 'blocks' or 'tpu'")
+  refusal = None if asked == 'blocks' else tpu.refusal(hidden, embedding)
+  if refusal and asked == 'tpu':
+    raise NotImplementedError(refusal)
+  if refusal:
+    platform.warn_once(f'cross_entropy takes XLA\'s form on TPUs too: {refusal}')
+  return 'blocks' if refusal else asked
 
 
 def _check_head(hidden, embedding, bias, softcap):
@@ -108,44 +140,65 @@ def _scan(body, start, hidden, embedding, bias, targets, loss_weights):
   return carry, jax.tree.map(join, tokens)
 
 
-def _by_platform(block, options, start, *args):
-  plain = functools.partial(_scan, functools.partial(block, options, blocks.PLAIN), start)
-  if args[0].dtype != jnp.bfloat16 or not platform.cpu_has_bfloat16_units():
+def _by_platform(implementation, in_blocks, kernel, *args):
+  """Calls `in_blocks(products, *args)` or, as `implementation` says, `kernel(*args)`."""
+  if implementation == 'tpu':
+    return kernel(*args)
+  on_cpu = plain = functools.partial(in_blocks, blocks.PLAIN)
+  if args[0].dtype == jnp.bfloat16 and platform.cpu_has_bfloat16_units():
+    on_cpu = functools.partial(in_blocks, blocks.MATRIX_UNIT)
+  if on_cpu is plain and implementation == 'blocks':
     return plain(*args)
-  on_cpu = functools.partial(_scan, functools.partial(block, options, blocks.MATRIX_UNIT), start)
-  return platform.by_platform(on_cpu, plain, *args)
+  return platform.by_platform(on_cpu, plain, *args,
+                              tpu=kernel if implementation is None else None)
 
 
-def _token_losses(options, hidden, embedding, bias, targets):
-  no_weights = jnp.zeros(targets.shape, jnp.float32)
-  _, tokens = _by_platform(blocks.losses, options, None, hidden, embedding, bias, targets,
-                           no_weights)
-  return jax.tree.map(lambda x_BT1: x_BT1[..., 0], tokens)
+def _token_losses(options, implementation, axis_name, hidden, embedding, bias, targets,
+                  wants_best=False):
+  def in_blocks(products, *args):
+    body = functools.partial(blocks.losses, options, products)
+    _, tokens = _scan(body, None, *args, jnp.zeros(targets.shape, jnp.float32))
+    return jax.tree.map(lambda x_BT1: x_BT1[..., 0], tokens)
+
+  kernel = functools.partial(tpu.losses, options, axis_name=axis_name, wants_best=wants_best)
+  return _by_platform(implementation, in_blocks, kernel, hidden, embedding, bias, targets)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(options, hidden, embedding, bias, targets, loss_weights):
-  return jnp.vdot(_token_losses(options, hidden, embedding, bias, targets)[0], loss_weights)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _cross_entropy(options, implementation, axis_name, *args):
+  *head, loss_weights = args
+  return jnp.vdot(_token_losses(options, implementation, axis_name, *head)[0], loss_weights)
 
 
-def _forward(options, hidden, embedding, bias, targets, loss_weights):
-  is_only = blocks.number(*hidden.shape) == 1
-  shape = embedding.shape if is_only else embedding.T.shape
-  start = (jnp.float32(0), jnp.zeros(shape, jnp.float32),
-           None if bias is None else jnp.zeros(bias.shape, jnp.float32))
-  (total, dembedding, dbias), dhidden = _by_platform(
-      functools.partial(blocks.loss_and_gradients, is_only=is_only), options, start, hidden,
-      embedding, bias, targets, loss_weights)
-  if not is_only:
-    dembedding = platform.by_platform(cpu.transpose_apart, jnp.transpose, dembedding)
-  dembedding = dembedding.astype(embedding.dtype)
-  dbias = None if bias is None else dbias.astype(bias.dtype)
-  return total, (dhidden, dembedding, dbias, targets)
+def loss_and_gradients(options, implementation, axis_name, *args):
+  """Returns the loss and the gradients of hidden, embedding and bias, of equal order in `args`."""
+  def in_blocks(products, hidden, embedding, bias, targets, loss_weights):
+    is_only = blocks.number(*hidden.shape) == 1
+    shape = embedding.shape if is_only else embedding.T.shape
+    start = (jnp.float32(0), jnp.zeros(shape, jnp.float32),
+             None if bias is None else jnp.zeros(bias.shape, jnp.float32))
+    body = functools.partial(blocks.loss_and_gradients, options, products, is_only=is_only)
+    (total, dembedding, dbias), dhidden = _scan(body, start, hidden, embedding, bias, targets,
+                                                loss_weights)
+    if not is_only:
+      dembedding = platform.by_platform(cpu.transpose_apart, jnp.transpose, dembedding)
+    dembedding = dembedding.astype(embedding.dtype)
+    return total, dhidden, dembedding, None if bias is None else dbias.astype(bias.dtype)
+
+  kernel = functools.partial(tpu.loss_and_gradients, options, axis_name=axis_name)
+  return _by_platform(implementation, in_blocks, kernel, *args)
 
 
-def _backward(options, residuals, g):
-  del options
-  *gradients, targets = residuals
+def _forward(options, implementation, axis_name, *args):
+  total, *gradients = loss_and_gradients(options, implementation, axis_name, *args)
+  return total, (gradients, args[3])
+
+
+def _backward(options, implementation, axis_name, residuals, g):
+  del options, implementation
+  if axis_name is not None:  # the loss of each device is a sum over all
+    g = jax.lax.psum(g, axis_name)
+  gradients, targets = residuals
   scaled = jax.tree.map(lambda x: (x * g).astype(x.dtype), gradients)
   return (*scaled, jnp.zeros(targets.shape, jax.dtypes.float0),
           jnp.zeros(targets.shape, jnp.float32))

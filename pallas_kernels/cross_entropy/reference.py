@@ -12,8 +12,13 @@ class Options(NamedTuple):
   label_smoothing: float = 0.0
 
 
-def cross_entropy(options, hidden_BTD, embedding_VD, bias_V, targets_BT, loss_weights_BT):
+def cross_entropy(options, hidden_BTD, embedding_VD, bias_V, targets_BT, loss_weights_BT,
+                  axis_name=None):
   """sum over tokens of weight * loss, as `api.cross_entropy` writes it."""
+  if axis_name is not None:
+    embedding_VD = jax.lax.all_gather(embedding_VD, axis_name, tiled=True)
+    if bias_V is not None:
+      bias_V = jax.lax.all_gather(bias_V, axis_name, tiled=True)
   logits_BTV = jnp.einsum('btd,vd->btv', hidden_BTD, embedding_VD.astype(hidden_BTD.dtype),
                           preferred_element_type=jnp.float32)
   if bias_V is not None:

@@ -1,0 +1,106 @@
+"""How much of a head the TPU kernels compute at a time: a table, by generation and width.
+
+`python -m pallas_kernels.cross_entropy.bench --tune` prints its rows, measured in static cycles.
+"""
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels import platform
+
+LANES = 128
+VMEM_MIB = {'v4': 16, 'v5e': 128, 'v5p': 64, 'v6e': 128, 'tpu7x': 64}  # of a core, libtpu 0.0.42.1
+KINDS = {'TPU v4': 'v4', 'TPU v5 lite': 'v5e', 'TPU v5': 'v5p', 'TPU v6 lite': 'v6e',
+         'TPU7x': 'tpu7x'}
+
+
+class Blocks(NamedTuple):
+  """Tokens and rows of the vocabulary of a step; `rows` of them (of the vocabulary in the pass
+  'embedding', else of the tokens) are computed at a time, in at most vmem_bytes."""
+  tokens: int
+  vocab: int
+  rows: int
+  vmem_bytes: int = 0
+
+
+# {generation: {pass: {d_model: (tokens, vocab, rows)}}}, of bfloat16 heads.
+TABLE = {
+    'v4': {'loss': {2048: (512, 512, 256)}, 'hidden': {2048: (512, 256, 256)},
+           'embedding': {2048: (256, 512, 256)}},
+    'v5e': {'loss': {2048: (1024, 1024, 512)}, 'hidden': {2048: (1024, 1024, 1024)},
+            'embedding': {2048: (512, 512, 512)}},
+}
+TABLE |= {name: TABLE['v5e'] for name in ('v5p', 'v6e', 'tpu7x')}
+
+
+def generation() -> str:
+  """The TPU of the mesh in use (`jax.set_mesh`) or of this machine; for neither, the one with the
+  least VMEM, whose blocks fit all."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  kind = device.device_kind if device else jax.devices()[0].device_kind
+  return KINDS.get(kind, 'v4')
+
+
+def limit(chip: str) -> int:
+  """Bytes of VMEM that a kernel may take; the compiler keeps the rest."""
+  return 15 * VMEM_MIB[chip] * 2**20 // 16
+
+
+def vmem_bytes(name: str, blocks: Blocks, D: int, itemsize: int, parameter_itemsize: int) -> int:
+  """VMEM that a pass needs: its blocks twice, since the next are on their way, its sums, the casts
+  and three blocks of logits in float32."""
+  M, V, rows = blocks[:3]
+  inputs = 2 * (M * D * itemsize + V * D * parameter_itemsize) + V * D * itemsize
+  columns = 4 * 8 * LANES * max(M, V)
+  if name == 'embedding':
+    return inputs + columns + 12 * rows * M + V * D * (4 + 2 * parameter_itemsize)
+  sums = M * D * (4 + 2 * itemsize + 4) if name == 'hidden' else 0
+  return inputs + columns + 12 * rows * V + sums
+
+
+def find(name: str, hidden: jax.Array, embedding: jax.Array, chip: str | None = None) -> Blocks:
+  """The blocks of a pass, 'loss', 'hidden' or 'embedding': those tuned at the nearest width, halved
+  until they fit, and no larger than the head.
+
+  Raises:
+    NotImplementedError: not even the smallest ones fit.
+  """
+  D, chip = hidden.shape[-1], chip or generation()
+  tuned = TABLE[chip][name]
+  nearest = min(tuned, key=lambda width: abs(width - D))
+  if nearest != D and chip in KINDS.values() and jax.default_backend() == 'tpu':
+    platform.warn_once(f'cross_entropy was never tuned on {chip} for d_model={D}; it takes the '
+                       f'blocks of d_model={nearest}. Tune by: python -m '
+                       'pallas_kernels.cross_entropy.bench --tune')
+  tokens, vocab, rows = tuned[nearest]
+  tokens = min(tokens, _up(hidden.size // D))
+  vocab = min(vocab, _up(len(embedding)))
+  while True:
+    inner = vocab if name == 'embedding' else tokens
+    rows = next(r for r in range(min(rows, inner), 0, -LANES) if inner % r == 0)
+    blocks = Blocks(tokens, vocab, rows)
+    need = vmem_bytes(name, blocks, D, hidden.dtype.itemsize, embedding.dtype.itemsize)
+    if need <= limit(chip):
+      return blocks._replace(vmem_bytes=limit(chip))
+    if max(tokens, vocab) <= LANES:
+      raise NotImplementedError(
+          f'd_model={D} needs {need / 2**20:.1f} MiB of VMEM for {LANES} tokens and {LANES} rows '
+          f'of the vocabulary; a core of {chip} has {VMEM_MIB[chip]}')
+    if tokens >= vocab:
+      tokens = _up(tokens // 2)
+    else:
+      vocab = _up(vocab // 2)
+
+
+def refusal(hidden: jax.Array, embedding: jax.Array) -> str | None:
+  """Says why no blocks fit, or None."""
+  try:
+    for name in ('loss', 'hidden', 'embedding'):
+      find(name, hidden, embedding)
+  except NotImplementedError as error:
+    return str(error)
+  return None
+
+
+def _up(n: int) -> int:
+  return -(-n // LANES) * LANES
