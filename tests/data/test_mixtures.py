@@ -73,6 +73,7 @@ def test_loss_weights_are_multiplied():
   mixed = mix([4, 4], [1.0, 1.0], [1.0, 0.25])
   batch = loader.Loader.of_rows(mixed, 4).batch(0)
   assert batch['decoder_loss_weights'].dtype == np.float32
+  assert [tuple(row) for row in batch['tokens']] == [mixed.locate(row) for row in range(4)]
   for (stream, _), weights in zip(batch['tokens'], batch['decoder_loss_weights']):
     assert (weights == (0.25 if stream else 1.0)).all()
   with pytest.raises(UserError, match='loss_weight=2.0 .* no loss weights'):
