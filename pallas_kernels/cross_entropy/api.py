@@ -149,8 +149,8 @@ def _by_platform(implementation, in_blocks, kernel, *args):
     on_cpu = functools.partial(in_blocks, blocks.MATRIX_UNIT)
   if on_cpu is plain and implementation == 'blocks':
     return plain(*args)
-  return platform.by_platform(on_cpu, plain, *args,
-                              tpu=kernel if implementation is None else None)
+  on_tpu = functools.partial(kernel, interpret=False) if implementation is None else None
+  return platform.by_platform(on_cpu, plain, *args, tpu=on_tpu)
 
 
 def _token_losses(options, implementation, axis_name, hidden, embedding, bias, targets,

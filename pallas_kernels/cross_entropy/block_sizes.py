@@ -9,6 +9,7 @@ import jax
 from pallas_kernels import platform
 
 LANES = 128
+Shaped = jax.Array | jax.ShapeDtypeStruct
 VMEM_MIB = {'v4': 16, 'v5e': 128, 'v5p': 64, 'v6e': 128, 'tpu7x': 64}  # of a core, libtpu 0.0.42.1
 KINDS = {'TPU v4': 'v4', 'TPU v5 lite': 'v5e', 'TPU v5': 'v5p', 'TPU v6 lite': 'v6e',
          'TPU7x': 'tpu7x'}
@@ -27,8 +28,8 @@ class Blocks(NamedTuple):
 TABLE = {
     'v4': {'loss': {2048: (512, 512, 256)}, 'hidden': {2048: (512, 256, 256)},
            'embedding': {2048: (256, 512, 256)}},
-    'v5e': {'loss': {2048: (1024, 1024, 512)}, 'hidden': {2048: (1024, 1024, 1024)},
-            'embedding': {2048: (512, 512, 512)}},
+    'v5e': {'loss': {2048: (1024, 1024, 512)}, 'hidden': {2048: (512, 1024, 512)},
+            'embedding': {2048: (1024, 512, 512)}},
 }
 TABLE |= {name: TABLE['v5e'] for name in ('v5p', 'v6e', 'tpu7x')}
 
@@ -58,7 +59,7 @@ def vmem_bytes(name: str, blocks: Blocks, D: int, itemsize: int, parameter_items
   return inputs + columns + 12 * rows * V + sums
 
 
-def find(name: str, hidden: jax.Array, embedding: jax.Array, chip: str | None = None) -> Blocks:
+def find(name: str, hidden: Shaped, embedding: Shaped, chip: str | None = None) -> Blocks:
   """The blocks of a pass, 'loss', 'hidden' or 'embedding': those tuned at the nearest width, halved
   until they fit, and no larger than the head.
 
@@ -92,7 +93,7 @@ def find(name: str, hidden: jax.Array, embedding: jax.Array, chip: str | None = 
       vocab = _up(vocab // 2)
 
 
-def refusal(hidden: jax.Array, embedding: jax.Array) -> str | None:
+def refusal(hidden: Shaped, embedding: Shaped) -> str | None:
   """Says why no blocks fit, or None."""
   try:
     for name in ('loss', 'hidden', 'embedding'):

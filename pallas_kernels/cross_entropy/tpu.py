@@ -28,10 +28,10 @@ def refusal(hidden, embedding) -> str | None:
 
 
 def losses(options, hidden_BTD, embedding_VD, bias_V, targets_BT, *, axis_name=None, blocks=None,
-           wants_best=False):
+           wants_best=False, interpret=None):
   """Returns losses [B, T], unweighted, and whether each target is the argmax, boolean [B, T]."""
   head = _head(hidden_BTD, embedding_VD, bias_V, targets_BT, axis_name)
-  stats, _, _ = platform.interpreted(functools.partial(
+  stats, _, _ = _run(interpret, functools.partial(
       tpu_kernels.over_vocabulary, options, wants_best=wants_best,
       blocks=blocks or block_sizes.find('loss', hidden_BTD, embedding_VD)), *head)
   stats = _over_devices(stats, axis_name)
@@ -40,12 +40,12 @@ def losses(options, hidden_BTD, embedding_VD, bias_V, targets_BT, *, axis_name=N
 
 
 def loss_and_gradients(options, hidden_BTD, embedding_VD, bias_V, targets_BT, weights_BT, *,
-                       axis_name=None, blocks=(None, None)):
+                       axis_name=None, blocks=(None, None), interpret=None):
   """Returns the loss and the gradients of hidden, embedding and bias; of the rows of the embedding
   that this device has, if there is an axis: the gradient of hidden is then a summand."""
   find = lambda name, given: given or block_sizes.find(name, hidden_BTD, embedding_VD)
   head = _head(hidden_BTD, embedding_VD, bias_V, targets_BT, axis_name)
-  here, mean_MD, flat_MD = platform.interpreted(functools.partial(
+  here, mean_MD, flat_MD = _run(interpret, functools.partial(
       tpu_kernels.over_vocabulary, options, wants_mean=True, blocks=find('hidden', blocks[0])),
                                                 *head)
   stats, vocabulary = _over_devices(here, axis_name), _vocabulary(embedding_VD, axis_name)
@@ -55,7 +55,7 @@ def loss_and_gradients(options, hidden_BTD, embedding_VD, bias_V, targets_BT, we
   # dhidden = sum_v(dlogits_v * embedding_v), the target's summand apart.
   smoothing, scale_M = options.label_smoothing, 1 + 2 * options.z_loss * stats.lse
   own_M = scale_M * jnp.exp(stats.target - stats.lse) - (1 - smoothing)
-  own_M = jnp.where(index_M < 0, 0, own_M * tpu_kernels.slopes(options, stats.target))
+  own_M = jnp.where(index_M < 0, 0, tpu_kernels.bend(options, own_M, stats.target))
   rows_MD = embedding_VD[jnp.maximum(index_M, 0)].astype(mean_MD.dtype)
   share_M = scale_M * jnp.exp(here.lse - stats.lse)
   dhidden_MD = share_M[:, None] * mean_MD + own_M[:, None] * rows_MD
@@ -64,10 +64,17 @@ def loss_and_gradients(options, hidden_BTD, embedding_VD, bias_V, targets_BT, we
     dhidden_MD -= smoothing / vocabulary * flat_MD
   dhidden_BTD = (weights_M[:, None] * dhidden_MD).astype(hidden_BTD.dtype).reshape(hidden_BTD.shape)
 
-  dembedding_VD, dbias_V = platform.interpreted(functools.partial(
+  dembedding_VD, dbias_V = _run(interpret, functools.partial(
       tpu_kernels.over_tokens, options, vocabulary=vocabulary,
       blocks=find('embedding', blocks[1])), *head, stats.lse, weights_M)
   return jnp.vdot(losses_M, weights_M), dhidden_BTD, dembedding_VD, dbias_V
+
+
+def _run(interpret, kernel, *args):
+  """Calls a kernel; `interpret` None: as the platform that the program is lowered for needs it."""
+  if interpret is None:
+    return platform.interpreted(kernel, *args)
+  return kernel(*args, interpret=interpret)
 
 
 def _head(hidden_BTD, embedding_VD, bias_V, targets_BT, axis_name):

@@ -58,9 +58,9 @@ def _logits(options, a, b, bias):
   return logits
 
 
-def slopes(options, logits):
-  """The derivative of the soft cap, told by what it returned; 1 without a cap."""
-  return 1.0 if options.softcap is None else 1 - jnp.square(logits * (1 / options.softcap))
+def bend(options, x, logits):
+  """x times the derivative of the soft cap, which is told by the `logits` that it returned."""
+  return x if options.softcap is None else x * (1 - jnp.square(logits * (1 / options.softcap)))
 
 
 def _column(row_1M):
@@ -117,8 +117,7 @@ def _add_logits(options, size, start, logits, embedding, state):
   state['target'][...] += jnp.where(is_target, logits, 0).sum(1, keepdims=True)
   if 'total' in state:
     state['total'][...] += keep(logits, 0).sum(1, keepdims=True)
-  slope = slopes(options, logits)
-  logits = keep(logits, -jnp.inf)
+  uncut, logits = logits, keep(logits, -jnp.inf)
   before, best = state['largest'][...], logits.max(1, keepdims=True)
   largest = jnp.maximum(before, best)
   state['largest'][...] = largest
@@ -128,10 +127,11 @@ def _add_logits(options, size, start, logits, embedding, state):
   exps, fade = jnp.exp(logits - largest), jnp.exp(before - largest)
   state['sums'][...] = state['sums'][...] * fade + exps.sum(1, keepdims=True)
   if 'mean' in state:
-    others = keep(jnp.where(is_target, 0, exps * slope), 0).astype(embedding.dtype)
+    others = keep(jnp.where(is_target, 0, bend(options, exps, uncut)), 0).astype(embedding.dtype)
     state['mean'][...] = state['mean'][...] * fade + dot(others, embedding, NN)
   if 'flat' in state:
-    state['flat'][...] += dot(keep(slope, 0).astype(embedding.dtype), embedding, NN)
+    slope = keep(bend(options, jnp.ones_like(exps), uncut), 0).astype(embedding.dtype)
+    state['flat'][...] += dot(slope, embedding, NN)
 
 
 def over_vocabulary(options, hidden_MD, embedding_VD, bias_V, targets_M, *, blocks, interpret,
@@ -202,7 +202,7 @@ def _over_tokens(options, rows, targets_1M, stats_8M, hidden_MD, embedding_VD, b
     dlogits = scale * jnp.exp(logits - lse) - jnp.where(index == targets, expected, 0)
     if options.label_smoothing:
       dlogits -= flat
-    dlogits *= slopes(options, logits)
+    dlogits = bend(options, dlogits, logits)
     if bias_1V is not None:
       state['dbias'][here] += dlogits.sum(1, keepdims=True)
     total_VD[here] += dot(dlogits.astype(hidden.dtype), hidden, NN)
