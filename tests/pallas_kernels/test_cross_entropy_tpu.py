@@ -23,7 +23,7 @@ CASES = {
     'plain': (Options(), False, 256, 8, 256, 'float32', 'float32'),
     'tails': (Options(), True, 131, 24, 301, 'float32', 'float32'),
     'all options': (ALL, True, 140, 16, 300, 'float32', 'float32'),
-    'z-loss and smoothing': (ALL._replace(softcap=None), False, 60, 130, 389, 'bfloat16', 'float32'),
+    'uncapped': (ALL._replace(softcap=None), False, 60, 130, 389, 'bfloat16', 'float32'),
     'softcap': (Options(softcap=5.0), True, 300, 32, 70, 'bfloat16', 'bfloat16')}
 
 
