@@ -20,9 +20,10 @@ def cross_entropy(hidden: jax.Array, embedding: jax.Array, targets: jax.Array,
            + z_loss * lse^2,   where lse = logsumexp_v(logits[v]).
 
   Exact, in float32, without a [B, T, V] array in either pass: since nothing follows a loss, its
-  gradient is computed block by block in the forward pass, beside the logits it needs, and only
-  scaled in the backward pass (as in Liger Kernel, arXiv:2410.10989, section 3.2): three products
-  instead of the four of recomputation.
+  gradient is computed in the forward pass and only scaled in the backward pass (as in Liger Kernel,
+  arXiv:2410.10989, section 3.2). XLA's form does so beside each block of logits, by three products
+  of B * T * D * V; the TPU kernels have no place for a block's whole vocabulary, and compute the
+  logits twice.
 
   Args:
     hidden: [B, T, D], bfloat16 or float32: the last layer's output.
@@ -64,7 +65,7 @@ def cross_entropy(hidden: jax.Array, embedding: jax.Array, targets: jax.Array,
   at_once = functools.partial(reference.cross_entropy, options, axis_name=axis_name)
   if implementation == 'reference':
     return at_once(*args)
-  chosen = _implementation(implementation, hidden, embedding)
+  chosen = _implementation(implementation, options, hidden, embedding)
   if axis_name is None:
     return _cross_entropy(options, chosen, None, *args)
   if implementation == 'blocks':
@@ -93,15 +94,16 @@ def token_losses(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, *,
     NotImplementedError: the named implementation does not take this case.
   """
   _check_head(hidden, embedding, bias, softcap)
-  return _token_losses(Options(softcap), _implementation(implementation, hidden, embedding), None,
+  options = Options(softcap)
+  return _token_losses(options, _implementation(implementation, options, hidden, embedding), None,
                        hidden, embedding, bias, targets, wants_best=True)
 
 
-def _implementation(asked, hidden, embedding):
+def _implementation(asked, options, hidden, embedding):
   """What was asked for, or 'blocks' for None where the kernels refuse these arrays."""
   if asked not in (None, 'blocks', 'tpu'):
     raise ValueError(f"implementation={asked!r} must be None, 'reference', 'blocks' or 'tpu'")
-  refusal = None if asked == 'blocks' else tpu.refusal(hidden, embedding)
+  refusal = None if asked == 'blocks' else tpu.refusal(options, hidden, embedding)
   if refusal and asked == 'tpu':
     raise NotImplementedError(refusal)
   if refusal:

@@ -27,7 +27,7 @@ class Blocks(NamedTuple):
 # {generation: {pass: {d_model: (tokens, vocab, rows)}}}, of bfloat16 heads.
 TABLE = {
     'v4': {'loss': {2048: (512, 512, 256)}, 'hidden': {2048: (512, 256, 256)},
-           'embedding': {2048: (256, 512, 256)}},
+           'embedding': {2048: (256, 256, 256)}},
     'v5e': {'loss': {2048: (1024, 1024, 512)}, 'hidden': {2048: (512, 1024, 512)},
             'embedding': {2048: (1024, 512, 512)}},
 }
@@ -47,21 +47,28 @@ def limit(chip: str) -> int:
   return 15 * VMEM_MIB[chip] * 2**20 // 16
 
 
-def vmem_bytes(name: str, blocks: Blocks, D: int, itemsize: int, parameter_itemsize: int) -> int:
-  """VMEM that a pass needs: its blocks twice, since the next are on their way, its sums, the casts
-  and three blocks of logits in float32."""
+def vmem_bytes(name: str, blocks: Blocks, D: int, itemsize: int, parameter_itemsize: int,
+               sums: int = 1) -> int:
+  """VMEM that a pass needs: what it streams twice, since the next block is on its way, its sums,
+  the embedding as it is multiplied, and three blocks of logits in float32."""
   M, V, rows = blocks[:3]
-  inputs = 2 * (M * D * itemsize + V * D * parameter_itemsize) + V * D * itemsize
-  columns = 4 * 8 * LANES * max(M, V)
+  cast = V * D * itemsize if parameter_itemsize != itemsize else 0
+  columns, embedding = 4 * 6 * LANES * max(M, V), 2 * V * D * parameter_itemsize
   if name == 'embedding':
-    return inputs + columns + 12 * rows * M + V * D * (4 + 2 * parameter_itemsize)
-  sums = M * D * (4 + 2 * itemsize + 4) if name == 'hidden' else 0
-  return inputs + columns + 12 * rows * V + sums
+    return (2 * M * D * itemsize + embedding + cast + columns + 12 * rows * M
+            + V * D * (4 + 2 * parameter_itemsize))
+  sums = sums * M * D * (4 + itemsize) if name == 'hidden' else 0
+  return M * D * itemsize + embedding + cast + columns + 12 * rows * V + sums
 
 
-def find(name: str, hidden: Shaped, embedding: Shaped, chip: str | None = None) -> Blocks:
+def find(name: str, hidden: Shaped, embedding: Shaped, chip: str | None = None,
+         sums: int = 1) -> Blocks:
   """The blocks of a pass, 'loss', 'hidden' or 'embedding': those tuned at the nearest width, halved
   until they fit, and no larger than the head.
+
+  Args:
+    chip: a generation; None is `generation()`.
+    sums: of [tokens, d_model] in the pass 'hidden': 2 where labels are smoothed and logits capped.
 
   Raises:
     NotImplementedError: not even the smallest ones fit.
@@ -80,7 +87,7 @@ def find(name: str, hidden: Shaped, embedding: Shaped, chip: str | None = None) 
     inner = vocab if name == 'embedding' else tokens
     rows = next(r for r in range(min(rows, inner), 0, -LANES) if inner % r == 0)
     blocks = Blocks(tokens, vocab, rows)
-    need = vmem_bytes(name, blocks, D, hidden.dtype.itemsize, embedding.dtype.itemsize)
+    need = vmem_bytes(name, blocks, D, hidden.dtype.itemsize, embedding.dtype.itemsize, sums)
     if need <= limit(chip):
       return blocks._replace(vmem_bytes=limit(chip))
     if max(tokens, vocab) <= LANES:
@@ -93,11 +100,11 @@ def find(name: str, hidden: Shaped, embedding: Shaped, chip: str | None = None) 
       vocab = _up(vocab // 2)
 
 
-def refusal(hidden: Shaped, embedding: Shaped) -> str | None:
+def refusal(hidden: Shaped, embedding: Shaped, sums: int) -> str | None:
   """Says why no blocks fit, or None."""
   try:
     for name in ('loss', 'hidden', 'embedding'):
-      find(name, hidden, embedding)
+      find(name, hidden, embedding, sums=sums)
   except NotImplementedError as error:
     return str(error)
   return None

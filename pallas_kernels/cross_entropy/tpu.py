@@ -15,7 +15,7 @@ from pallas_kernels.cross_entropy import block_sizes, tpu_kernels
 DTYPES = jnp.bfloat16, jnp.float32
 
 
-def refusal(hidden, embedding) -> str | None:
+def refusal(options, hidden, embedding) -> str | None:
   """Says why the kernels do not take these arrays, or None if they do."""
   for name, x in (('hidden', hidden), ('embedding', embedding)):
     if x.dtype not in DTYPES:
@@ -24,7 +24,11 @@ def refusal(hidden, embedding) -> str | None:
     return f'hidden is float32 and embedding {embedding.dtype}; a float32 head needs both'
   if 0 in hidden.shape:
     return f'hidden {hidden.shape} has no tokens'
-  return block_sizes.refusal(hidden, embedding)
+  return block_sizes.refusal(hidden, embedding, _sums(options))
+
+
+def _sums(options):
+  return 2 if tpu_kernels.wants_flat(options) else 1
 
 
 def losses(options, hidden_BTD, embedding_VD, bias_V, targets_BT, *, axis_name=None, blocks=None,
@@ -43,7 +47,8 @@ def loss_and_gradients(options, hidden_BTD, embedding_VD, bias_V, targets_BT, we
                        axis_name=None, blocks=(None, None), interpret=None):
   """Returns the loss and the gradients of hidden, embedding and bias; of the rows of the embedding
   that this device has, if there is an axis: the gradient of hidden is then a summand."""
-  find = lambda name, given: given or block_sizes.find(name, hidden_BTD, embedding_VD)
+  find = lambda name, given: given or block_sizes.find(name, hidden_BTD, embedding_VD,
+                                                       sums=_sums(options))
   head = _head(hidden_BTD, embedding_VD, bias_V, targets_BT, axis_name)
   here, mean_MD, flat_MD = _run(interpret, functools.partial(
       tpu_kernels.over_vocabulary, options, wants_mean=True, blocks=find('hidden', blocks[0])),

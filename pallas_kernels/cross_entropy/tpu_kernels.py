@@ -43,6 +43,11 @@ class Statistics(NamedTuple):
   is_best: jax.Array
 
 
+def wants_flat(options) -> bool:
+  """Whether what smoothing takes from the gradient differs from token to token."""
+  return bool(options.label_smoothing) and options.softcap is not None
+
+
 def dot(a, b, dimensions):
   """A product in float32: exact of bfloat16, and of float32 by passes over its parts."""
   precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
@@ -154,15 +159,17 @@ def over_vocabulary(options, hidden_MD, embedding_VD, bias_V, targets_M, *, bloc
   """
   (T, D), size, (M, V) = hidden_MD.shape, len(embedding_VD), (blocks.tokens, blocks.vocab)
   hidden_MD, targets_M = _padded(hidden_MD, M), _padded(targets_M, M)
-  wants_flat = wants_mean and bool(options.label_smoothing) and options.softcap is not None
+  has_flat = wants_mean and wants_flat(options)
   column, wide = pltpu.VMEM((M, 1), jnp.float32), pltpu.VMEM((M, D), jnp.float32)
   whole = pltpu.VMEM((M, 1), jnp.int32)
   state = {'index': whole, 'largest': column, 'sums': column, 'target': column}
   for name, shape, is_wanted in (
       ('total', column, options.label_smoothing), ('best', whole, wants_best),
-      ('mean', wide, wants_mean), ('flat', wide, wants_flat)):
+      ('mean', wide, wants_mean), ('flat', wide, has_flat)):
     state |= {name: shape} if is_wanted else {}
-  row, tall = pl.BlockSpec((1, M), lambda i, j: (0, i)), pl.BlockSpec((M, D), lambda i, j: (i, 0))
+  row = pl.BlockSpec((1, M), lambda i, j: (0, i))
+  # Once: the wait for the next tokens is a thousandth of the work on them.
+  tall = pl.BlockSpec((M, D), lambda i, j: (i, 0), pipeline_mode=pl.Buffered(1))
   gradient = jax.ShapeDtypeStruct(hidden_MD.shape, hidden_MD.dtype)
   bias_1V = None if bias_V is None else bias_V[None]
   stats_8M, mean_MD, flat_MD = pl.pallas_call(
@@ -171,9 +178,9 @@ def over_vocabulary(options, hidden_MD, embedding_VD, bias_V, targets_M, *, bloc
       in_specs=[row, tall, pl.BlockSpec((V, D), lambda i, j: (j, 0)),
                 None if bias_V is None else pl.BlockSpec((1, V), lambda i, j: (0, j))],
       out_specs=[pl.BlockSpec((8, M), lambda i, j: (0, i)), tall if wants_mean else None,
-                 tall if wants_flat else None],
+                 tall if has_flat else None],
       out_shape=[jax.ShapeDtypeStruct((8, len(hidden_MD)), jnp.float32),
-                 gradient if wants_mean else None, gradient if wants_flat else None],
+                 gradient if wants_mean else None, gradient if has_flat else None],
       scratch_shapes=[state], compiler_params=_parameters(blocks), interpret=interpret,
       name='over_vocabulary')(targets_M[None], hidden_MD, embedding_VD, bias_1V)
   return (Statistics(*stats_8M[:4, :T]), *(x if x is None else x[:T] for x in (mean_MD, flat_MD)))
