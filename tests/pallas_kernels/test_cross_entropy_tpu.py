@@ -181,3 +181,11 @@ def reports(monkeypatch, chip, *names):
 def test_kernels_compile_for_every_generation(monkeypatch, chip):
   for name, report in reports(monkeypatch, chip, 'float32', 'all options', 'losses').items():
     assert not report.refusal and report.kernels, (name, report.refusal)
+
+
+def test_a_head_of_128k_rows_costs_its_products_and_no_memory(monkeypatch):
+  """8192 tokens of 2048 dimensions, parameters in float32: 4 products of the peak and a tenth."""
+  report = reports(monkeypatch, 'v5e', '128k')['128k']
+  product = 2 * 8192 * 2048 * 131072 / tpu_compiler.FLOPS_PER_CYCLE['v5e']
+  assert 2 * product < report.cycles <= 1.1 * 4 * product
+  assert report.temp_bytes <= 64 * 2**20
