@@ -40,7 +40,8 @@ def cross_entropy(hidden: jax.Array, embedding: jax.Array, targets: jax.Array,
       (arXiv:1512.00567, section 7).
     implementation: None, 'reference' (all logits at once), 'blocks' (of tokens, for XLA) or 'tpu'
       (Pallas kernels over blocks of the vocabulary, whose logits never leave VMEM; without a TPU
-      they are interpreted). None takes 'tpu' on a TPU, else 'blocks'.
+      they are interpreted). None takes 'tpu' on a TPU, else 'blocks'. The compiler does not cut a
+      kernel over devices: on a mesh, call it inside `jax.shard_map`.
     axis_name: inside `jax.shard_map(..., check_vma=False)`, the mesh axis whose devices have equal
       parts of the vocabulary, in order: rows of `embedding` and `bias`. `targets` and the loss are
       those of the whole vocabulary. 'blocks' does not take it: None is 'reference' without a TPU.

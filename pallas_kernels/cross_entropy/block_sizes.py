@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
 
 # {generation: {pass: {d_model: (tokens, vocab, rows)}}}, of bfloat16 heads.
 TABLE = {
-    'v4': {'loss': {2048: (512, 512, 256)}, 'hidden': {2048: (512, 256, 256)},
+    'v4': {'loss': {2048: (512, 512, 256)}, 'hidden': {2048: (256, 512, 256)},
            'embedding': {2048: (256, 256, 256)}},
     'v5e': {'loss': {2048: (1024, 1024, 512)}, 'hidden': {2048: (512, 1024, 512)},
             'embedding': {2048: (1024, 512, 512)}},
@@ -76,7 +76,7 @@ def find(name: str, hidden: Shaped, embedding: Shaped, chip: str | None = None,
   D, chip = hidden.shape[-1], chip or generation()
   tuned = TABLE[chip][name]
   nearest = min(tuned, key=lambda width: abs(width - D))
-  if nearest != D and chip in KINDS.values() and jax.default_backend() == 'tpu':
+  if nearest != D and jax.default_backend() == 'tpu':
     platform.warn_once(f'cross_entropy was never tuned on {chip} for d_model={D}; it takes the '
                        f'blocks of d_model={nearest}. Tune by: python -m '
                        'pallas_kernels.cross_entropy.bench --tune')

@@ -1,4 +1,4 @@
-"""A child of test_cross_entropy_tpu.py: a head cut over 2 devices beside a whole one, as JSON."""
+"""A child of test_cross_entropy_tpu.py: heads cut over 2 devices beside a whole one, as JSON."""
 import functools
 import json
 
@@ -20,7 +20,8 @@ def main():
                              for shape in ((2, 40, 16), (148, 16), (148,)))
   targets = jnp.asarray(rng.integers(0, 148, (2, 40)), jnp.int32)
   weights = jnp.asarray(rng.choice([0, 0.5, 1], (2, 40)), jnp.float32)
-  mesh = jax.make_mesh((2,), ('tensor',), axis_types=(jax.sharding.AxisType.Auto,))
+  meshes = {name: jax.make_mesh((2,), (name,), axis_types=(jax.sharding.AxisType.Auto,))
+            for name in ('tensor', 'data')}
   options = dict(softcap=5.0, z_loss=0.02, label_smoothing=0.1)
 
   def loss(implementation, axis_name, hidden, embedding, bias, targets, weights):
@@ -32,11 +33,18 @@ def main():
                                                                   weights)
     return [np.asarray(x) for x in (value, *gradients)]
 
+  def rows_of_batch(*args):
+    return jax.lax.psum(loss('tpu', None, *args), 'data')
+
   whole, errors = run(functools.partial(loss, 'reference', None)), {}
-  for implementation in ('reference', 'tpu'):
-    cut = jax.shard_map(functools.partial(loss, implementation, 'tensor'), mesh=mesh, out_specs=P(),
-                        in_specs=(P(), P('tensor'), P('tensor'), P(), P()), check_vma=False)
-    errors[implementation] = list(map(error, run(cut), whole))
+  vocabulary, batch = P('tensor'), P('data')
+  vocabulary, batch = (P(), vocabulary, vocabulary, P(), P()), (batch, P(), P(), batch, batch)
+  for name, fn, axis, specs in (
+      ('reference', functools.partial(loss, 'reference', 'tensor'), 'tensor', vocabulary),
+      ('tpu', functools.partial(loss, 'tpu', 'tensor'), 'tensor', vocabulary),
+      ('tpu, batch', rows_of_batch, 'data', batch)):
+    cut = jax.shard_map(fn, mesh=meshes[axis], out_specs=P(), in_specs=specs, check_vma=False)
+    errors[name] = list(map(error, run(cut), whole))
   print(json.dumps({'devices': jax.device_count(), 'errors': errors}))
 
 
