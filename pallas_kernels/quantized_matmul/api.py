@@ -1,0 +1,104 @@
+"""Products with weights that stay quantised in memory."""
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import platform
+from pallas_kernels.quantized_matmul import reference, tpu
+
+
+def quantize(w: jax.Array, bits: int, group_size: int | None = None
+             ) -> tuple[jax.Array, jax.Array]:
+  """Rounds weights to integers of `bits` bits, symmetric about 0: w ~ values * scales.
+
+  The largest magnitude of a group becomes 2^(bits - 1) - 1, so an error is at most scale / 2.
+
+  Args:
+    w: [K, N], floating.
+    bits: 8 or 4.
+    group_size: consecutive rows of a column that share a scale, a divisor of K; None shares one
+      among all.
+
+  Returns:
+    values, int8 or int4 [K, N], and scales, float32 [N], or [K / group_size, N] for groups.
+
+  Raises:
+    ValueError: bits or group_size out of range.
+  """
+  if bits not in (4, 8):
+    raise ValueError(f'bits={bits} must be 4 or 8')
+  if group_size is not None and (group_size < 1 or len(w) % group_size):
+    raise ValueError(f'group_size={group_size} must divide the {len(w)} rows of w')
+  groups = 1 if group_size is None else len(w) // group_size
+  values, scales = reference.quantize(w, bits, groups)
+  return values, scales[0] if group_size is None else scales
+
+
+def quantized_matmul(x: jax.Array, values: jax.Array, scales: jax.Array, *,
+                     x_scale: jax.Array | None = None, dtype: jax.typing.DTypeLike | None = None,
+                     implementation: str | None = None) -> jax.Array:
+  """Multiplies the rows of `x` by quantised weights: y = x (values * scales).
+
+  Sums are float32. Floating x is multiplied in its own dtype: by the integers, exact in bfloat16,
+  or, where the scales differ along a column, by values * scales rounded to that dtype. int8 x is
+  multiplied by the integers into int32 sums, one a group, which their scales then weigh:
+  y = x_scale * sum_g scales_g (x_g values_g). The Pallas kernel moves each array once between
+  memory and VMEM where all rows of x fit into VMEM. It has no gradient.
+
+  Args:
+    x: [..., K], bfloat16 or float32, or int8 with `x_scale`.
+    values: int8 or int4 [K, N]; a TPU's memory holds two int4 in a byte.
+    scales: float32 [N], or [K / group_size, N] for groups of consecutive rows.
+    x_scale: float32 [..., 1], what a 1 of int8 `x` stands for.
+    dtype: of the result; None is that of `x`, and bfloat16 for int8 `x`.
+    implementation: None, 'reference' (XLA) or 'tpu' (Pallas; interpreted where there is no TPU).
+      None is XLA's on a CPU or GPU, and on a TPU Pallas where it takes the case.
+
+  Returns:
+    [..., N] in `dtype`.
+
+  Raises:
+    ValueError: shapes or dtypes that do not fit.
+    NotImplementedError: 'tpu' does not take this case.
+  """
+  _check(x, values, scales, x_scale)
+  if implementation not in (None, 'reference', 'tpu'):
+    raise ValueError(f"implementation={implementation!r} must be None, 'reference' or 'tpu'")
+  is_int8 = x.dtype == jnp.int8
+  dtype = jnp.dtype(dtype or (jnp.bfloat16 if is_int8 else x.dtype))
+  x_MK = x.reshape(-1, x.shape[-1])
+  args = (x_MK, values, scales.reshape(-1, values.shape[1]),
+          x_scale.reshape(-1, 1) if is_int8 else None)
+  plain = functools.partial(reference.quantized_matmul, dtype=dtype)
+  refusal = None if implementation == 'reference' else tpu.refusal(*args[:3], dtype)
+  if refusal and implementation == 'tpu':
+    raise NotImplementedError(refusal)
+  if refusal:
+    platform.warn_once(f'quantized_matmul takes XLA\'s form on TPUs too: {refusal}')
+  if refusal or implementation == 'reference':
+    y_MN = plain(*args)
+  else:
+    kernel = lambda *args: platform.interpreted(
+        functools.partial(tpu.quantized_matmul, dtype=dtype), *args)
+    y_MN = (kernel(*args) if implementation == 'tpu'
+            else platform.by_platform(plain, plain, *args, tpu=kernel))
+  return y_MN.reshape(*x.shape[:-1], values.shape[1])
+
+
+def _check(x, values, scales, x_scale):
+  if values.ndim != 2 or x.shape[-1:] != values.shape[:1]:
+    raise ValueError(f'x {x.shape} and values {values.shape} must be [..., K] and [K, N]')
+  if values.dtype not in (jnp.int8, jnp.int4):
+    raise ValueError(f'values are {values.dtype}, they must be int8 or int4')
+  K, N = values.shape
+  if scales.shape != (N,) and (scales.ndim != 2 or scales.shape[1] != N or not len(scales)
+                               or K % len(scales)):
+    raise ValueError(f'scales {scales.shape} must be [N] or [K / group_size, N] for values '
+                     f'{values.shape}')
+  if x.dtype == jnp.int8:
+    if x_scale is None or x_scale.shape != (*x.shape[:-1], 1):
+      raise ValueError(f'int8 x {x.shape} needs x_scale of shape {(*x.shape[:-1], 1)}, not '
+                       f'{getattr(x_scale, "shape", None)}')
+  elif x_scale is not None:
+    raise ValueError(f'x_scale goes with int8 x, x is {x.dtype}')
