@@ -55,8 +55,9 @@ def cases():
 
 def bounds(spec, chip):
   """Cycles of the product and of moving each array once; 0 where a rate is not known."""
-  moved = spec.M * (spec.K * jnp.dtype(spec.x).itemsize + 2 * spec.N) + spec.K * spec.N * spec.bits // 8 + (
-      4 * spec.N * (spec.K // (spec.group_size or spec.K)))
+  groups = spec.K // (spec.group_size or spec.K)
+  weights = spec.K * spec.N * spec.bits // 8 + 4 * groups * spec.N
+  moved = weights + spec.M * (spec.K * jnp.dtype(spec.x).itemsize + 2 * spec.N)
   flops = 2 * spec.M * spec.K * spec.N
   rate = lambda rates, amount: amount // rates[chip] if chip in rates else 0
   return rate(tpu_compiler.FLOPS_PER_CYCLE, flops), rate(BYTES_PER_CYCLE, moved)
