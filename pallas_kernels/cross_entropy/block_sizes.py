@@ -81,12 +81,14 @@ def find(name: str, hidden: Shaped, embedding: Shaped, chip: str | None = None,
                        f'blocks of d_model={nearest}. Tune by: python -m '
                        'pallas_kernels.cross_entropy.bench --tune')
   tokens, vocab, rows = tuned[nearest]
-  tokens = min(tokens, _up(hidden.size // D))
+  T = hidden.size // D
   vocab = min(vocab, _up(len(embedding)))
   while True:
+    tokens = _up(-(-T // -(-T // tokens)))  # as many blocks, the last one no smaller
     inner = vocab if name == 'embedding' else tokens
-    rows = next(r for r in range(min(rows, inner), 0, -LANES) if inner % r == 0)
-    blocks = Blocks(tokens, vocab, rows)
+    most = min(3 * rows // 2 // LANES * LANES, inner)
+    blocks = Blocks(tokens, vocab,
+                    next(r for r in range(most, 0, -LANES) if inner % r == 0))
     need = vmem_bytes(name, blocks, D, hidden.dtype.itemsize, embedding.dtype.itemsize, sums)
     if need <= limit(chip):
       return blocks._replace(vmem_bytes=limit(chip))
