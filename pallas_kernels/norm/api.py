@@ -1,0 +1,97 @@
+"""LayerNorm and RMSNorm over the last axis, with the residual stream's addition before them."""
+import functools
+
+import jax
+
+from pallas_kernels import platform
+from pallas_kernels.norm import reference, tpu
+from pallas_kernels.norm.reference import Options
+
+
+def norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, *,
+         residual: jax.Array | None = None, kind: str, epsilon: float,
+         implementation: str | None = None) -> jax.Array | tuple[jax.Array, jax.Array]:
+  """Normalises the last axis of h = x + residual:
+
+    y = scale * (h - mean(h)) / sqrt(mean((h - mean(h))^2) + epsilon) + bias   LayerNorm
+    y = scale * h / sqrt(mean(h^2) + epsilon) + bias                           RMSNorm
+
+  (arXiv:1607.06450, section 3; arXiv:1910.07467, section 3). Everything is float32 inside and
+  rounded once, but h is rounded to the dtype of `x` before it is normalised, as a residual stream
+  is. On a TPU each pass reads each of its arrays once and writes each once: the backward pass takes
+  mean and variance again, of h, and sums the gradients of scale and bias in float32.
+
+  Args:
+    x: [..., D], bfloat16 or float32.
+    scale: [D], any floating dtype; a caller who stores it less 1 adds the 1.
+    bias: [D], or None for none.
+    residual: what is added before, of the shape and dtype of `x`, or None.
+    kind: 'layernorm' or 'rmsnorm'.
+    epsilon: keeps the root from 0.
+    implementation: None, 'reference' (XLA) or 'tpu' (Pallas; interpreted where there is no TPU).
+      None is XLA's on a CPU or GPU, and on a TPU Pallas where it takes the case.
+
+  Returns:
+    y in the dtype of `x`; with a residual (y, h), h in the dtype of `x`.
+
+  Raises:
+    ValueError: shapes or dtypes that do not fit, or an unknown kind.
+    NotImplementedError: 'tpu' does not take this case.
+  """
+  D = x.shape[-1]
+  if kind not in ('layernorm', 'rmsnorm'):
+    raise ValueError(f"kind={kind!r} must be 'layernorm' or 'rmsnorm'")
+  for name, array in (('scale', scale), ('bias', bias)):
+    if array is not None and array.shape != (D,):
+      raise ValueError(f'{name} has shape {array.shape}, it must be {(D,)} for x {x.shape}')
+  if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+    raise ValueError(f'residual is {residual.dtype} {residual.shape}, it must be as x, {x.dtype} '
+                     f'{x.shape}')
+  if implementation not in (None, 'reference', 'tpu'):
+    raise ValueError(f"implementation={implementation!r} must be None, 'reference' or 'tpu'")
+  options = Options(kind, epsilon)
+  plain = functools.partial(reference.norm, options)
+  kernel = functools.partial(_kernel, options)
+  args = x, residual, scale, bias
+  refusal = tpu.refusal(x)
+  if implementation == 'tpu':
+    if refusal:
+      raise NotImplementedError(refusal)
+    y, total = kernel(*args)
+  elif implementation == 'reference' or refusal:
+    if implementation is None and jax.default_backend() == 'tpu':
+      platform.warn_once(f'norm is left to XLA: {refusal}')
+    y, total = plain(*args)
+  else:
+    y, total = platform.by_platform(plain, plain, *args, tpu=kernel)
+  return y if residual is None else (y, total)
+
+
+def _rows(x):
+  return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kernel(options, x, residual, scale, bias):
+  y_MD, total_MD = platform.interpreted(functools.partial(tpu.forward, options), _rows(x),
+                                        _rows(residual), scale, bias)
+  return y_MD.reshape(x.shape), None if residual is None else total_MD.reshape(x.shape)
+
+
+def _forward(options, x, residual, scale, bias):
+  y, total = _kernel(options, x, residual, scale, bias)
+  return (y, total), (x if residual is None else total, scale, bias)
+
+
+def _backward(options, residuals, gradients):
+  total, scale, bias = residuals
+  dy, dtotal = gradients
+  dx_MD, dscale_D, dbias_D = platform.interpreted(
+      functools.partial(tpu.backward, options, bias is not None), _rows(total), scale, _rows(dy),
+      _rows(dtotal))
+  dx = dx_MD.reshape(total.shape)
+  return (dx, None if dtotal is None else dx, dscale_D.astype(scale.dtype),
+          None if bias is None else dbias_D.astype(bias.dtype))
+
+
+_kernel.defvjp(_forward, _backward)

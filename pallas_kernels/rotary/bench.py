@@ -1,0 +1,35 @@
+"""Static cycles and bytes of `rotary` beside XLA's: `python -m pallas_kernels.rotary.bench`."""
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.norm.measure import print_table
+from pallas_kernels.rotary import rotary
+from pallas_kernels.rotary.specs import SPECS
+
+
+def _run(implementation, H, query, key, sin, cos):
+  """Both rotated, of [B, T, N * H] as a product leaves them, and as [B, T, N * H]."""
+  heads = lambda x: x.reshape(*x.shape[:2], -1, H)
+  flat = lambda x: x.reshape(*x.shape[:2], -1)
+  out = rotary(heads(query), heads(key), sin, cos, implementation=implementation)
+  return tuple(map(flat, out))
+
+
+def case(B: int, T: int, N: int, K: int, H: int, implementation: str, dtype=jnp.bfloat16) -> tuple:
+  """(function, arguments) of one call."""
+  shape = lambda *sizes, dtype=dtype: jax.ShapeDtypeStruct(sizes, dtype)
+  angles = shape(B, T, H // 2, dtype=jnp.float32)
+  return (functools.partial(_run, implementation, H),
+          (shape(B, T, N * H), shape(B, T, K * H), angles, angles))
+
+
+def cases() -> dict[str, tuple]:
+  """Every shape of specs.py; a backward pass is the same kernel."""
+  return {f'{model} {implementation}': case(*shape, implementation)
+          for model, shape in SPECS.items() for implementation in ('tpu', 'reference')}
+
+
+if __name__ == '__main__':
+  print_table('pallas_kernels.rotary.bench:cases', cases())
