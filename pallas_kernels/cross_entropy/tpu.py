@@ -20,8 +20,6 @@ def refusal(options, hidden, embedding) -> str | None:
   for name, x in (('hidden', hidden), ('embedding', embedding)):
     if x.dtype not in DTYPES:
       return f'{name} is {x.dtype}; the TPU kernels take bfloat16 and float32'
-  if hidden.dtype == jnp.float32 != embedding.dtype:
-    return f'hidden is float32 and embedding {embedding.dtype}; a float32 head needs both'
   if 0 in hidden.shape:
     return f'hidden {hidden.shape} has no tokens'
   return block_sizes.refusal(hidden, embedding, _sums(options))
