@@ -83,13 +83,6 @@ def test_values_and_gradients_are_float64s(implementation, dtype, kind, has_bias
   assert jax.tree.map(lambda x: x.dtype, got[1]) == jax.tree.map(lambda x: x.dtype, args)
 
 
-def test_a_large_odd_number_of_blocks_sums_every_row_once():
-  M, D = 3 * block_sizes(10000, LARGE_D, 4)[0], LARGE_D  # the second core visits one block twice
-  args, gradients = operands((M, D), jnp.float32)
-  got = values_and_gradients(args, gradients, 'layernorm', 'tpu')
-  assert_close(got, exact('layernorm', args, gradients), 1e-5)
-
-
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('implementation', ['reference', 'tpu'])
 def test_values_are_those_of_the_layer(kind, implementation):
@@ -104,7 +97,9 @@ def test_values_are_those_of_the_layer(kind, implementation):
 
 
 def test_there_are_no_races_and_nothing_beyond_the_last_row_is_used():
-  (x, residual, scale, bias), (dy, dtotal) = operands((40, 128), jnp.float32)
+  M, rows = 40, block_sizes(40, LARGE_D, 4)[0]
+  assert -(-M // rows) % 2  # of an odd number of blocks the second core visits one twice
+  (x, residual, scale, bias), (dy, dtotal) = operands((M, LARGE_D), jnp.float32)
   interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory='nan')
   options = Options('layernorm', 1e-5)
   total = x + residual
