@@ -17,16 +17,17 @@ def gradients(spec, blocks, dtype=jnp.bfloat16, parameters=None):
   """(function, arguments) of a spec's loss and gradients."""
   args = bench.arguments(spec, dtype)
   embedding = jax.ShapeDtypeStruct(args[1].shape, parameters or dtype)
-  return (functools.partial(tpu.loss_and_gradients, spec.options, blocks=(blocks, blocks)),
+  return (functools.partial(tpu.loss_and_gradients, spec.options, blocks=blocks),
           (args[0], embedding, *args[2:]))
 
 
 def cases():
   """Tiny heads for every generation, and one of 128k rows in blocks that compile quickly."""
-  small, medium = Blocks(128, 128, 128, 2**23), Blocks(512, 512, 512, block_sizes.limit('v5e'))
+  small, limit = Blocks(128, 128, 128, 2**23), block_sizes.limit('v5e')
+  medium = Blocks(256, 512, 256, limit), Blocks(512, 256, 256, limit)
   return {
-      'float32': gradients(TINY['float32'], small, jnp.float32),
-      'all options': gradients(TINY['all options'], small, parameters=jnp.float32),
+      'float32': gradients(TINY['float32'], (small, small), jnp.float32),
+      'all options': gradients(TINY['all options'], (small, small), parameters=jnp.float32),
       'losses': (functools.partial(tpu.losses, ALL, wants_best=True, blocks=small),
                  bench.arguments(TINY['all options'])[:4]),
       '128k': gradients(SPECS['128k'], medium, parameters=jnp.float32)}
