@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform
-from pallas_kernels.flash_attention import cpu, reference
+from pallas_kernels.flash_attention import cpu, reference, tpu
 from pallas_kernels.flash_attention.reference import Masking, Options
 
 
@@ -43,8 +43,9 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
     query_offset: int32 [B], the place of query 0 among the keys (a cache's length); None is 0.
     query_segment_ids: int32 [B, T] of packed sequences; None with `key_segment_ids` None.
     key_segment_ids: int32 [B, S].
-    implementation: None, 'reference' or 'cpu' (blocks of queries against the keys that they see, on
-      the CPU's matrix unit).
+    implementation: None, 'reference', 'cpu' (blocks of queries against the keys that they see, on
+      the CPU's matrix unit) or 'tpu' (a Pallas kernel, interpreted on any other platform; under
+      several devices call it in `jax.shard_map`).
 
   Returns:
     [B, T, N, H] in the dtype of `query`.
@@ -70,9 +71,12 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
                        f'{query.shape} and key {key.shape}')
   if prefix is not None and prefix.dtype != jnp.bool_:
     raise ValueError(f'prefix is {prefix.dtype}, it must be boolean: True for a key of the prefix')
-  if implementation not in (None, 'reference', 'cpu'):
-    raise ValueError(f"implementation={implementation!r} must be None, 'reference' or 'cpu'")
+  if implementation not in (None, 'reference', 'cpu', 'tpu'):
+    raise ValueError(f"implementation={implementation!r} must be None, 'reference', 'cpu' or 'tpu'")
   options = _options(causal, window, scale, softcap, bias, (B, N, T, S), H)
+  refusal = tpu.refusal(options, query, key, bias) if implementation == 'tpu' else None
+  if refusal:
+    raise NotImplementedError(refusal)
   masking = Masking(query_offset, query_segment_ids, key_segment_ids, prefix)
   return _attend(options, implementation, query, key, value, bias, masking)
 
@@ -128,6 +132,8 @@ def _options(causal, window, scale, softcap, bias, shape, H) -> Options:
 
 
 def _choose(implementation, name, options, *args):
+  if implementation == 'tpu':
+    return platform.interpreted(functools.partial(getattr(tpu, name), options), *args)
   on_cpu = functools.partial(getattr(cpu, name), options)
   elsewhere = functools.partial(getattr(reference, name), options)
   if implementation is None:

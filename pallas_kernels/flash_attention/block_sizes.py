@@ -1,0 +1,114 @@
+"""How much of attention a TPU computes at a time: a table by generation, head width and length.
+
+`python -m pallas_kernels.flash_attention.bench --tune` prints its rows, measured in static cycles.
+"""
+import math
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels import platform
+
+LANES = 128
+MIB = 2**20
+VMEM_MIB = {'v4': 16, 'v5e': 128, 'v5p': 64, 'v6e': 128, 'tpu7x': 64}  # of a core, libtpu 0.0.42.1
+KINDS = {'TPU v4': 'v4', 'TPU v5 lite': 'v5e', 'TPU v5': 'v5p', 'TPU v6 lite': 'v6e',
+         'TPU7x': 'tpu7x'}
+
+
+class Blocks(NamedTuple):
+  """Queries and keys of a visit, and tiles (128 lanes of heads) that a program takes together."""
+  queries: int
+  keys: int
+  tiles: int
+
+
+# {generation: {pass: {(lanes of a head, keys): blocks}}}, of bfloat16.
+TABLE = {
+    'v5e': {'forward': {(64, 1024): Blocks(256, 256, 6), (128, 4096): Blocks(512, 512, 4)},
+            'backward': {(64, 1024): Blocks(512, 512, 2), (128, 4096): Blocks(512, 512, 2)}},
+}
+TABLE |= {
+    'v4': {'forward': TABLE['v5e']['forward'],
+           'backward': {(64, 1024): Blocks(256, 256, 1), (128, 4096): Blocks(256, 256, 1)}},
+    'v5p': TABLE['v5e'],
+    'v6e': {'forward': {(64, 1024): Blocks(512, 512, 6), (128, 4096): Blocks(512, 512, 4)},
+            'backward': TABLE['v5e']['backward']},
+}
+TABLE['tpu7x'] = TABLE['v6e']
+
+
+def generation() -> str:
+  """The TPU of the mesh in use (`jax.set_mesh`) or of this machine; for neither, the one with the
+  least VMEM, whose blocks fit all."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  kind = device.device_kind if device else jax.devices()[0].device_kind
+  return KINDS.get(kind, 'v4')
+
+
+def vmem_limit(chip: str) -> int:
+  """Bytes of VMEM that a kernel may use."""
+  return VMEM_MIB[chip] * MIB * 15 // 16
+
+
+def vmem_bytes(name: str, blocks: Blocks, T: int, head: int, share: int, itemsize: int,
+               bias_itemsize: int) -> int:
+  """VMEM that a pass needs: its blocks twice, since the next are on their way, its sums, and three
+  blocks of scores in float32."""
+  queries, keys, tiles = blocks
+  lanes = tiles * max(head, LANES)
+  scores = 12 * queries * keys + 2 * tiles * share * bias_itemsize * queries * keys
+  if name == 'forward':
+    sums = 4 * queries * (lanes + 16 * tiles * share)
+    return scores + sums + itemsize * lanes * (4 * queries + 4 * keys)
+  scores += 8 * tiles * share * queries * keys * bool(bias_itemsize)  # the gradient of the bias
+  sums = lanes * (T * (4 + 2 * itemsize) + 8 * keys)
+  return scores + sums + itemsize * lanes * (4 * queries + 8 * keys)
+
+
+def find(name: str, chip: str, T: int, S: int, head: int, share: int, itemsize: int,
+         bias_itemsize: int = 0) -> Blocks:
+  """The blocks of a pass, 'forward' or 'backward': those tuned at the nearest head and length, cut
+  to lengths that leave little padding, and halved until they fit.
+
+  Args:
+    name: of the pass.
+    chip: a key of TABLE.
+    T: queries.
+    S: keys.
+    head: lanes of a head.
+    share: heads of a tile.
+    itemsize: bytes of an element of `query`.
+    bias_itemsize: bytes of an element of the bias, 0 for none.
+
+  Raises:
+    NotImplementedError: not even the smallest ones fit.
+  """
+  tuned = TABLE[chip][name]
+  nearest = min(tuned, key=lambda at: (abs(at[0] - head), abs(math.log2(at[1] / S))))
+  if jax.default_backend() == 'tpu' and (nearest[0] != head or not 0.5 <= nearest[1] / S <= 2):
+    platform.warn_once(f'flash_attention was never tuned on {chip} for {S} keys and heads of '
+                       f'{head}; it takes the blocks of {nearest[1]} keys and heads of '
+                       f'{nearest[0]}. Tune by: python -m pallas_kernels.flash_attention.bench '
+                       '--tune')
+  queries, keys, tiles = tuned[nearest]
+  while True:
+    blocks = Blocks(_even(T, queries), _even(S, keys), tiles)
+    padded = -(-T // blocks.queries) * blocks.queries
+    need = vmem_bytes(name, blocks, padded, head, share, itemsize, bias_itemsize)
+    if need <= vmem_limit(chip):
+      return blocks
+    if tiles > 1:
+      tiles //= 2
+    elif max(queries, keys) > LANES:
+      queries, keys = max(LANES, queries // 2), max(LANES, keys // 2)
+    else:
+      raise NotImplementedError(
+          f'T={T}, H={head} need {need / MIB:.0f} MiB of VMEM for the gradient of a tile of '
+          f'queries; a core of {chip} has {VMEM_MIB[chip]}')
+
+
+def _even(length: int, block: int) -> int:
+  """The least multiple of 128 that covers `length` in as few parts as `block` does."""
+  parts = -(-length // block)
+  return -(-length // (parts * LANES)) * LANES
