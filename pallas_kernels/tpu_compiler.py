@@ -24,7 +24,8 @@ _ENVIRONMENT = {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'JAX_ENABLE_C
                 'false', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 _BUNDLE = re.compile(r'\s*(?:0x[0-9a-f]+|0)\s')
 _LABEL = re.compile(r'\s*0x[0-9a-f]+ LB:')
-_TEST = re.compile(r'%(\w+) = scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test \*/')
+_TEST = re.compile(
+    r'%(\w+) = scmp\.ge\.s32\.totalorder (?:\(%\w+\), )?%\w+, (\d+) /\* loop exit test \*/')
 _BRANCH = re.compile(r'sbr\.rel \(!?%(\w+)\)')
 
 

@@ -40,11 +40,12 @@ def cross_entropy(hidden: jax.Array, embedding: jax.Array, targets: jax.Array,
       (arXiv:1512.00567, section 7).
     implementation: None, 'reference' (all logits at once), 'blocks' (of tokens, for XLA) or 'tpu'
       (Pallas kernels over blocks of the vocabulary, whose logits never leave VMEM; without a TPU
-      they are interpreted). None takes 'tpu' on a TPU, else 'blocks'. The compiler does not cut a
-      kernel over devices: on a mesh, call it inside `jax.shard_map`.
+      they are interpreted). The compiler does not cut a kernel over devices, so on a mesh 'tpu'
+      belongs inside `jax.shard_map`, and None is 'blocks'.
     axis_name: inside `jax.shard_map(..., check_vma=False)`, the mesh axis whose devices have equal
       parts of the vocabulary, in order: rows of `embedding` and `bias`. `targets` and the loss are
-      those of the whole vocabulary. 'blocks' does not take it: None is 'reference' without a TPU.
+      those of the whole vocabulary. 'blocks' does not take it: None is 'tpu' on a TPU, where it
+      takes the arrays, and else 'reference'.
 
   Returns:
     The float32 sum of losses in nats; divide by the sum of the weights for the mean.
@@ -66,16 +67,16 @@ def cross_entropy(hidden: jax.Array, embedding: jax.Array, targets: jax.Array,
   at_once = functools.partial(reference.cross_entropy, options, axis_name=axis_name)
   if implementation == 'reference':
     return at_once(*args)
-  chosen = _implementation(implementation, options, hidden, embedding)
+  refusal = _refusal(implementation, options, hidden, embedding)
   if axis_name is None:
-    return _cross_entropy(options, chosen, None, *args)
+    return _cross_entropy(options, implementation or 'blocks', None, *args)
   if implementation == 'blocks':
     raise NotImplementedError(f"implementation='blocks' does not take axis_name={axis_name!r}; "
                               "'reference' and 'tpu' do")
   kernel = functools.partial(_cross_entropy, options, 'tpu', axis_name)
-  if chosen is None:
+  if implementation is None and not refusal:
     return platform.by_platform(at_once, at_once, *args, tpu=kernel)
-  return (kernel if chosen == 'tpu' else at_once)(*args)
+  return (at_once if refusal else kernel)(*args)
 
 
 def token_losses(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, *,
@@ -96,20 +97,20 @@ def token_losses(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, *,
   """
   _check_head(hidden, embedding, bias, softcap)
   options = Options(softcap)
-  return _token_losses(options, _implementation(implementation, options, hidden, embedding), None,
-                       hidden, embedding, bias, targets, wants_best=True)
+  _refusal(implementation, options, hidden, embedding)
+  return _token_losses(options, implementation or 'blocks', None, hidden, embedding, bias, targets,
+                       wants_best=True)
 
 
-def _implementation(asked, options, hidden, embedding):
-  """What was asked for, or 'blocks' for None where the kernels refuse these arrays."""
-  if asked not in (None, 'blocks', 'tpu'):
-    raise ValueError(f"implementation={asked!r} must be None, 'reference', 'blocks' or 'tpu'")
-  refusal = None if asked == 'blocks' else tpu.refusal(options, hidden, embedding)
-  if refusal and asked == 'tpu':
+def _refusal(implementation, options, hidden, embedding):
+  """Why the kernels do not take these arrays, or None; raised where they are asked for by name."""
+  if implementation not in (None, 'blocks', 'tpu'):
+    raise ValueError(f"implementation={implementation!r} must be None, 'reference', 'blocks' or "
+                     "'tpu'")
+  refusal = tpu.refusal(options, hidden, embedding)
+  if refusal and implementation == 'tpu':
     raise NotImplementedError(refusal)
-  if refusal:
-    platform.warn_once(f'cross_entropy takes XLA\'s form on TPUs too: {refusal}')
-  return 'blocks' if refusal else asked
+  return refusal
 
 
 def _check_head(hidden, embedding, bias, softcap):
@@ -150,10 +151,7 @@ def _by_platform(implementation, in_blocks, kernel, *args):
   on_cpu = plain = functools.partial(in_blocks, blocks.PLAIN)
   if args[0].dtype == jnp.bfloat16 and platform.cpu_has_bfloat16_units():
     on_cpu = functools.partial(in_blocks, blocks.MATRIX_UNIT)
-  if on_cpu is plain and implementation == 'blocks':
-    return plain(*args)
-  on_tpu = functools.partial(kernel, interpret=False) if implementation is None else None
-  return platform.by_platform(on_cpu, plain, *args, tpu=on_tpu)
+  return plain(*args) if on_cpu is plain else platform.by_platform(on_cpu, plain, *args)
 
 
 def _token_losses(options, implementation, axis_name, hidden, embedding, bias, targets,

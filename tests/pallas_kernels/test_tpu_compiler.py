@@ -12,14 +12,15 @@ BUNDLES = """
       0x3 LB: {  %d = vadd }
       0x4   : {  %p1 = scmp.ge.s32.totalorder %s1, 5 /* loop exit test */ }
       0x5   : {  %e = sbr.rel (!%p1) }
-      0x6   : {  %p2 = scmp.ge.s32.totalorder %s2, 3 /* loop exit test */ ;  %f = sbr.rel (!%p2) }
-      0x7   : {  %g = vst }
+      0x6   : {  %p2 = scmp.ge.s32.totalorder (%p9), %s2, 3 /* loop exit test */ }
+      0x7   : {  %f = sbr.rel (!%p2) }
+      0x8   : {  %g = vst }
 """
 
 
 def test_a_bundle_counts_as_often_as_the_loops_around_it_run():
   inner = 5 * 3
-  assert tpu_compiler.count_cycles(BUNDLES) == 1 + 3 * (2 + inner + 1) + 1
+  assert tpu_compiler.count_cycles(BUNDLES) == 1 + 3 * (2 + inner + 2) + 1
 
 
 @pytest.mark.supports('kernels', 'compiled for v4, v5e, v5p, v6e and tpu7x without a TPU')
