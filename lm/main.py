@@ -1,7 +1,6 @@
 """`lm <command>`: flags in, one call out."""
 import argparse
 import json
-import os
 import pathlib
 import signal
 import sys

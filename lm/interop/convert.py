@@ -20,7 +20,7 @@ import numpy as np
 
 from lm.data import pretrained_vocabularies, vocabularies
 from lm.errors import UserError
-from lm.interop import architectures, certificate, mapping, plan, sentence
+from lm.interop import certificate, mapping, plan, sentence
 from lm.interop.plan import Leaf, Plan
 from lm.interop.run_weights import read_run_params, write_run_params
 from lm.interop.tensors import Tensor, Tensors, new_directory, open_tensors, write_safetensors

@@ -1,7 +1,6 @@
 """How the tensors of a file and the parameters of a model belong together."""
 from collections.abc import Callable, Mapping
 import dataclasses
-import json
 import pathlib
 from typing import Any
 

@@ -1,6 +1,5 @@
 """Attention to a segment and to a memory of those before it, by relative positions."""
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 

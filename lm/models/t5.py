@@ -1,7 +1,6 @@
 """Encoder-decoder: T5 (arXiv:1910.10683), T5 1.1 and Flan, mT5 (arXiv:2010.11934), UMT5
 (arXiv:2304.09151), and their encoder alone."""
 import dataclasses
-import functools
 from typing import Any, Literal, NamedTuple, Optional
 
 import flax.linen as nn

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from pallas_kernels import tpu_compiler
+from pallas_kernels import chips, tpu_compiler
 from pallas_kernels.cross_entropy import api, block_sizes, tpu, tpu_kernels
 from pallas_kernels.cross_entropy.block_sizes import Blocks
 from pallas_kernels.cross_entropy.specs import SPECS
@@ -80,9 +80,9 @@ def programs(spec, chip):
 def cases():
   """{'spec|generation|program': ...} and, to tune, {'spec|generation|pass|blocks': ...}."""
   out = {}
-  for (name, spec), chip in itertools.product(SPECS.items(), block_sizes.VMEM_MIB):
+  for (name, spec), chip in itertools.product(SPECS.items(), chips.VMEM_MIB):
     out |= {f'{name}|{chip}|{key}': case for key, case in programs(spec, chip).items()}
-    limit = block_sizes.limit(chip)
+    limit = chips.vmem_limit(chip)
     for key, sizes in itertools.product(PASSES, CANDIDATES):
       run = functools.partial(one_pass, key, spec.options, Blocks(*sizes, limit))
       out['|'.join((name, chip, key, *map(str, sizes)))] = run, arguments(spec)
@@ -109,7 +109,7 @@ def tune(names, chip):
     for sizes in CANDIDATES:
       need = block_sizes.vmem_bytes(key, Blocks(*sizes), SPECS[name].d_model,
                                     *(x.dtype.itemsize for x in head))
-      if need > block_sizes.limit(chip) or sizes[2] > sizes[key == 'embedding']:
+      if need > chips.vmem_limit(chip) or sizes[2] > sizes[key == 'embedding']:
         continue
       case = '|'.join((name, chip, key, *map(str, sizes)))
       report = tpu_compiler.reports('pallas_kernels.cross_entropy.bench:cases', [case],
@@ -121,7 +121,7 @@ def tune(names, chip):
 
 if __name__ == '__main__':
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--generation', default='v5e', choices=block_sizes.VMEM_MIB)
+  parser.add_argument('--generation', default='v5e', choices=chips.VMEM_MIB)
   parser.add_argument('--spec', nargs='*', default=list(SPECS), choices=list(SPECS))
   parser.add_argument('--tune', action='store_true', help='print rows of block_sizes.TABLE')
   flags = parser.parse_args()

@@ -6,13 +6,10 @@ from typing import NamedTuple
 
 import jax
 
-from pallas_kernels import platform
+from pallas_kernels import chips, platform
+from pallas_kernels.chips import LANES
 
-LANES = 128
 Shaped = jax.Array | jax.ShapeDtypeStruct
-VMEM_MIB = {'v4': 16, 'v5e': 128, 'v5p': 64, 'v6e': 128, 'tpu7x': 64}  # of a core, libtpu 0.0.42.1
-KINDS = {'TPU v4': 'v4', 'TPU v5 lite': 'v5e', 'TPU v5': 'v5p', 'TPU v6 lite': 'v6e',
-         'TPU7x': 'tpu7x'}
 
 
 class Blocks(NamedTuple):
@@ -32,19 +29,6 @@ TABLE = {
             'embedding': {2048: (1024, 512, 512)}},
 }
 TABLE |= {name: TABLE['v5e'] for name in ('v5p', 'v6e', 'tpu7x')}
-
-
-def generation() -> str:
-  """The TPU of the mesh in use (`jax.set_mesh`) or of this machine; for neither, the one with the
-  least VMEM, whose blocks fit all."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  kind = device.device_kind if device else jax.devices()[0].device_kind
-  return KINDS.get(kind, 'v4')
-
-
-def limit(chip: str) -> int:
-  """Bytes of VMEM that a kernel may take; the compiler keeps the rest."""
-  return 15 * VMEM_MIB[chip] * 2**20 // 16
 
 
 def vmem_bytes(name: str, blocks: Blocks, D: int, itemsize: int, parameter_itemsize: int,
@@ -67,13 +51,13 @@ def find(name: str, hidden: Shaped, embedding: Shaped, chip: str | None = None,
   until they fit, and no larger than the head.
 
   Args:
-    chip: a generation; None is `generation()`.
+    chip: a generation; None is the one in use.
     sums: of [tokens, d_model] in the pass 'hidden': 2 where labels are smoothed and logits capped.
 
   Raises:
     NotImplementedError: not even the smallest ones fit.
   """
-  D, chip = hidden.shape[-1], chip or generation()
+  D, chip = hidden.shape[-1], chip or chips.generation_or_least()
   tuned = TABLE[chip][name]
   nearest = min(tuned, key=lambda width: abs(width - D))
   if nearest != D and jax.default_backend() == 'tpu':
@@ -90,12 +74,12 @@ def find(name: str, hidden: Shaped, embedding: Shaped, chip: str | None = None,
     blocks = Blocks(tokens, vocab,
                     next(r for r in range(most, 0, -LANES) if inner % r == 0))
     need = vmem_bytes(name, blocks, D, hidden.dtype.itemsize, embedding.dtype.itemsize, sums)
-    if need <= limit(chip):
-      return blocks._replace(vmem_bytes=limit(chip))
+    if need <= chips.vmem_limit(chip):
+      return blocks._replace(vmem_bytes=chips.vmem_limit(chip))
     if max(tokens, vocab) <= LANES:
       raise NotImplementedError(
           f'd_model={D} needs {need / 2**20:.1f} MiB of VMEM for {LANES} tokens and {LANES} rows '
-          f'of the vocabulary; a core of {chip} has {VMEM_MIB[chip]}')
+          f'of the vocabulary; a core of {chip} has {chips.VMEM_MIB[chip]}')
     if tokens >= vocab:
       tokens = _up(tokens // 2)
     else:

@@ -5,7 +5,6 @@ log-sum-exp and its target's logit, are summed over the devices.
 """
 import functools
 
-import jax
 from jax import lax
 import jax.numpy as jnp
 

@@ -23,9 +23,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from pallas_kernels import platform
-from pallas_kernels.cross_entropy import block_sizes
-
 LANES = 128
 NT, NN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
 

@@ -7,13 +7,10 @@ from typing import NamedTuple
 
 import jax
 
-from pallas_kernels import platform
+from pallas_kernels import chips, platform
+from pallas_kernels.chips import LANES
 
-LANES = 128
 MIB = 2**20
-VMEM_MIB = {'v4': 16, 'v5e': 128, 'v5p': 64, 'v6e': 128, 'tpu7x': 64}  # of a core, libtpu 0.0.42.1
-KINDS = {'TPU v4': 'v4', 'TPU v5 lite': 'v5e', 'TPU v5': 'v5p', 'TPU v6 lite': 'v6e',
-         'TPU7x': 'tpu7x'}
 
 
 class Blocks(NamedTuple):
@@ -36,19 +33,6 @@ TABLE |= {
             'backward': TABLE['v5e']['backward']},
 }
 TABLE['tpu7x'] = TABLE['v6e']
-
-
-def generation() -> str:
-  """The TPU of the mesh in use (`jax.set_mesh`) or of this machine; for neither, the one with the
-  least VMEM, whose blocks fit all."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  kind = device.device_kind if device else jax.devices()[0].device_kind
-  return KINDS.get(kind, 'v4')
-
-
-def vmem_limit(chip: str) -> int:
-  """Bytes of VMEM that a kernel may use."""
-  return VMEM_MIB[chip] * MIB * 15 // 16
 
 
 def vmem_bytes(name: str, blocks: Blocks, T: int, head: int, share: int, itemsize: int,
@@ -96,7 +80,7 @@ def find(name: str, chip: str, T: int, S: int, head: int, share: int, itemsize: 
     blocks = Blocks(_even(T, queries), _even(S, keys), tiles)
     padded = -(-T // blocks.queries) * blocks.queries
     need = vmem_bytes(name, blocks, padded, head, share, itemsize, bias_itemsize)
-    if need <= vmem_limit(chip):
+    if need <= chips.vmem_limit(chip):
       return blocks
     if tiles > 1:
       tiles //= 2
@@ -105,7 +89,7 @@ def find(name: str, chip: str, T: int, S: int, head: int, share: int, itemsize: 
     else:
       raise NotImplementedError(
           f'T={T}, H={head} need {need / MIB:.0f} MiB of VMEM for the gradient of a tile of '
-          f'queries; a core of {chip} has {VMEM_MIB[chip]}')
+          f'queries; a core of {chip} has {chips.VMEM_MIB[chip]}')
 
 
 def _even(length: int, block: int) -> int:

@@ -4,7 +4,6 @@ Heads are made row-major, so that every product reaches the CPU's matrix unit (s
 `matmul/cpu.py`), and the scores of one block (16 MB at 64 heads, 128 queries, 512 keys) stay in
 its caches.
 """
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention.reference import MASKED, NO_KEY, softcapped, visible

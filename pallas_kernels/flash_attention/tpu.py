@@ -6,6 +6,7 @@ transpose, lengths padded to blocks. The kernels are in tpu_forward.py and tpu_b
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import chips
 from pallas_kernels.flash_attention import block_sizes, tpu_backward, tpu_blocks, tpu_forward
 from pallas_kernels.flash_attention.tpu_blocks import LANES, Layout
 
@@ -43,7 +44,7 @@ def refusal(options, query: jax.Array, key: jax.Array, bias: jax.Array | None) -
     return f'query {query.shape} and key {key.shape} must have elements'
   try:
     for name in ('forward', 'backward'):
-      layout = _layout(name, options, query, key, bias, block_sizes.generation())
+      layout = _layout(name, options, query, key, bias, chips.generation_or_least())
       most = -(-layout.T // layout.block_q) * -(-layout.S // layout.block_k)
       if most > MOST_VISITS:
         return (f'T={layout.T} and S={layout.S} are {most} blocks, the kernel takes {MOST_VISITS}: '
@@ -116,16 +117,16 @@ def forward(options, query, key, value, bias, masking, *, interpret=False, chip=
   Args:
     options: and those up to masking are the reference's.
     interpret: whether to run without a TPU.
-    chip: the generation that the blocks are for; None is `block_sizes.generation`'s.
+    chip: the generation that the blocks are for; None is the one in use.
     blocks: None is the table's.
   """
-  chip = chip or block_sizes.generation()
+  chip = chip or chips.generation_or_least()
   (B, T, N, _), K = query.shape, key.shape[2]
   layout = _layout('forward', options, query, key, bias, chip, blocks)
   form = _Form(layout, query, key)
   offset, arrays = _inputs(form, query, key, value, bias, masking)
   out, lse = tpu_forward.forward(layout, tpu_blocks.visits(layout, masking, False), offset, arrays,
-                                 interpret=interpret, vmem_bytes=block_sizes.vmem_limit(chip))
+                                 interpret=interpret, vmem_bytes=chips.vmem_limit(chip))
   lse_BNT = _reorder(lse[:, :, 0, :T], 1, form.G, layout.share)
   return form.heads(out, T), lse_BNT.reshape(B, K, N // K, T)
 
@@ -133,7 +134,7 @@ def forward(options, query, key, value, bias, masking, *, interpret=False, chip=
 def backward(options, query, key, value, bias, masking, out, lse, g, *, interpret=False, chip=None,
              blocks=None):
   """`reference.backward`; the arguments after g are those of `forward`."""
-  chip = chip or block_sizes.generation()
+  chip = chip or chips.generation_or_least()
   (B, T, N, _), S = query.shape, key.shape[1]
   layout = _layout('backward', options, query, key, bias, chip, blocks)
   form = _Form(layout, query, key)
@@ -147,7 +148,7 @@ def backward(options, query, key, value, bias, masking, out, lse, g, *, interpre
     dbias = jnp.zeros((B, *padded), bias.dtype if bias.shape[0] == B else jnp.float32)
   grads = tpu_backward.backward(layout, tpu_blocks.visits(layout, masking, True), offset, arrays,
                                 dbias, interpret=interpret,
-                                vmem_bytes=block_sizes.vmem_limit(chip))
+                                vmem_bytes=chips.vmem_limit(chip))
   dkey, dvalue = (form.heads(_join(grads[name], layout).astype(query.dtype), S, False)
                   for name in ('dkey', 'dvalue'))
   if bias is not None:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention.reference import MASKED, Masking, Options

@@ -12,7 +12,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tpu_compiler
+from pallas_kernels import chips, tpu_compiler
 from pallas_kernels.grouped_matmul import block_sizes, tpu
 from pallas_kernels.grouped_matmul.specs import SPECS
 
@@ -39,7 +39,7 @@ def one_pass(name, spec, chip, sizes=None):
 def cases():
   """{'spec|generation|pass': ...} and, to tune, {'spec|generation|pass|rows|columns': ...}."""
   out = {}
-  for (name, spec), chip, key in itertools.product(SPECS.items(), block_sizes.VMEM_MIB, PASSES):
+  for (name, spec), chip, key in itertools.product(SPECS.items(), chips.VMEM_MIB, PASSES):
     out[f'{name}|{chip}|{key}'] = one_pass(key, spec, chip)
     out |= {f'{name}|{chip}|{key}|{a}|{b}': one_pass(key, spec, chip, (a, b))
             for a, b in CANDIDATES}

@@ -4,9 +4,8 @@
 """
 from typing import NamedTuple
 
-import jax
-
-from pallas_kernels.cross_entropy.block_sizes import KINDS, LANES, VMEM_MIB, limit
+from pallas_kernels import chips
+from pallas_kernels.chips import LANES
 
 LARGEST_CHUNK = 1024  # of a contraction; more makes the program longer, and no faster
 LEAST_ROWS = 32
@@ -27,13 +26,6 @@ TABLE = {'v5e': {'product': (256, 512, 1024), 'weights': (256, 512, 512)}}
 TABLE |= {name: TABLE['v5e'] for name in ('v4', 'v5p', 'v6e', 'tpu7x')}
 
 
-def generation() -> str:
-  """The TPU of the mesh in use (`jax.set_mesh`) or of this machine; for neither, the one with the
-  least VMEM, whose blocks fit all."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return KINDS.get(device.device_kind if device else jax.devices()[0].device_kind, 'v4')
-
-
 def vmem_bytes(name: str, blocks: Blocks, K: int, itemsize: int) -> int:
   """VMEM that a step needs: its blocks twice, since the next are on their way, its sums and what
   the matrix units return; K is the contraction of 'product'."""
@@ -52,7 +44,7 @@ def find(name: str, M: int, K: int, N: int, itemsize: int, chip: str | None = No
   Raises:
     NotImplementedError: not even the smallest ones fit.
   """
-  chip = chip or generation()
+  chip = chip or chips.generation_or_least()
   rows, columns, chunk = TABLE[chip][name]
   rows, columns = min(rows, _up(M, LEAST_ROWS)), min(columns, _up(N, LANES))
   while True:
@@ -62,12 +54,12 @@ def find(name: str, M: int, K: int, N: int, itemsize: int, chip: str | None = No
       size = next((size for size in range(LARGEST_CHUNK, 0, -LANES) if K % size == 0), K)
     blocks = Blocks(rows, columns, size)
     need = vmem_bytes(name, blocks, K, itemsize)
-    if need <= limit(chip):
-      return blocks._replace(vmem_bytes=limit(chip))
+    if need <= chips.vmem_limit(chip):
+      return blocks._replace(vmem_bytes=chips.vmem_limit(chip))
     if max(rows // LEAST_ROWS, columns // LANES) == 1:
       raise NotImplementedError(
           f'a contraction of {K} needs {need / 2**20:.1f} MiB of VMEM for {rows} rows and '
-          f'{columns} columns; a core of {chip} has {VMEM_MIB[chip]}')
+          f'{columns} columns; a core of {chip} has {chips.VMEM_MIB[chip]}')
     if columns > max(rows, LANES) or rows == LEAST_ROWS:
       columns = _up(columns // 2, LANES)
     else:

@@ -13,7 +13,7 @@ import re
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tpu_compiler
+from pallas_kernels import chips, tpu_compiler
 from pallas_kernels.quantized_matmul import block_sizes, reference, tpu
 from pallas_kernels.quantized_matmul.specs import SPECS
 
@@ -46,7 +46,7 @@ def cases():
   """{'spec|generation|kernel': ..., 'spec|generation|XLA': ...} and, to tune, '...|blocks'."""
   out = {}
   plain = functools.partial(reference.quantized_matmul, dtype=jnp.bfloat16)
-  for (name, spec), chip in itertools.product(SPECS.items(), block_sizes.VMEM_MIB):
+  for (name, spec), chip in itertools.product(SPECS.items(), chips.VMEM_MIB):
     out[f'{name}|{chip}|kernel'] = kernel(spec, chip)
     out[f'{name}|{chip}|XLA'] = plain, arguments(spec)
     out |= {f'{name}|{chip}|{a}|{b}': kernel(spec, chip, (a, b)) for a, b in CANDIDATES}
@@ -99,7 +99,7 @@ def tune(names, chip):
 
 if __name__ == '__main__':
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--generation', default='v5e', choices=block_sizes.VMEM_MIB)
+  parser.add_argument('--generation', default='v5e', choices=chips.VMEM_MIB)
   parser.add_argument('--spec', nargs='*', default=list(SPECS), choices=list(SPECS))
   parser.add_argument('--tune', action='store_true', help='print rows of block_sizes.TABLE')
   flags = parser.parse_args()

@@ -5,10 +5,10 @@
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels.cross_entropy.block_sizes import KINDS, LANES, VMEM_MIB, limit
+from pallas_kernels import chips
+from pallas_kernels.chips import LANES
 
 LARGEST_CHUNK = 1024  # rows of the weights; more makes the program longer, and no faster
 LARGEST_INNER = 256
@@ -29,12 +29,6 @@ class Blocks(NamedTuple):
 # {generation: {rows of x up to: (rows, columns)}}; K and N do not change what a step schedules.
 TABLE = {'v5e': {LANES: (LANES, 512), 2048: (2048, 256)}}
 TABLE |= {name: TABLE['v5e'] for name in ('v4', 'v5p', 'v6e', 'tpu7x')}
-
-
-def generation() -> str | None:
-  """The TPU of the mesh in use (`jax.set_mesh`) or of this machine."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return KINDS.get(device.device_kind if device else jax.devices()[0].device_kind)
 
 
 def vmem_bytes(blocks: Blocks, K: int, groups: int, x_dtype, values_dtype) -> int:
@@ -59,7 +53,7 @@ def find(M: int, K: int, N: int, groups: int, x_dtype, values_dtype, chip: str |
   Raises:
     NotImplementedError: not even the smallest ones fit.
   """
-  chip = chip or generation() or 'v4'
+  chip = chip or chips.generation_or_least()
   tuned = TABLE[chip]
   rows, columns = tuned[min(tuned, key=lambda most: (most < M, most))]
   columns = min(columns, _up(N, LANES))
@@ -69,12 +63,12 @@ def find(M: int, K: int, N: int, groups: int, x_dtype, values_dtype, chip: str |
     inner = _even(M, min(rows, LARGEST_INNER))
     blocks = Blocks(min(max(rows // inner, 1) * inner, _up(M, inner)), columns, chunk, inner)
     need = vmem_bytes(blocks, K, groups, x_dtype, values_dtype)
-    if need <= limit(chip):
-      return blocks._replace(vmem_bytes=limit(chip))
+    if need <= chips.vmem_limit(chip):
+      return blocks._replace(vmem_bytes=chips.vmem_limit(chip))
     if max(rows // LEAST_ROWS, columns // LANES) == 1:
       raise NotImplementedError(
           f'K={K} needs {need / 2**20:.1f} MiB of VMEM for {LEAST_ROWS} rows and {LANES} columns; '
-          f'a core of {chip} has {VMEM_MIB[chip]}')
+          f'a core of {chip} has {chips.VMEM_MIB[chip]}')
     if rows >= columns or columns == LANES:
       rows = min(rows, _up(M, LEAST_ROWS)) // 2 // LEAST_ROWS * LEAST_ROWS or LEAST_ROWS
     else:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import chips
 from pallas_kernels.quantized_matmul import block_sizes
 from pallas_kernels.quantized_matmul.block_sizes import LANES
 
@@ -23,7 +24,7 @@ def refusal(x_MK, values_KN, scales_PN, dtype, chip: str | None = None) -> str |
   chip: None is the TPU of the mesh in use or of this machine, if it has one.
   """
   (M, K), N = x_MK.shape, values_KN.shape[1]
-  chip, group = chip or block_sizes.generation(), K // len(scales_PN)
+  chip, group = chip or chips.generation(), K // len(scales_PN)
   if x_MK.dtype not in (jnp.bfloat16, jnp.float32, jnp.int8):
     return f'x is {x_MK.dtype}, the kernel takes bfloat16, float32 and int8'
   if x_MK.dtype == jnp.int8 and chip in block_sizes.WITHOUT_INT8:

@@ -1,7 +1,6 @@
 """What must hold of every encoder-decoder of T5's family, and of its encoder alone."""
 import dataclasses
 import functools
-import math
 
 import flax.linen as nn
 import jax

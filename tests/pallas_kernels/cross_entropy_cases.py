@@ -4,7 +4,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.cross_entropy import bench, block_sizes, tpu
+from pallas_kernels import chips
+from pallas_kernels.cross_entropy import bench, tpu
 from pallas_kernels.cross_entropy.block_sizes import Blocks
 from pallas_kernels.cross_entropy.reference import Options
 from pallas_kernels.cross_entropy.specs import SPECS, Spec
@@ -23,7 +24,7 @@ def gradients(spec, blocks, dtype=jnp.bfloat16, parameters=None):
 
 def cases():
   """Tiny heads for every generation, and one of 128k rows in blocks that compile quickly."""
-  small, limit = Blocks(128, 128, 128, 2**23), block_sizes.limit('v5e')
+  small, limit = Blocks(128, 128, 128, 2**23), chips.vmem_limit('v5e')
   medium = Blocks(256, 512, 256, limit), Blocks(512, 256, 256, limit)
   return {
       'float32': gradients(TINY['float32'], (small, small), jnp.float32),

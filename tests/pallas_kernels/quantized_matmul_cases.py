@@ -4,8 +4,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import platform, tpu_compiler
-from pallas_kernels.quantized_matmul import block_sizes, quantized_matmul
+from pallas_kernels import chips, platform, tpu_compiler
+from pallas_kernels.quantized_matmul import quantized_matmul
 
 
 def arguments(x_dtype, bits, group_size, M, K, N):
@@ -18,7 +18,7 @@ def arguments(x_dtype, bits, group_size, M, K, N):
 
 def on(chip, x, values, scales, x_scale):
   """The public product as it is traced on a machine of this generation."""
-  block_sizes.generation = lambda: chip
+  chips.generation = lambda: chip
   platform.warn_once = lambda message: None
   return quantized_matmul(x, values, scales, x_scale=x_scale)
 

@@ -8,9 +8,9 @@ from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 import pytest
 
-from pallas_kernels import tpu_compiler
-from pallas_kernels.cross_entropy import (block_sizes, blocks as in_blocks, cross_entropy,
-                                          token_losses, tpu, tpu_kernels)
+from pallas_kernels import chips, tpu_compiler
+from pallas_kernels.cross_entropy import (block_sizes, cross_entropy, token_losses, tpu,
+                                          tpu_kernels)
 from pallas_kernels.cross_entropy.block_sizes import Blocks
 from pallas_kernels.cross_entropy.reference import Options
 
@@ -150,7 +150,7 @@ def test_what_the_kernels_refuse_is_named_and_left_to_xla():
     cross_entropy(hidden, embedding, targets, weights, implementation='blocks', axis_name='tensor')
 
 
-@pytest.mark.parametrize('chip', block_sizes.VMEM_MIB)
+@pytest.mark.parametrize('chip', chips.VMEM_MIB)
 def test_blocks_fit_their_generation_at_any_width(chip):
   for D in (8, 768, 2048, 8192, 16384):
     hidden, embedding = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (

@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 import pytest
 
-from pallas_kernels import tpu_compiler
+from pallas_kernels import chips, tpu_compiler
 from pallas_kernels.grouped_matmul import block_sizes, grouped_matmul, tpu
 from pallas_kernels.grouped_matmul.block_sizes import Blocks
 
@@ -126,7 +126,7 @@ def test_what_the_kernels_refuse_is_named_and_left_to_xla():
     assert error(grouped_matmul(x, w, sizes), exact(*args)[0]) <= 1e-5
 
 
-@pytest.mark.parametrize('chip', block_sizes.VMEM_MIB)
+@pytest.mark.parametrize('chip', chips.VMEM_MIB)
 def test_blocks_fit_their_generation(chip):
   for M, K, N in ((16, 24, 130), (16384, 4096, 14336), (16384, 14336, 4096), (65536, 2048, 768)):
     for name in ('product', 'weights'):

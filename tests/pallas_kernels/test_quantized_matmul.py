@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 import pytest
 
-from pallas_kernels import tpu_compiler
+from pallas_kernels import chips, tpu_compiler
 from pallas_kernels.quantized_matmul import block_sizes, quantize, quantized_matmul, tpu
 from pallas_kernels.quantized_matmul.block_sizes import Blocks
 
@@ -124,7 +124,7 @@ def test_what_the_kernel_refuses_is_named_and_left_to_xla():
   assert not tpu.refusal(x, values, scales[None], jnp.dtype('bfloat16'), 'v5e')
 
 
-@pytest.mark.parametrize('chip', block_sizes.VMEM_MIB)
+@pytest.mark.parametrize('chip', chips.VMEM_MIB)
 def test_decoding_moves_each_array_once(chip):
   """All rows are one block, and the grid walks the columns of the weights."""
   shape = jax.ShapeDtypeStruct
@@ -137,7 +137,7 @@ def test_decoding_moves_each_array_once(chip):
   assert grids == [(1, 14336 // blocks.columns)]
 
 
-@pytest.mark.parametrize('chip', block_sizes.VMEM_MIB)
+@pytest.mark.parametrize('chip', chips.VMEM_MIB)
 def test_blocks_fit_their_generation_at_any_size(chip):
   for M, K, N in ((1, 128, 8), (16, 4096, 14336), (300, 896, 4864), (2048, 28672, 8192)):
     for x_dtype, groups in ((jnp.bfloat16, 1), (jnp.bfloat16, K // 32), (jnp.int8, K // 128)):
@@ -145,7 +145,7 @@ def test_blocks_fit_their_generation_at_any_size(chip):
       assert not blocks.rows % blocks.inner and not K % blocks.chunk and not blocks.columns % 128
       assert not blocks.inner % 32 or blocks.inner == M
       need = block_sizes.vmem_bytes(blocks, K, groups, x_dtype, jnp.int8)
-      assert need <= blocks.vmem_bytes == 15 * block_sizes.VMEM_MIB[chip] * 2**16
+      assert need <= blocks.vmem_bytes == 15 * chips.VMEM_MIB[chip] * 2**16
 
 
 @pytest.mark.supports('kernels', 'quantised products, compiled for every generation')
