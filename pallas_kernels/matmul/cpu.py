@@ -54,8 +54,8 @@ def dot_t(a: jax.Array, b: jax.Array) -> jax.Array:
 def _dot_by_rows(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
   """`dot`, rounded to the dtype of `a` part by part."""
   M, N = a_MK.shape[0], b_KN.shape[1]
-  parts = min(-(-M * N // PART), -(-M // MIN_ROWS), MAX_PARTS)
-  size = 64 * -(-M // (64 * max(parts, 1)))  # equal parts of whole tiles
+  count = max(1, min(-(-M * N // PART), -(-M // MIN_ROWS), MAX_PARTS))
+  size = 64 * max(1, -(-M // (64 * count)))  # equal parts of whole tiles
   parts = [dot(row_major(a_MK[m:m + size]), b_KN).astype(a_MK.dtype)
            for m in range(0, max(M, 1), size)]
   return jnp.concatenate(parts)
