@@ -23,7 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-LANES = 128
+from pallas_kernels.chips import LANES
+
 NT, NN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
 
 

@@ -16,9 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
+from pallas_kernels.chips import LANES
 from pallas_kernels.flash_attention.reference import MASKED, Masking, Options
 
-LANES = 128
 LOG2_E = 1.4426950408889634
 BASE_2_MASKED = MASKED * LOG2_E
 

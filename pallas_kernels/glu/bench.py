@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.glu import glu
 from pallas_kernels.glu.specs import SPECS
-from pallas_kernels.norm.measure import print_table
+from pallas_kernels.measure import print_table
 
 
 def _run(activation, implementation, is_training, gate, up, dy):

@@ -7,11 +7,12 @@ until register spills begin.
 import math
 from typing import NamedTuple
 
+from pallas_kernels.chips import LANES
+
 BLOCK_BYTES = 2**19  # of an array: long enough to hide a grid step, short enough to overlap
 BLOCK_COLUMNS = 1024
 CHUNK_ELEMENTS = 2**15
 CHUNK_COLUMNS = 512
-LANES = 128
 LEAST_ROWS = 16  # a tile of bfloat16
 
 

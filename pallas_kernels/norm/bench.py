@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.norm import norm
-from pallas_kernels.norm.measure import print_table
+from pallas_kernels.measure import print_table
 from pallas_kernels.norm.specs import SPECS
 
 

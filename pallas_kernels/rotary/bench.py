@@ -4,7 +4,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.norm.measure import print_table
+from pallas_kernels.measure import print_table
 from pallas_kernels.rotary import rotary
 from pallas_kernels.rotary.specs import SPECS
 

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.chips import LANES
 from pallas_kernels.rotary.block_sizes import CHUNK_TOKENS, LARGEST_WIDTH, block_size
-
-LANES = 128
 
 
 def refusal(query: jax.Array, key: jax.Array) -> str | None:

@@ -11,7 +11,7 @@ from lm.layers.mlp import activate
 from pallas_kernels.glu import bench, glu, tpu
 from pallas_kernels.glu.reference import ACTIVATIONS
 from pallas_kernels.glu.specs import SPECS
-from pallas_kernels.norm.measure import traffic
+from pallas_kernels.measure import traffic
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
 

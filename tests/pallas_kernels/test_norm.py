@@ -12,7 +12,7 @@ from pallas_kernels import tpu_compiler
 from pallas_kernels.glu import bench as glu_bench
 from pallas_kernels.norm import bench, norm, tpu
 from pallas_kernels.norm.block_sizes import block_sizes
-from pallas_kernels.norm.measure import traffic
+from pallas_kernels.measure import traffic
 from pallas_kernels.norm.reference import Options
 from pallas_kernels.norm.specs import SPECS
 from pallas_kernels.rotary import bench as rotary_bench

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lm.layers import positions
-from pallas_kernels.norm.measure import traffic
+from pallas_kernels.measure import traffic
 from pallas_kernels.rotary import bench, rotary, tpu
 from pallas_kernels.rotary.specs import SPECS
 
