@@ -90,7 +90,7 @@ def rematerialised_equals_not(s: Subject) -> tuple[float, float]:
              for config in changed), s.tolerance
 
 
-def _kernel_difference(kernel, arrays, num_differentiable, **options) -> float:
+def _kernel_difference(kernel, arrays, num_differentiable, chosen=None, **options) -> float:
   """Between the chosen implementation and the reference: the output and its gradients."""
   def run(implementation):
     call = functools.partial(kernel, implementation=implementation, **options)
@@ -101,7 +101,7 @@ def _kernel_difference(kernel, arrays, num_differentiable, **options) -> float:
       return jnp.vdot(out.astype(jnp.float32), weights), out
     gradient = jax.jit(jax.grad(loss, has_aux=True))
     return gradient(arrays[:num_differentiable], arrays[num_differentiable:])
-  return difference(run(None), run('reference'))
+  return difference(run(chosen), run('reference'))
 
 
 def _normal(seed: int, *shapes, dtype) -> tuple[jax.Array, ...]:
@@ -117,8 +117,8 @@ def attention_equals_reference(s: Subject, dtype: str) -> tuple[float, float]:
   key = B, T, cfg.kv_heads, cfg.head_dim
   arrays = _normal(s.seed, (B, T, cfg.num_heads, cfg.head_dim), key, key, dtype=dtype)
   segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-  return (_kernel_difference(flash_attention, arrays, 3, causal=causal,
-                             query_segment_ids=segment_ids, key_segment_ids=segment_ids),
+  masking = {'causal': causal, 'query_segment_ids': segment_ids, 'key_segment_ids': segment_ids}
+  return (_kernel_difference(flash_attention, arrays, 3, cfg.attention_implementation, **masking),
           tolerance(dtype, cfg.head_dim, T))
 
 

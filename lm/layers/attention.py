@@ -1,5 +1,6 @@
 """Attention: projections, positions, cache, and the kernel."""
 from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -7,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lm.layers.kernels import attend, attend_to_cache, Implementation
 from lm.layers.linear import Linear
 from lm.layers.positions import Rotation, rotary
 from lm.parallel.rules import Rules, constrain
-from pallas_kernels.flash_attention import decode_attention, flash_attention
 
 
 class KVCache(NamedTuple):
@@ -31,6 +32,7 @@ class Attention(nn.Module):
   scale: of the scores; None is H**-0.5.
   softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118, section 2).
   qk_norm: makes the norm of each head's query and key (Qwen 3, Gemma 3).
+  implementation: of the kernel.
   """
   d_model: int
   num_heads: int
@@ -47,6 +49,7 @@ class Attention(nn.Module):
   scale: float | None = None
   softcap: float | None = None
   qk_norm: Callable[[], nn.Module] | None = None
+  implementation: Implementation = None
 
   def setup(self):
     def project(heads, axis, std):
@@ -101,21 +104,20 @@ class Attention(nn.Module):
       memory, memory_segment_ids = self.keys_values(x_BTD, rotation), segment_ids
     if cache is not None:
       cache = KVCache(*(_write(old, new, cache_length) for old, new in zip(cache, memory)))
-    options = {'scale': self.scale, 'softcap': self.softcap, 'bias': bias}
+    options = {'query': query_BTNH, 'scale': self.scale, 'softcap': self.softcap, 'bias': bias}
     if cache is not None and x_BTD.shape[1] == 1:
-      attend = lambda window: decode_attention(query_BTNH, *cache, cache_length + 1, window=window,
-                                               **options)
+      one = functools.partial(attend_to_cache, self.rules, key=cache.key, value=cache.value,
+                              lengths=cache_length + 1, **options)
     else:
-      if cache is not None:
-        memory = tuple(jnp.swapaxes(x, 1, 2) for x in cache)
-      attend = lambda window: flash_attention(
-          query_BTNH, *memory, causal=self.causal, window=window, prefix=prefix,
-          query_offset=cache_length, query_segment_ids=segment_ids,
+      key, value = memory if cache is None else (jnp.swapaxes(x, 1, 2) for x in cache)
+      one = functools.partial(
+          attend, self.rules, self.implementation, key=key, value=value, causal=self.causal,
+          prefix=prefix, query_offset=cache_length, query_segment_ids=segment_ids,
           key_segment_ids=memory_segment_ids, **options)
     if is_local is None or self.window is None:
-      out_BTNH = attend(self.window)
+      out_BTNH = one(window=self.window)
     else:  # both windows are static, so that neither computes what it masks
-      out_BTNH = jax.lax.cond(is_local, lambda: attend(self.window), lambda: attend(None))
+      out_BTNH = jax.lax.cond(is_local, lambda: one(window=self.window), lambda: one(window=None))
     return self.out(out_BTNH), cache
 
 

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lm.layers import linear
+from lm.layers.kernels import attend, Implementation
 from lm.layers.linear import Linear
 from lm.parallel.rules import Rules, constrain
-from pallas_kernels.flash_attention import flash_attention
 
 
 def sinusoids(distance_S: Int[Array, ' S'], d_model: int) -> Float[Array, 'S D']:
@@ -49,6 +49,7 @@ class RelativeAttention(nn.Module):
   with position = R W_R, of sinusoids R. Without biases in the projections.
 
   window: keys that a query sees at most, its own included; None is all.
+  implementation: of the kernel.
   """
   d_model: int
   num_heads: int
@@ -56,6 +57,7 @@ class RelativeAttention(nn.Module):
   std: float
   rules: Rules
   window: int | None = None
+  implementation: Implementation = None
 
   @nn.compact
   def __call__(self, x_BTD: Float[Array, 'B T D'], sinusoids_SD: Float[Array, 'S D'],
@@ -87,8 +89,8 @@ class RelativeAttention(nn.Module):
     bias_BNTS = relative_shift(bias_BNTS.astype(x_BTD.dtype))
     query_segments, key_segments = (None, None) if segment_ids is None else segment_ids
     offset = None if memory_BMD is None else jnp.full((B,), memory_BMD.shape[1], jnp.int32)
-    out_BTNH = flash_attention(query_BTNH + u_NH, key_BSNH, value_BSNH, causal=True,
-                               window=self.window, bias=bias_BNTS, query_offset=offset,
-                               query_segment_ids=query_segments, key_segment_ids=key_segments)
+    out_BTNH = attend(self.rules, self.implementation, query=query_BTNH + u_NH, key=key_BSNH,
+                      value=value_BSNH, window=self.window, bias=bias_BNTS, query_offset=offset,
+                      query_segment_ids=query_segments, key_segment_ids=key_segments)
     return Linear((self.num_heads, self.d_head), (self.d_model,), ('heads', 'head_dim', 'embed'),
                   self.std, name='out')(out_BTNH)

@@ -15,6 +15,7 @@ from lm.layers import linear
 from lm.layers import positions as positions_lib
 from lm.layers.attention import Attention
 from lm.layers.heads import Classifier, MaskedLMHead, Pooler, Scores
+from lm.layers.kernels import Implementation
 from lm.layers.mlp import MLP, Activation, is_gated
 from lm.layers.norms import Norm
 from lm.layers.stack import Remat, Stack
@@ -51,6 +52,8 @@ class BERTConfig:
     the kernel never stores.
   layer_drop_rate: the probability that training leaves a layer out.
   dtype: of activations; parameters, norms, softmax and loss are float32.
+  attention_implementation: None is the fastest of the platform, 'pallas' its kernel, 'reference'
+    XLA's plain form.
   scan_layers: None scans from 16 layers on.
   """
   vocab_size: int = 30522
@@ -78,6 +81,7 @@ class BERTConfig:
   layer_drop_rate: float = 0.0
   init_std: float = 0.02
   dtype: Literal['bfloat16', 'float32'] = 'bfloat16'
+  attention_implementation: Implementation = None
   scan_layers: Optional[bool] = None
   remat: Remat = 'none'
 
@@ -164,7 +168,8 @@ class _Block(nn.Module):
       out_std /= (2 * cfg.num_layers)**0.5  # L blocks add 2L branches to one sum
     self.attention = Attention(
         cfg.d_model, cfg.num_heads, cfg.num_heads, cfg.head_dim, cfg.init_std, out_std, self.rules,
-        use_bias=cfg.use_bias, out_bias=cfg.use_bias, causal=False, window=cfg.window)
+        use_bias=cfg.use_bias, out_bias=cfg.use_bias, causal=False, window=cfg.window,
+        implementation=cfg.attention_implementation)
     self.mlp = MLP(cfg.d_model, cfg.d_ff, cfg.activation, cfg.use_bias, cfg.init_std, out_std,
                    self.rules)
     norm = functools.partial(Norm, 'layernorm', cfg.norm_epsilon, cfg.use_bias)

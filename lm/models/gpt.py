@@ -14,6 +14,7 @@ from lm.layers import linear
 from lm.layers import positions as positions_lib
 from lm.layers.attention import Attention, KVCache
 from lm.layers.heads import Scores
+from lm.layers.kernels import Implementation
 from lm.layers.mlp import MLP, Activation, is_gated
 from lm.layers.moe import MoE, MoEConfig
 from lm.layers.norms import Norm
@@ -54,6 +55,8 @@ class GPTConfig:
   dropout_rate: on the embedding and on both residual branches.
   layer_drop_rate: the probability that training leaves a layer out.
   dtype: of activations; parameters, norms, softmax and loss are float32.
+  attention_implementation: None is the fastest of the platform, 'pallas' its kernel, 'reference'
+    XLA's plain form.
   scan_layers: None scans from 16 layers on.
   """
   vocab_size: int = 50257
@@ -88,6 +91,7 @@ class GPTConfig:
   layer_drop_rate: float = 0.0
   init_std: float = 0.02
   dtype: Literal['bfloat16', 'float32'] = 'bfloat16'
+  attention_implementation: Implementation = None
   scan_layers: Optional[bool] = None
   remat: Remat = 'none'
 
@@ -198,7 +202,8 @@ class Block(nn.Module):
         cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_dim, cfg.init_std, out_std, self.rules,
         use_bias=cfg.use_bias if cfg.qkv_bias is None else cfg.qkv_bias, out_bias=cfg.use_bias,
         window=cfg.window, scale=cfg.attention_scale, softcap=cfg.attention_softcap,
-        qk_norm=norm if cfg.qk_norm else None, name='attention')
+        qk_norm=norm if cfg.qk_norm else None, implementation=cfg.attention_implementation,
+        name='attention')
 
     branch_BTD, cache = attention(norm(name='attention_norm')(x_BTD),
                                   rotation=_choose(rotations, is_local), segment_ids=segment_ids,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from lm.layers import linear
 from lm.layers.attention import Attention, KVCache
 from lm.layers.heads import Scores
+from lm.layers.kernels import Implementation
 from lm.layers.mlp import MLP, Activation, is_gated
 from lm.layers.norms import Norm
 from lm.layers.relative_bias import RelativeBias
@@ -39,6 +40,8 @@ class T5Config:
     unlike in the paper not on the attention's probabilities.
   layer_drop_rate: the probability that training leaves a layer out.
   dtype: of activations; parameters, norms, softmax and loss are float32.
+  attention_implementation: None is the fastest of the platform, 'pallas' its kernel, 'reference'
+    XLA's plain form.
   scan_layers: None scans from 16 layers on.
   """
   vocab_size: int = 32128
@@ -60,6 +63,7 @@ class T5Config:
   dropout_rate: float = 0.0
   layer_drop_rate: float = 0.0
   dtype: Literal['bfloat16', 'float32'] = 'bfloat16'
+  attention_implementation: Implementation = None
   scan_layers: Optional[bool] = None
   remat: Remat = 'none'
 
@@ -247,7 +251,8 @@ class Block(nn.Module):
     cfg = self.config
     return Attention(cfg.d_model, cfg.num_heads, cfg.num_heads, cfg.head_dim, cfg.d_model**-0.5,
                      (cfg.num_heads * cfg.head_dim)**-0.5, self.rules, causal=causal, scale=1.0,
-                     query_std=(cfg.d_model * cfg.head_dim)**-0.5, name=name)
+                     query_std=(cfg.d_model * cfg.head_dim)**-0.5,
+                     implementation=cfg.attention_implementation, name=name)
 
   def _add(self, x_BTD, branch_BTD, rng):
     x_BTD += linear.dropout(branch_BTD, self.config.dropout_rate, rng)

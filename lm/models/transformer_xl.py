@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from lm.layers import linear
 from lm.layers.adaptive import AdaptiveEmbedding, AdaptiveScores
 from lm.layers.heads import Scores
+from lm.layers.kernels import Implementation
 from lm.layers.mlp import MLP
 from lm.layers.norms import Norm
 from lm.layers.relative_attention import HeadBiases, RelativeAttention, sinusoids
@@ -39,6 +40,8 @@ class TransformerXLConfig:
     and the last hidden states; not on the attention's probabilities.
   layer_drop_rate: the probability that training leaves a layer out.
   dtype: of activations; parameters, norms, softmax and loss are float32.
+  attention_implementation: None is the fastest of the platform, 'pallas' its kernel, 'reference'
+    XLA's plain form.
   scan_layers: None scans from 16 layers on.
   """
   vocab_size: int = 204
@@ -59,6 +62,7 @@ class TransformerXLConfig:
   layer_drop_rate: float = 0.0
   init_std: float = 0.02
   dtype: Literal['bfloat16', 'float32'] = 'bfloat16'
+  attention_implementation: Implementation = None
   scan_layers: Optional[bool] = None
   remat: Remat = 'none'
 
@@ -149,7 +153,8 @@ class Block(nn.Module):
     drop = lambda x, rng: linear.dropout(x, cfg.dropout_rate, rng)
     window = cfg.memory_length if cfg.same_length else None
     attention = RelativeAttention(cfg.d_model, cfg.num_heads, cfg.head_dim, cfg.init_std,
-                                  self.rules, window, name='attention')
+                                  self.rules, window, cfg.attention_implementation,
+                                  name='attention')
     mlp = MLP(cfg.d_model, cfg.d_ff, 'relu', True, cfg.init_std, cfg.init_std, self.rules,
               cfg.dropout_rate, name='mlp')
     if cfg.untie_biases:

@@ -1,5 +1,7 @@
 """Which mesh axis shards which logical axis: one value, passed by argument."""
+from collections.abc import Callable, Mapping
 import dataclasses
+import math
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -82,3 +84,37 @@ def constrain(x: jax.Array, rules: Rules, *names: str | None) -> jax.Array:
   if rules.mesh is None or rules.mesh.size == 1:
     return x
   return jax.lax.with_sharding_constraint(x, NamedSharding(rules.mesh, spec))
+
+
+def per_device(function: Callable, rules: Rules, out_names: tuple[str | None, ...],
+               names: Mapping[str, tuple[str | None, ...]], **arrays: jax.Array) -> jax.Array:
+  """Calls `function(**arrays)` on each device's part of them, as kernels need it: the compiler does
+  not cut a kernel.
+
+  A logical axis that its devices do not divide in every array is whole on each of them; of size 1
+  it is whole in its own array.
+
+  Args:
+    function: maps parts to the part of the result.
+    out_names: logical axes of the result.
+    names: those of each array.
+  """
+  mesh = rules.mesh
+  if mesh is None or mesh.size == 1:
+    return function(**arrays)
+  sizes = {}
+  for key, x in arrays.items():
+    for name, size in zip(names[key], x.shape):
+      sizes.setdefault(name, set()).add(size)
+  shards = lambda name: math.prod(mesh.shape[axis] for axis in axes_of(getattr(rules, name)))
+  cut = {name for name, found in sizes.items() if name is not None and found != {1}
+         and not any(size % shards(name) for size in found - {1})}
+
+  def spec(axes, shape=None):
+    return rules.spec(*(name if name in cut and (shape is None or shape[i] > 1) else None
+                        for i, name in enumerate(axes)))
+
+  call = jax.shard_map(lambda arrays: function(**arrays), mesh=mesh, check_vma=False,
+                       in_specs=({key: spec(names[key], x.shape) for key, x in arrays.items()},),
+                       out_specs=spec(out_names))
+  return call(arrays)

@@ -43,9 +43,11 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
     query_offset: int32 [B], the place of query 0 among the keys (a cache's length); None is 0.
     query_segment_ids: int32 [B, T] of packed sequences; None with `key_segment_ids` None.
     key_segment_ids: int32 [B, S].
-    implementation: None, 'reference', 'cpu' (blocks of queries against the keys that they see, on
-      the CPU's matrix unit) or 'tpu' (a Pallas kernel, interpreted on any other platform; under
-      several devices call it in `jax.shard_map`).
+    implementation: 'reference' (all scores at once, by XLA), 'cpu' (blocks of queries against the
+      keys that they see, on the CPU's matrix unit), 'tpu' (a Pallas kernel, interpreted on any
+      other platform; under several devices call it in `jax.shard_map`) or 'pallas' (the Pallas
+      kernel of the platform). None is the fastest of the platform that the program is lowered for,
+      and 'reference' where that does not take the case.
 
   Returns:
     [B, T, N, H] in the dtype of `query`.
@@ -54,6 +56,15 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
     ValueError: shapes that do not fit, only one of the two segment ids, or a window or softcap that
       is not positive.
   """
+  masking = Masking(query_offset, query_segment_ids, key_segment_ids, prefix)
+  shape = _check(query, key, value, masking)
+  options = _options(causal, window, scale, softcap, bias, shape, query.shape[-1])
+  implementation = _resolve(implementation, tpu.refusal(options, query, key, bias))
+  return _attend(options, implementation, query, key, value, bias, masking)
+
+
+def _check(query, key, value, masking) -> tuple[int, int, int, int]:
+  """Raises where shapes do not fit; returns that of the scores, (B, N, T, S)."""
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
   if key.shape != (B, S, K, H) or value.shape != key.shape:
@@ -61,24 +72,33 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
                      '[B, T, N, H], [B, S, K, H] and [B, S, K, H]')
   if N % K:
     raise ValueError(f'{N} query heads do not divide into {K} key-value heads')
-  if (query_segment_ids is None) != (key_segment_ids is None):
+  if (masking.query_segment_ids is None) != (masking.key_segment_ids is None):
     raise ValueError('segment ids are needed for both query and key, or for neither')
-  for name, array, shape in (('query_offset', query_offset, (B,)), ('prefix', prefix, (B, S)),
-                             ('query_segment_ids', query_segment_ids, (B, T)),
-                             ('key_segment_ids', key_segment_ids, (B, S))):
+  shapes = {'query_offset': (B,), 'prefix': (B, S), 'query_segment_ids': (B, T),
+            'key_segment_ids': (B, S)}
+  for name, shape in shapes.items():
+    array = getattr(masking, name)
     if array is not None and array.shape != shape:
       raise ValueError(f'{name} has shape {array.shape}, it must be {shape} for query '
                        f'{query.shape} and key {key.shape}')
-  if prefix is not None and prefix.dtype != jnp.bool_:
-    raise ValueError(f'prefix is {prefix.dtype}, it must be boolean: True for a key of the prefix')
-  if implementation not in (None, 'reference', 'cpu', 'tpu'):
-    raise ValueError(f"implementation={implementation!r} must be None, 'reference', 'cpu' or 'tpu'")
-  options = _options(causal, window, scale, softcap, bias, (B, N, T, S), H)
-  refusal = tpu.refusal(options, query, key, bias) if implementation == 'tpu' else None
-  if refusal:
+  if masking.prefix is not None and masking.prefix.dtype != jnp.bool_:
+    raise ValueError(f'prefix is {masking.prefix.dtype}, it must be boolean: True for a key of the '
+                     'prefix')
+  return B, N, T, S
+
+
+def _resolve(implementation, refusal):
+  """The name that `_choose` takes, of the public one and why the TPU's kernel refuses the case."""
+  if implementation not in (None, 'reference', 'cpu', 'tpu', 'pallas'):
+    raise ValueError(f"implementation={implementation!r} must be None, 'reference', 'cpu', 'tpu' "
+                     "or 'pallas'")
+  if refusal and implementation in ('tpu', 'pallas'):
     raise NotImplementedError(refusal)
-  masking = Masking(query_offset, query_segment_ids, key_segment_ids, prefix)
-  return _attend(options, implementation, query, key, value, bias, masking)
+  if refusal and implementation is None:
+    if jax.default_backend() == 'tpu':
+      platform.warn_once(f'flash_attention is left to XLA: {refusal}')
+    return 'xla'
+  return 'tpu' if implementation == 'pallas' else implementation
 
 
 def decode_attention(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, *,
@@ -132,13 +152,14 @@ def _options(causal, window, scale, softcap, bias, shape, H) -> Options:
 
 
 def _choose(implementation, name, options, *args):
+  """Calls a pass by its name; 'xla' is None without the TPU's kernel."""
+  on_cpu, plain, on_tpu = (functools.partial(getattr(module, name), options)
+                           for module in (cpu, reference, tpu))
   if implementation == 'tpu':
-    return platform.interpreted(functools.partial(getattr(tpu, name), options), *args)
-  on_cpu = functools.partial(getattr(cpu, name), options)
-  elsewhere = functools.partial(getattr(reference, name), options)
-  if implementation is None:
-    return platform.by_platform(on_cpu, elsewhere, *args)
-  return (on_cpu if implementation == 'cpu' else elsewhere)(*args)
+    return platform.interpreted(on_tpu, *args)
+  if implementation in (None, 'xla'):
+    return platform.by_platform(on_cpu, plain, *args, tpu=None if implementation else on_tpu)
+  return (on_cpu if implementation == 'cpu' else plain)(*args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
