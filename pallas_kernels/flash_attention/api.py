@@ -10,9 +10,10 @@ from pallas_kernels.flash_attention.reference import Masking, Options
 
 
 def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = True,
-                    window: int | None = None, scale: float | None = None,
-                    softcap: float | None = None, bias: jax.Array | None = None,
-                    prefix: jax.Array | None = None, query_offset: jax.Array | None = None,
+                    window: int | None = None, chunk: int | None = None,
+                    scale: float | None = None, softcap: float | None = None,
+                    bias: jax.Array | None = None, prefix: jax.Array | None = None,
+                    query_offset: int | jax.Array | None = None,
                     query_segment_ids: jax.Array | None = None,
                     key_segment_ids: jax.Array | None = None,
                     implementation: str | None = None) -> jax.Array:
@@ -20,11 +21,11 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
   scores[t, s] = softcap * tanh(scale * query[t] . key[s] / softcap) + bias[t, s].
 
   Query t, at place t + query_offset, sees key s when all that is given allows it: s is not after
-  that place or is in the prefix (`causal`), s is less than `window` away from it, their segment
-  ids are equal. One that sees none gives zeros. Each group of N / K query heads shares one
-  key-value head (grouped queries, arXiv:2305.13245). Scores and softmax are float32. Neither pass
-  keeps the T x S probabilities: the backward pass recomputes them from the row-wise log-sum-exp
-  (FlashAttention, arXiv:2205.14135, algorithm 4).
+  that place or is in the prefix (`causal`), s is less than `window` away from it, both are in one
+  chunk, their segment ids are equal. One that sees none gives zeros. Each group of N / K query
+  heads shares one key-value head (grouped queries, arXiv:2305.13245). Scores and softmax are
+  float32. Neither pass keeps the T x S probabilities: the backward pass recomputes them from the
+  row-wise log-sum-exp (FlashAttention, arXiv:2205.14135, algorithm 4).
 
   Args:
     query: [B, T, N, H], bfloat16 or float32.
@@ -33,6 +34,8 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
     causal: whether a query sees only keys at or before its own place.
     window: keys that a causal query sees at most, its own place's included; without `causal` as
       many on the other side too (Mistral, arXiv:2310.06825, section 2). None is all.
+    chunk: places 0 to chunk - 1 are one chunk, and so on: a query sees keys of its own only (Llama
+      4's local layers). None is one chunk of all.
     scale: None is 1 / sqrt(H); T5 has 1.
     softcap: bends the scaled scores into (-softcap, softcap) (Gemma 2, arXiv:2408.00118, section
       2). None leaves them.
@@ -40,7 +43,9 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
       is kept.
     prefix: boolean [B, S], keys that `causal` does not hide from earlier queries (prefix language
       models, arXiv:1910.10683, section 3.2.1).
-    query_offset: int32 [B], the place of query 0 among the keys (a cache's length); None is 0.
+    query_offset: the place of query 0 among the keys. A Python integer, which may be negative, for
+      all rows (Transformer-XL's memory, a step of ring attention): blocks that it empties cost
+      nothing. Or int32 [B], known when the program runs (a cache's length). None is 0.
     query_segment_ids: int32 [B, T] of packed sequences; None with `key_segment_ids` None.
     key_segment_ids: int32 [B, S].
     implementation: 'reference' (all scores at once, by XLA), 'cpu' (blocks of queries against the
@@ -53,12 +58,14 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
     [B, T, N, H] in the dtype of `query`.
 
   Raises:
-    ValueError: shapes that do not fit, only one of the two segment ids, or a window or softcap that
-      is not positive.
+    ValueError: shapes that do not fit, only one of the two segment ids, or a window, chunk or
+      softcap that is not positive.
   """
-  masking = Masking(query_offset, query_segment_ids, key_segment_ids, prefix)
+  first_place, offset = (query_offset, None) if isinstance(query_offset, int) else (0, query_offset)
+  masking = Masking(offset, query_segment_ids, key_segment_ids, prefix)
   shape = _check(query, key, value, masking)
-  options = _options(causal, window, scale, softcap, bias, shape, query.shape[-1])
+  options = _options(causal, window, scale, softcap, bias, shape, query.shape[-1], chunk=chunk,
+                     query_offset=first_place)
   implementation = _resolve(implementation, tpu.refusal(options, query, key, bias))
   return _attend(options, implementation, query, key, value, bias, masking)
 
@@ -139,7 +146,7 @@ def decode_attention(query: jax.Array, key: jax.Array, value: jax.Array, lengths
   return out_BKGH.astype(query.dtype).reshape(B, 1, N, H)
 
 
-def _options(causal, window, scale, softcap, bias, shape, H) -> Options:
+def _options(causal, window, scale, softcap, bias, shape, H, **more) -> Options:
   """Checks what both functions take; `shape` is that of the scores, (B, N, T, S)."""
   if window is not None and window < 1:
     raise ValueError(f'window={window} must be at least 1 (its own place alone), or None for all')
@@ -148,7 +155,10 @@ def _options(causal, window, scale, softcap, bias, shape, H) -> Options:
   if bias is not None and bias.shape not in (shape, (1, *shape[1:])):
     raise ValueError(f'bias has shape {bias.shape}, it must be {shape} or {(1, *shape[1:])}: '
                      '[B or 1, heads, queries, keys]')
-  return Options(causal, window, H**-0.5 if scale is None else scale, softcap)
+  options = Options(causal, window, H**-0.5 if scale is None else scale, softcap, **more)
+  if options.chunk is not None and options.chunk < 1:
+    raise ValueError(f'chunk={options.chunk} must be at least 1 place, or None for one of all')
+  return options
 
 
 def _choose(implementation, name, options, *args):

@@ -18,13 +18,18 @@ def _blocks(options, T, S, masking):
   size = max(MIN_BLOCK, -(-T // MAX_BLOCKS))
   for start in range(0, T, size):
     end, first, last = min(start + size, T), 0, S
+    place, end_place = start + options.query_offset, end + options.query_offset
     if masking.query_offset is None:
       if options.window is not None:
-        first, last = start - options.window + 1, end + options.window - 1
+        first, last = place - options.window + 1, end_place + options.window - 1
+      if options.chunk is not None:
+        first = max(first, place // options.chunk * options.chunk)
+        last = min(last, -(-end_place // options.chunk) * options.chunk)
       if options.causal and masking.prefix is None:
-        last = end
-    # A block beyond the last key still visits one, which its mask hides.
-    yield start, end, min(max(first, 0), S - 1), min(last, S)
+        last = min(last, end_place)
+    # A block that sees no key still visits one, which its mask hides.
+    first = min(max(first, 0), S - 1)
+    yield start, end, first, max(min(last, S), first + 1)
 
 
 def _heads(x, K):

@@ -1,4 +1,5 @@
 """The specification of `flash_attention`, in plain jnp with the whole T x S matrix of scores."""
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,8 @@ class Options(NamedTuple):
   window: int | None
   scale: float
   softcap: float | None
+  chunk: int | None = None
+  query_offset: int = 0  # on top of which comes that of `Masking`
 
 
 class Masking(NamedTuple):
@@ -24,24 +27,27 @@ class Masking(NamedTuple):
   prefix: jax.Array | None = None
 
 
+def places(options: Options, T: int, masking: Masking) -> jax.Array:
+  """The place of each query among the keys, int32 [B or 1, T]."""
+  first_B1 = 0 if masking.query_offset is None else masking.query_offset[:, None]
+  return first_B1 + options.query_offset + jnp.arange(T)[None]
+
+
 def visible(options: Options, T: int, S: int, masking: Masking) -> jax.Array | None:
   """Boolean [B or 1, T, S], True where query t sees key s; None where every query sees every
   key."""
-  mask = None
-  if options.causal or options.window is not None:
-    offset = masking.query_offset
-    first = jnp.zeros((1,), jnp.int32) if offset is None else offset
-    place_BT1, key_S = first[:, None, None] + jnp.arange(T)[:, None], jnp.arange(S)
-    if options.causal:
-      mask = place_BT1 >= key_S
-      mask = mask if masking.prefix is None else mask | masking.prefix[:, None]
-    if options.window is not None:
-      near = jnp.abs(place_BT1 - key_S) < options.window
-      mask = near if mask is None else mask & near
+  place_BT1, key_S, masks = places(options, T, masking)[..., None], jnp.arange(S), []
+  if options.causal:
+    masks.append(place_BT1 >= key_S)
+    if masking.prefix is not None:
+      masks[0] |= masking.prefix[:, None]
+  if options.window is not None:
+    masks.append(jnp.abs(place_BT1 - key_S) < options.window)
+  if options.chunk is not None:
+    masks.append(place_BT1 // options.chunk == key_S // options.chunk)
   if masking.query_segment_ids is not None:
-    same = masking.query_segment_ids[:, :, None] == masking.key_segment_ids[:, None, :]
-    mask = same if mask is None else mask & same
-  return mask
+    masks.append(masking.query_segment_ids[:, :, None] == masking.key_segment_ids[:, None, :])
+  return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
 def softcapped(scores: jax.Array, softcap: float | None) -> jax.Array:

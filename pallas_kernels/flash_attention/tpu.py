@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import chips
 from pallas_kernels.flash_attention import block_sizes, tpu_backward, tpu_blocks, tpu_forward
+from pallas_kernels.flash_attention.reference import places
 from pallas_kernels.flash_attention.tpu_blocks import LANES, Layout
 
 LARGEST_HEAD = 256
@@ -103,12 +104,12 @@ def _inputs(form, query, key, value, bias, masking):
   arrays = {'query': form.lanes(query, layout.block_q),
             'key': form.lanes(key, layout.block_k, False),
             'value': form.lanes(value, layout.block_k, False)}
-  for name, x in tpu_blocks.mask_arrays(layout.options, masking).items():
-    arrays[name] = _pad(x, 2, layout.block_q if name == 'query_ids' else layout.block_k)
+  for name, x in tpu_blocks.mask_arrays(layout, B, masking).items():
+    arrays[name] = _pad(x, 2, layout.block_q if name.startswith('query') else layout.block_k)
   if bias is not None:
     arrays['bias' if bias.shape[0] == B > 1 else 'shared_bias'] = form.scores(bias)
-  offset = masking.query_offset
-  return jnp.zeros(B, jnp.int32) if offset is None else offset.astype(jnp.int32), arrays
+  first_place_B = jnp.broadcast_to(places(layout.options, 1, masking)[:, 0], B)
+  return first_place_B.astype(jnp.int32), arrays
 
 
 def forward(options, query, key, value, bias, masking, *, interpret=False, chip=None, blocks=None):

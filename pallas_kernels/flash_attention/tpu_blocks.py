@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels.chips import LANES
+from pallas_kernels.flash_attention import reference
 from pallas_kernels.flash_attention.reference import MASKED, Masking, Options
 
 LOG2_E = 1.4426950408889634
@@ -69,13 +70,27 @@ def visited_blocks(options: Options, T: int, S: int, block_q: int, block_k: int,
   """Lists the (query block, key block) of which some query may see some key, whatever the arrays of
   `masking` hold: all of them if those give an offset."""
   least, largest = seen_distances(options, masking.prefix is not None)
-  blocks = []
-  for q, k in itertools.product(range(pl.cdiv(T, block_q)), range(pl.cdiv(S, block_k))):
-    last_q, last_k = min((q + 1) * block_q, T) - 1, min((k + 1) * block_k, S) - 1
-    seen = last_q - k * block_k >= least and q * block_q - last_k <= largest
-    if seen or masking.query_offset is not None:
-      blocks.append((q, k))
-  return blocks
+  queries = _chunks(options, T, block_q, options.query_offset)
+  keys = _chunks(options, S, block_k, 0)
+
+  def sees(q, k):
+    return any(queries[q][chunk][1] - keys[k][chunk][0] >= least
+               and queries[q][chunk][0] - keys[k][chunk][1] <= largest
+               for chunk in queries[q].keys() & keys[k].keys())
+
+  return [(q, k) for q, k in itertools.product(range(len(queries)), range(len(keys)))
+          if masking.query_offset is not None or sees(q, k)]
+
+
+def _chunks(options, length, block, offset):
+  """The chunks that each block has a part of, as {chunk: the part's (first, last) place}."""
+  size = options.chunk
+  ends = [(start + offset, min(start + block, length) - 1 + offset)
+          for start in range(0, length, block)]
+  if size is None:
+    return [{0: end} for end in ends]
+  return [{chunk: (max(first, chunk * size), min(last, (chunk + 1) * size - 1))
+           for chunk in range(first // size, last // size + 1)} for first, last in ends]
 
 
 def visits(layout: Layout, masking: Masking, by_key: bool) -> jax.Array:
@@ -101,10 +116,16 @@ def _first_visits(blocks):
   return [not (block in seen or seen.add(block)) for block in blocks]
 
 
-def mask_arrays(options: Options, masking: Masking) -> dict[str, jax.Array]:
-  """The arrays of `masking` but the offset, int32 [B, 1, length], as rows of lanes."""
+def mask_arrays(layout: Layout, B: int, masking: Masking) -> dict[str, jax.Array]:
+  """What a mask needs beside the offset, int32 [B, 1, length], as rows of lanes: the arrays of
+  `masking`, and the chunk of each query and key."""
+  options = layout.options
   named = {'query_ids': masking.query_segment_ids, 'key_ids': masking.key_segment_ids,
            'prefix': masking.prefix if options.causal else None}
+  if options.chunk is not None:
+    chunks = lambda places: jnp.broadcast_to(places // options.chunk, (B, places.shape[-1]))
+    named['query_chunks'] = chunks(reference.places(options, layout.T, masking))
+    named['key_chunks'] = chunks(jnp.arange(layout.S))
   return {name: x[:, None].astype(jnp.int32) for name, x in named.items() if x is not None}
 
 
@@ -132,9 +153,10 @@ def visible(layout: Layout, ref, distance, first_k, query_axis: int):
     masks.append((ahead >= -distance) | (spread(ref['prefix'][0], 1 - query_axis) != 0))
   if layout.S % layout.block_k:
     masks.append(index(1 - query_axis) < layout.S - first_k)
-  if 'query_ids' in ref:
-    masks.append(spread(ref['query_ids'][0], query_axis)
-                 == spread(ref['key_ids'][0], 1 - query_axis))
+  for of_queries, of_keys in (('query_ids', 'key_ids'), ('query_chunks', 'key_chunks')):
+    if of_queries in ref:
+      masks.append(spread(ref[of_queries][0], query_axis)
+                   == spread(ref[of_keys][0], 1 - query_axis))
   return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
@@ -194,12 +216,13 @@ def block_specs(layout: Layout) -> dict[str, pl.BlockSpec]:
   of_program = lambda h: h if layout.splits == 1 else lax.div(h, jnp.int32(layout.splits))
   keys = spec((1, block_k, k_lanes), lambda b, h, q, k: (b, k, of_program(h)))
   query_row = spec((1, heads, 1, block_q), lambda b, h, q, k: (b, h, 0, q))
+  query_ids = spec((1, 1, block_q), lambda b, h, q, k: (b, 0, q))
   key_ids = spec((1, 1, block_k), lambda b, h, q, k: (b, 0, k))
   scores = spec((1, heads, block_q, block_k), lambda b, h, q, k: (b, h, q, k))
   return {
       'query': queries, 'key': keys, 'value': keys, 'out': queries, 'dout': queries,
-      'lse': query_row, 'delta': query_row, 'key_ids': key_ids, 'prefix': key_ids,
-      'query_ids': spec((1, 1, block_q), lambda b, h, q, k: (b, 0, q)),
+      'lse': query_row, 'delta': query_row, 'query_ids': query_ids, 'query_chunks': query_ids,
+      'key_ids': key_ids, 'key_chunks': key_ids, 'prefix': key_ids,
       'bias': scores, 'dbias': scores,
       'shared_bias': spec((1, heads, block_q, block_k), lambda b, h, q, k: (0, h, q, k)),
       'dkey': spec((1, block_k, k_lanes), lambda b, h, q, k: (b, k, h)),

@@ -16,8 +16,8 @@ def exact(x):
   return np.asarray(jnp.asarray(x).astype(jnp.float32), np.float64)
 
 
-def naive(query, key, value, bias=None, *, causal=True, window=None, scale=None, softcap=None,
-          prefix=None, query_offset=None, query_segment_ids=None, key_segment_ids=None):
+def naive(query, key, value, bias=None, *, causal=True, window=None, chunk=None, scale=None,
+          softcap=None, prefix=None, query_offset=0, query_segment_ids=None, key_segment_ids=None):
   """Softmax attention, one query and head at a time; a query that sees no key gets zeros."""
   query, key, value = exact(query), exact(key), exact(value)
   B, T, N, H = query.shape
@@ -25,12 +25,15 @@ def naive(query, key, value, bias=None, *, causal=True, window=None, scale=None,
   bias = np.broadcast_to(np.zeros(()) if bias is None else exact(bias), (B, N, T, S))
   out = np.zeros(query.shape)
   for b, t, n in np.ndindex(B, T, N):
-    distance = t + (0 if query_offset is None else int(query_offset[b])) - np.arange(S)
+    place = t + int(np.broadcast_to(query_offset, B)[b])
+    distance = place - np.arange(S)
     sees = distance >= 0 if causal else np.ones(S, bool)
     if prefix is not None:
       sees |= np.asarray(prefix)[b]
     if window is not None:
       sees &= abs(distance) < window
+    if chunk is not None:
+      sees &= place // chunk == np.arange(S) // chunk
     if query_segment_ids is not None:
       sees &= np.asarray(query_segment_ids)[b, t] == np.asarray(key_segment_ids)[b]
     if sees.any():
@@ -59,11 +62,18 @@ def random_bias(*shape):
   return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape), jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=('causal', 'window', 'scale', 'softcap',
-                                             'implementation'))
 def out_and_gradients(query, key, value, g, bias=None, **kwargs):
-  attend = lambda q, k, v, bias: flash_attention(q, k, v, bias=bias, **kwargs)
-  out, vjp = jax.vjp(attend, query, key, value, bias)
+  arrays = {name: x for name, x in kwargs.items() if isinstance(x, jax.Array)}
+  static = {name: x for name, x in kwargs.items() if name not in arrays}
+  return _out_and_gradients(tuple(static.items()), (query, key, value, bias), g, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _out_and_gradients(static, inputs, g, arrays):
+  def attend(query, key, value, bias):
+    return flash_attention(query, key, value, bias=bias, **dict(static), **arrays)
+
+  out, vjp = jax.vjp(attend, *inputs)
   return out, *(x for x in vjp(g) if x is not None)
 
 
@@ -82,6 +92,11 @@ CASES = {
     'window_on_both_sides': ((1, 300, 290, 1, 1, 4), {'causal': False, 'window': 50}),
     'window_beyond_the_keys': ((1, 300, 150, 1, 1, 4), {'window': 20}),
     'cached_window': ((2, 5, 40, 2, 1, 4), {'query_offset': jnp.array([0, 30]), 'window': 4}),
+    'chunks': ((1, 300, 300, 2, 1, 4), {'chunk': 70}),
+    'chunks_behind_a_memory': ((1, 140, 290, 1, 1, 4), {'chunk': 64, 'query_offset': 150,
+                                                        'causal': False, 'window': 40}),
+    'keys_after_the_queries': ((1, 300, 150, 2, 1, 4), {'query_offset': -160}),
+    'cached_chunks': ((2, 5, 40, 2, 1, 4), {'query_offset': jnp.array([0, 30]), 'chunk': 16}),
     'prefix': ((2, 150, 150, 2, 2, 4), {'prefix': jnp.arange(150) < jnp.array([[0], [140]])}),
     'packed_prefix': ((2, 150, 150, 2, 1, 4), {
         'prefix': jnp.arange(150) % 40 < 20 + jnp.array([[0], [9]]), 'window': 30,
@@ -180,7 +195,8 @@ def test_a_bias_in_bfloat16_has_its_gradient_in_bfloat16(implementation):
 
 
 @pytest.mark.parametrize('options, keys', [({'window': 64}, 191), ({}, 512),
-                                           ({'window': 64, 'causal': False}, 254)])
+                                           ({'window': 64, 'causal': False}, 254),
+                                           ({'chunk': 100}, 212), ({'query_offset': -128}, 384)])
 def test_a_block_of_queries_multiplies_only_the_keys_that_it_sees(options, keys):
   query, key, value, _ = operands(1, 512, 512, 1, 1, 8)
   attend = functools.partial(flash_attention, implementation='cpu', **options)
@@ -290,6 +306,7 @@ def test_decoding_takes_the_options_of_attention(window, rows):
     ({'prefix': jnp.ones((2, 5), int)}, 'prefix is int32, it must be boolean'),
     ({'bias': jnp.ones((2, 5, 5))}, r'bias has shape \(2, 5, 5\), it must be \(2, 2, 5, 5\)'),
     ({'bias': jnp.ones((2, 1, 5, 5))}, r'or \(1, 2, 5, 5\)'),
+    ({'chunk': 0}, 'chunk=0 must be at least 1'),
     ({'window': 0}, 'window=0 must be at least 1'),
     ({'softcap': 0.0}, 'softcap=0.0 must be positive')])
 def test_options_that_do_not_fit_are_named(changes, named):

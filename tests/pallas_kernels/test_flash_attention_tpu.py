@@ -115,10 +115,14 @@ def test_the_public_function_differentiates_through_the_kernel():
 
 OPTIONS = [Options(True, None, 1.0, None), Options(True, 70, 1.0, None),
            Options(False, 70, 1.0, None), Options(False, None, 1.0, None),
-           Options(True, 1, 1.0, None)]
+           Options(True, 1, 1.0, None), Options(True, None, 1.0, None, chunk=150),
+           Options(False, 70, 1.0, None, chunk=100, query_offset=-90),
+           Options(True, None, 1.0, None, query_offset=200),
+           Options(True, 90, 1.0, None, query_offset=-400)]
 
 
-@pytest.mark.supports('kernels', 'blocks that the mask empties are never visited')
+@pytest.mark.supports('kernels', 'blocks that the mask empties are never visited',
+                      'attention in chunks', 'static query offsets')
 @pytest.mark.parametrize('lengths', [(512, 512), (300, 700), (700, 300)])
 @pytest.mark.parametrize('options', OPTIONS)
 def test_blocks_that_the_mask_empties_are_never_visited(options, lengths):
