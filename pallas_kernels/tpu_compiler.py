@@ -75,7 +75,8 @@ def reports(cases: str, names: list[str], topology: str, keep_hlo: bool = False
 
   Args:
     cases: 'package.module:function'; called in the child, the function returns
-      {name: (function, arguments)}, arguments a tuple of trees of `jax.ShapeDtypeStruct`.
+      {name: (function, arguments)}, arguments a tuple of trees of `jax.ShapeDtypeStruct`, which
+      may have shardings over devices of a topology.
     names: which of them.
     topology: such as 'v5e:2x2'.
     keep_hlo: whether to return the optimised programs.
@@ -96,14 +97,15 @@ def reports(cases: str, names: list[str], topology: str, keep_hlo: bool = False
 
 
 def compile_here(function: Callable, arguments, topology: str):
-  """Lowers and compiles for the first device of a topology; for processes that `reports` starts."""
+  """Lowers and compiles for the first device of a topology, or for the devices that the shardings of
+  `arguments` name; for processes that `reports` starts."""
   import jax
   from jax.experimental import topologies
 
   device = topologies.get_topology_desc(topology, 'tpu').devices[0]
   sharding = jax.sharding.SingleDeviceSharding(device)
-  placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                        arguments)
+  placed = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or sharding), arguments)
   return jax.jit(function).lower(*placed).compile()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from lm import doctor
 from lm.data.loader import Loader
-from lm.layers import attention, stack
+from lm.layers import attention, kernels, stack
 from lm.models import gpt
 from lm.parallel.mesh import MeshConfig
 from lm.parallel.rules import Rules
@@ -91,7 +91,7 @@ def forgetful(self, abstract, original=checkpoint.Checkpointer.restore):
 
 
 ILLNESSES = [
-    ('packed == unpacked', attention, 'flash_attention', without_segments),
+    ('packed == unpacked', kernels, 'flash_attention', without_segments),
     ('accumulated == one big batch', step, '_cut', the_first_part_again),
     ('scanned == unrolled', stack, 'unstack', twice_as_large),
     ('rematerialised == not', jax, 'checkpoint',

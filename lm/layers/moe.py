@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from lm.layers.linear import Linear, normal
 from lm.layers.mlp import Activation, activate, is_gated
 from lm.parallel.rules import Rules, axes_of
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.matmul import matmul
 from pallas_kernels.platform import by_platform
 
@@ -127,11 +128,11 @@ class MoE(nn.Module):
     mesh = self.rules.mesh
     self.rules.spec('batch', 'mlp')  # refuses a mesh axis that shards both
     held, hidden = axes_of(self.rules.expert), axes_of(self.rules.mlp)
-    rows = tuple(axis for axis in axes_of(self.rules.batch) if axis not in held)
-    # A single row, as when a model is initialised, is not cut: the compiler gathers the experts.
-    if (mesh is None or mesh.size == 1
-        or x_BTD.shape[0] % math.prod(mesh.shape[axis] for axis in rows)):
+    if mesh is None or mesh.size == 1:
       return mixture(0, x_BTD, experts, places, gates, *kernels)
+    rows = tuple(axis for axis in axes_of(self.rules.batch) if axis not in held)
+    if x_BTD.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
+      rows = ()  # such as the one row with which a model is initialised
 
     def part(*args):
       first = jax.lax.axis_index(held) * args[-1].shape[0] if held else 0
@@ -187,8 +188,7 @@ def _sorted(activation, x_MD, experts, gates, kernels):
   """Tokens in the order of their experts, so that each kernel meets one range of rows."""
   order = jnp.argsort(experts.reshape(-1))
   sizes = (experts.reshape(-1, 1) == jnp.arange(kernels[0].shape[0])).sum(0, dtype=jnp.int32)
-  product = lambda x, w: jax.lax.ragged_dot(x, w.astype(x.dtype), sizes,
-                                            preferred_element_type=jnp.float32).astype(x.dtype)
+  product = lambda x, w: grouped_matmul(x, w, sizes)
   tokens, gates = order // experts.shape[1], gates.reshape(-1)[order][:, None]
   x = jnp.where(gates > 0, x_MD[tokens], 0)  # the last rows are of no expert
   y = product(activate(activation, *(product(x, w) for w in kernels[:-1])), kernels[-1])
