@@ -97,7 +97,7 @@ def reports(cases: str, names: list[str], topology: str, keep_hlo: bool = False
 
 
 def compile_here(function: Callable, arguments, topology: str):
-  """Lowers and compiles for the first device of a topology, or for the devices that the shardings of
+  """Lowers and compiles for the first device of a topology, or for those that the shardings of
   `arguments` name; for processes that `reports` starts."""
   import jax
   from jax.experimental import topologies
