@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import platform
 from pallas_kernels.flash_attention import cpu, reference, tpu
-from pallas_kernels.flash_attention.reference import Masking, Options
+from pallas_kernels.flash_attention.reference import Masking, Options, Terms
 
 
 def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = True,
@@ -66,8 +66,9 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
   shape = _check(query, key, value, masking)
   options = _options(causal, window, scale, softcap, bias, shape, query.shape[-1], chunk=chunk,
                      query_offset=first_place)
-  implementation = _resolve(implementation, tpu.refusal(options, query, key, bias))
-  return _attend(options, implementation, query, key, value, bias, masking)
+  terms = Terms(bias)
+  implementation = _resolve(implementation, tpu.refusal(options, query, key, terms))
+  return _attend(options, implementation, query, key, value, terms, masking)
 
 
 def _check(query, key, value, masking) -> tuple[int, int, int, int]:
@@ -173,13 +174,13 @@ def _choose(implementation, name, options, *args):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(options, implementation, query, key, value, bias, masking):
-  return _choose(implementation, 'forward', options, query, key, value, bias, masking)[0]
+def _attend(options, implementation, query, key, value, terms, masking):
+  return _choose(implementation, 'forward', options, query, key, value, terms, masking)[0]
 
 
-def _forward(options, implementation, query, key, value, bias, masking):
-  out, lse = _choose(implementation, 'forward', options, query, key, value, bias, masking)
-  return out, (query, key, value, bias, masking, out, lse)
+def _forward(options, implementation, query, key, value, terms, masking):
+  out, lse = _choose(implementation, 'forward', options, query, key, value, terms, masking)
+  return out, (query, key, value, terms, masking, out, lse)
 
 
 def _backward(options, implementation, residuals, g):

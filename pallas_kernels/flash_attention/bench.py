@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels import tpu_compiler
 from pallas_kernels.flash_attention import block_sizes, tpu
 from pallas_kernels.flash_attention.block_sizes import Blocks
-from pallas_kernels.flash_attention.reference import Masking, Options
+from pallas_kernels.flash_attention.reference import Masking, Options, Terms
 from pallas_kernels.flash_attention.specs import SPECS
 
 PASSES = ('forward', 'backward')
@@ -43,11 +43,11 @@ def one_pass(spec, name, chip, blocks=None):
   query, key, value, lse = arguments(spec)
   options = options_of(spec)
   if name == 'forward':
-    return (lambda q, k, v: tpu.forward(options, q, k, v, None, Masking(), chip=chip,
-                                            blocks=blocks),
+    return (lambda q, k, v: tpu.forward(options, q, k, v, Terms(), Masking(), chip=chip,
+                                        blocks=blocks),
             (query, key, value))
-  return (lambda q, k, v, out, lse, g: tpu.backward(options, q, k, v, None, Masking(), out, lse, g,
-                                                    chip=chip, blocks=blocks),
+  return (lambda q, k, v, out, lse, g: tpu.backward(options, q, k, v, Terms(), Masking(), out, lse,
+                                                    g, chip=chip, blocks=blocks),
           (query, key, value, query, lse, query))
 
 

@@ -6,7 +6,7 @@ its caches.
 """
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention.reference import MASKED, NO_KEY, softcapped, visible
+from pallas_kernels.flash_attention.reference import MASKED, NO_KEY, Terms, softcapped, visible
 from pallas_kernels.matmul.cpu import dot, dot_t, row_major, transpose, transpose_apart
 
 MAX_BLOCKS = 8      # blocks are unrolled: more of them cost compile time for little
@@ -69,7 +69,7 @@ def _cut(x_BTS, start, end, first, last):
   return None if x_BTS is None else x_BTS[..., start:end, first:last]
 
 
-def forward(options, query, key, value, bias, masking):
+def forward(options, query, key, value, terms, masking):
   """`reference.forward`."""
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
@@ -80,7 +80,7 @@ def forward(options, query, key, value, bias, masking):
   for block in _blocks(options, T, S, masking):
     start, end, first, last = block
     scores, _ = _scores(options, query_XGTH[:, :, start:end], key_XSH[:, first:last],
-                        _cut(bias, *block), _cut(mask, *block))
+                        _cut(terms.bias, *block), _cut(mask, *block))
     largest = jnp.maximum(scores.max(-1, keepdims=True), NO_KEY)
     exps = jnp.exp(scores - largest).astype(query.dtype)
     sums = exps.sum(-1, keepdims=True, dtype=jnp.float32)
@@ -101,7 +101,7 @@ def _bias_gradient(dscores, bias, start, end, first, last):
   return jnp.pad(dbias.astype(bias.dtype), ((0, 0),) * 3 + ((first, S - last),))
 
 
-def backward(options, query, key, value, bias, masking, out, lse, g):
+def backward(options, query, key, value, terms, masking, out, lse, g):
   """`reference.backward` by recomputed blocks (arXiv:2205.14135, algorithm 4)."""
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
@@ -118,12 +118,12 @@ def backward(options, query, key, value, bias, masking, out, lse, g):
     rows = (X, G * (end - start), -1)
     q, dout = query_XGTH[:, :, start:end].reshape(rows), g_XGTH[:, :, start:end].reshape(rows)
     scores, slope = _scores(options, query_XGTH[:, :, start:end], key_XSH[:, first:last],
-                            _cut(bias, *block), _cut(mask, *block))
+                            _cut(terms.bias, *block), _cut(mask, *block))
     probs = jnp.exp(scores - lse_XGT[:, :, start:end].reshape(rows))
     dprobs = dot_t(dout, value_XSH[:, first:last])
     dscores = probs * (dprobs - delta_XGT[:, :, start:end].reshape(rows))
-    if bias is not None:
-      dbias.append(_bias_gradient(dscores, bias, *block))
+    if terms.bias is not None:
+      dbias.append(_bias_gradient(dscores, terms.bias, *block))
     dscores = row_major((dscores * slope).astype(dtype))
     dquery.append(dot(dscores, key_XSH[:, first:last]).astype(dtype).reshape(X, G, end - start, H))
     # Transposed sums: q^T dscores moves [rows, H] elements into place, not [rows, S].
@@ -132,4 +132,4 @@ def backward(options, query, key, value, bias, masking, out, lse, g):
   # First each head's matrix, then the heads: at once it takes twice as long.
   one_head = lambda x_XHS: _tokens(transpose_apart(x_XHS.astype(dtype))[:, None], B)
   return (_tokens(jnp.concatenate(dquery, 2), B), one_head(dkey_XHS), one_head(dvalue_XHS),
-          None if bias is None else jnp.concatenate(dbias, 2))
+          Terms(jnp.concatenate(dbias, 2) if dbias else None))

@@ -19,6 +19,12 @@ class Options(NamedTuple):
   query_offset: int = 0  # on top of which comes that of `Masking`
 
 
+class Terms(NamedTuple):
+  """The arrays beside query, key and value that have a gradient: `flash_attention`'s arguments of
+  these names."""
+  bias: jax.Array | None = None
+
+
 class Masking(NamedTuple):
   """The arrays that say who sees whom: `flash_attention`'s arguments of these names."""
   query_offset: jax.Array | None = None
@@ -55,7 +61,7 @@ def softcapped(scores: jax.Array, softcap: float | None) -> jax.Array:
   return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
-def forward(options, query, key, value, bias, masking):
+def forward(options, query, key, value, terms, masking):
   """Returns out [B, T, N, H] and the log-sum-exp of the scores, float32 [B, K, G, T]."""
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
@@ -63,8 +69,8 @@ def forward(options, query, key, value, bias, masking):
   scores_BKGTS = jnp.einsum('btkgh,bskh->bkgts', query_BTKGH, key,
                             preferred_element_type=jnp.float32) * options.scale
   scores_BKGTS = softcapped(scores_BKGTS, options.softcap)
-  if bias is not None:
-    scores_BKGTS += bias.astype(jnp.float32).reshape(-1, K, N // K, T, S)
+  if terms.bias is not None:
+    scores_BKGTS += terms.bias.astype(jnp.float32).reshape(-1, K, N // K, T, S)
   mask = visible(options, T, S, masking)
   if mask is not None:
     scores_BKGTS = jnp.where(mask[:, None, None], scores_BKGTS, MASKED)
@@ -74,10 +80,10 @@ def forward(options, query, key, value, bias, masking):
   return out.reshape(B, T, N, H).astype(query.dtype), lse_BKGT
 
 
-def backward(options, query, key, value, bias, masking, out, lse, g):
-  """Gradients of query, key, value and bias for the cotangent g of out, by autodiff of
+def backward(options, query, key, value, terms, masking, out, lse, g):
+  """Gradients of query, key, value and terms for the cotangent g of out, by autodiff of
   `forward`."""
   del out, lse
-  inputs = query, key, value, bias
+  inputs = query, key, value, terms
   _, vjp = jax.vjp(lambda *inputs: forward(options, *inputs, masking)[0], *inputs)
   return vjp(g)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import chips
 from pallas_kernels.flash_attention import block_sizes, tpu_backward, tpu_blocks, tpu_forward
-from pallas_kernels.flash_attention.reference import places
+from pallas_kernels.flash_attention.reference import Terms, places
 from pallas_kernels.flash_attention.tpu_blocks import LANES, Layout
 
 LARGEST_HEAD = 256
@@ -16,7 +16,7 @@ LEAST_SHARED_HEAD = 32  # narrower ones are padded: a tile would be too many sma
 MOST_VISITS = 2**14  # their list is in scalar memory
 
 
-def _layout(name, options, query, key, bias, chip, blocks=None) -> Layout:
+def _layout(name, options, query, key, terms, chip, blocks=None) -> Layout:
   """The layout of a pass, 'forward' or 'backward'; `blocks` are the table's if None.
 
   Raises:
@@ -27,7 +27,7 @@ def _layout(name, options, query, key, bias, chip, blocks=None) -> Layout:
   share = 1 if K % share else share
   head = H if share > 1 else -(-H // LANES) * LANES
   blocks = blocks or block_sizes.find(name, chip, T, S, head, share, query.dtype.itemsize,
-                                      0 if bias is None else bias.dtype.itemsize)
+                                      0 if terms.bias is None else terms.bias.dtype.itemsize)
   largest = lambda n, most: max(i for i in range(1, n + 1) if n % i == 0 and i <= most)
   query_tiles = largest(G, blocks.tiles)
   key_tiles = largest(K // share, blocks.tiles // G) if query_tiles == G else 1
@@ -35,7 +35,7 @@ def _layout(name, options, query, key, bias, chip, blocks=None) -> Layout:
                 G // query_tiles)
 
 
-def refusal(options, query: jax.Array, key: jax.Array, bias: jax.Array | None) -> str | None:
+def refusal(options, query: jax.Array, key: jax.Array, terms: Terms) -> str | None:
   """Why the kernels do not take a call, or None."""
   if query.dtype not in (jnp.bfloat16, jnp.float32):
     return f'query is {query.dtype}, the kernel takes bfloat16 and float32'
@@ -45,7 +45,7 @@ def refusal(options, query: jax.Array, key: jax.Array, bias: jax.Array | None) -
     return f'query {query.shape} and key {key.shape} must have elements'
   try:
     for name in ('forward', 'backward'):
-      layout = _layout(name, options, query, key, bias, chips.generation_or_least())
+      layout = _layout(name, options, query, key, terms, chips.generation_or_least())
       most = -(-layout.T // layout.block_q) * -(-layout.S // layout.block_k)
       if most > MOST_VISITS:
         return (f'T={layout.T} and S={layout.S} are {most} blocks, the kernel takes {MOST_VISITS}: '
@@ -98,7 +98,7 @@ class _Form:
     return _pad(_pad(_reorder(x, 1, layout.share, self.G), 2, layout.block_q), 3, layout.block_k)
 
 
-def _inputs(form, query, key, value, bias, masking):
+def _inputs(form, query, key, value, terms, masking):
   """(offset [B], the arrays by name) that both passes take."""
   layout, B = form.layout, query.shape[0]
   arrays = {'query': form.lanes(query, layout.block_q),
@@ -106,13 +106,14 @@ def _inputs(form, query, key, value, bias, masking):
             'value': form.lanes(value, layout.block_k, False)}
   for name, x in tpu_blocks.mask_arrays(layout, B, masking).items():
     arrays[name] = _pad(x, 2, layout.block_q if name.startswith('query') else layout.block_k)
-  if bias is not None:
-    arrays['bias' if bias.shape[0] == B > 1 else 'shared_bias'] = form.scores(bias)
+  if terms.bias is not None:
+    name = 'bias' if terms.bias.shape[0] == B > 1 else 'shared_bias'
+    arrays[name] = form.scores(terms.bias)
   first_place_B = jnp.broadcast_to(places(layout.options, 1, masking)[:, 0], B)
   return first_place_B.astype(jnp.int32), arrays
 
 
-def forward(options, query, key, value, bias, masking, *, interpret=False, chip=None, blocks=None):
+def forward(options, query, key, value, terms, masking, *, interpret=False, chip=None, blocks=None):
   """`reference.forward`.
 
   Args:
@@ -123,27 +124,27 @@ def forward(options, query, key, value, bias, masking, *, interpret=False, chip=
   """
   chip = chip or chips.generation_or_least()
   (B, T, N, _), K = query.shape, key.shape[2]
-  layout = _layout('forward', options, query, key, bias, chip, blocks)
+  layout = _layout('forward', options, query, key, terms, chip, blocks)
   form = _Form(layout, query, key)
-  offset, arrays = _inputs(form, query, key, value, bias, masking)
+  offset, arrays = _inputs(form, query, key, value, terms, masking)
   out, lse = tpu_forward.forward(layout, tpu_blocks.visits(layout, masking, False), offset, arrays,
                                  interpret=interpret, vmem_bytes=chips.vmem_limit(chip))
   lse_BNT = _reorder(lse[:, :, 0, :T], 1, form.G, layout.share)
   return form.heads(out, T), lse_BNT.reshape(B, K, N // K, T)
 
 
-def backward(options, query, key, value, bias, masking, out, lse, g, *, interpret=False, chip=None,
+def backward(options, query, key, value, terms, masking, out, lse, g, *, interpret=False, chip=None,
              blocks=None):
   """`reference.backward`; the arguments after g are those of `forward`."""
   chip = chip or chips.generation_or_least()
   (B, T, N, _), S = query.shape, key.shape[1]
-  layout = _layout('backward', options, query, key, bias, chip, blocks)
+  layout = _layout('backward', options, query, key, terms, chip, blocks)
   form = _Form(layout, query, key)
-  offset, arrays = _inputs(form, query, key, value, bias, masking)
+  offset, arrays = _inputs(form, query, key, value, terms, masking)
   delta_BNT = jnp.einsum('btnh,btnh->bnt', g, out, preferred_element_type=jnp.float32)
   arrays |= {'dout': form.lanes(g, layout.block_q), 'lse': form.rows(lse.reshape(B, N, T)),
              'delta': form.rows(delta_BNT)}
-  dbias = None
+  bias, dbias = terms.bias, None
   if bias is not None:
     padded = arrays.get('bias', arrays.get('shared_bias')).shape[1:]
     dbias = jnp.zeros((B, *padded), bias.dtype if bias.shape[0] == B else jnp.float32)
@@ -156,7 +157,7 @@ def backward(options, query, key, value, bias, masking, out, lse, g, *, interpre
     dbias = _reorder(grads['dbias'][:, :, :T, :S], 1, form.G, layout.share)
     dbias = dbias if bias.shape[0] == B else dbias.sum(0, keepdims=True)
     dbias = dbias.astype(bias.dtype)
-  return form.heads(grads['dquery'], T), dkey, dvalue, dbias
+  return form.heads(grads['dquery'], T), dkey, dvalue, Terms(dbias)
 
 
 def _join(x, layout):

@@ -9,7 +9,8 @@ import pytest
 
 from pallas_kernels import tpu_compiler
 from pallas_kernels.flash_attention import bench, flash_attention, tpu, tpu_blocks
-from pallas_kernels.flash_attention.reference import MASKED, NO_KEY, Masking, Options, visible
+from pallas_kernels.flash_attention.reference import (MASKED, NO_KEY, Masking, Options, Terms,
+                                                      visible)
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
 
@@ -72,8 +73,8 @@ CASES = {
 
 @functools.partial(jax.jit, static_argnums=0,
                    compiler_options={'xla_backend_optimization_level': 0})
-def interpreted(options, query, key, value, bias, masking, g):
-  args = options, query, key, value, bias, masking
+def interpreted(options, query, key, value, terms, masking, g):
+  args = options, query, key, value, terms, masking
   out, lse = tpu.forward(*args, interpret=True)
   return out, lse, *tpu.backward(*args, out, lse, g, interpret=True)
 
@@ -89,7 +90,8 @@ def test_the_kernel_is_float64s_attention_and_gradient(case):
   query, key, value, g = (random(i, *shape).astype(dtype) for i, shape in enumerate(
       ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))))
   bias = None if bias_shape is None else random(4, *bias_shape)
-  got = interpreted(options, query, key, value, bias, masking, g)
+  *got, dterms = interpreted(options, query, key, value, Terms(bias), masking, g)
+  got += dterms
   want = float64(options, query, key, value, bias, masking, g)
   unseen = want[1] <= NO_KEY
   np.testing.assert_array_equal(np.asarray(got[1]) <= 0.6 * NO_KEY, unseen)
