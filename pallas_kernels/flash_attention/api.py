@@ -15,7 +15,8 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
                     bias: jax.Array | None = None, prefix: jax.Array | None = None,
                     query_offset: int | jax.Array | None = None,
                     query_segment_ids: jax.Array | None = None,
-                    key_segment_ids: jax.Array | None = None,
+                    key_segment_ids: jax.Array | None = None, dropout_rate: float = 0.0,
+                    dropout_seeds: jax.Array | None = None,
                     implementation: str | None = None) -> jax.Array:
   """Attends: out[t] = sum_s p[t, s] value[s], with p[t] = softmax_s(scores[t, s]) and
   scores[t, s] = softcap * tanh(scale * query[t] . key[s] / softcap) + bias[t, s].
@@ -48,6 +49,11 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
       nothing. Or int32 [B], known when the program runs (a cache's length). None is 0.
     query_segment_ids: int32 [B, T] of packed sequences; None with `key_segment_ids` None.
     key_segment_ids: int32 [B, S].
+    dropout_rate: the share of the probabilities, in [0, 1), that are set to zero after the softmax;
+      the others are divided by 1 - dropout_rate (BERT, arXiv:1810.04805; T5).
+    dropout_seeds: uint32 [B, N], a stream of random numbers for each row and head, such as
+      `jax.random.bits(rng, (B, N))`. What is dropped is a function of these, of places and of keys
+      alone: the same in every implementation and, where B and N are cut over devices, on each.
     implementation: 'reference' (all scores at once, by XLA), 'cpu' (blocks of queries against the
       keys that they see, on the CPU's matrix unit), 'tpu' (a Pallas kernel, interpreted on any
       other platform; under several devices call it in `jax.shard_map`) or 'pallas' (the Pallas
@@ -59,13 +65,17 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
 
   Raises:
     ValueError: shapes that do not fit, only one of the two segment ids, or a window, chunk or
-      softcap that is not positive.
+      softcap that is not positive, or a dropout_rate outside [0, 1) or without its seeds.
   """
   first_place, offset = (query_offset, None) if isinstance(query_offset, int) else (0, query_offset)
-  masking = Masking(offset, query_segment_ids, key_segment_ids, prefix)
+  if dropout_rate and dropout_seeds is None:
+    raise ValueError(f'dropout_rate={dropout_rate} needs dropout_seeds, such as '
+                     'jax.random.bits(rng, (batch, heads))')
+  masking = Masking(offset, query_segment_ids, key_segment_ids, prefix,
+                    dropout_seeds if dropout_rate else None)
   shape = _check(query, key, value, masking)
   options = _options(causal, window, scale, softcap, bias, shape, query.shape[-1], chunk=chunk,
-                     query_offset=first_place)
+                     query_offset=first_place, dropout_rate=dropout_rate)
   terms = Terms(bias)
   implementation = _resolve(implementation, tpu.refusal(options, query, key, terms))
   return _attend(options, implementation, query, key, value, terms, masking)
@@ -83,7 +93,7 @@ def _check(query, key, value, masking) -> tuple[int, int, int, int]:
   if (masking.query_segment_ids is None) != (masking.key_segment_ids is None):
     raise ValueError('segment ids are needed for both query and key, or for neither')
   shapes = {'query_offset': (B,), 'prefix': (B, S), 'query_segment_ids': (B, T),
-            'key_segment_ids': (B, S)}
+            'key_segment_ids': (B, S), 'dropout_seeds': (B, N)}
   for name, shape in shapes.items():
     array = getattr(masking, name)
     if array is not None and array.shape != shape:
@@ -92,6 +102,8 @@ def _check(query, key, value, masking) -> tuple[int, int, int, int]:
   if masking.prefix is not None and masking.prefix.dtype != jnp.bool_:
     raise ValueError(f'prefix is {masking.prefix.dtype}, it must be boolean: True for a key of the '
                      'prefix')
+  if masking.dropout_seeds is not None and masking.dropout_seeds.dtype != jnp.uint32:
+    raise ValueError(f'dropout_seeds are {masking.dropout_seeds.dtype}, they must be uint32')
   return B, N, T, S
 
 
@@ -159,6 +171,8 @@ def _options(causal, window, scale, softcap, bias, shape, H, **more) -> Options:
   options = Options(causal, window, H**-0.5 if scale is None else scale, softcap, **more)
   if options.chunk is not None and options.chunk < 1:
     raise ValueError(f'chunk={options.chunk} must be at least 1 place, or None for one of all')
+  if not 0 <= options.dropout_rate < 1:
+    raise ValueError(f'dropout_rate={options.dropout_rate} must be in [0, 1)')
   return options
 
 

@@ -6,7 +6,9 @@ its caches.
 """
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention.reference import MASKED, NO_KEY, Terms, softcapped, visible
+from pallas_kernels.flash_attention import dropout
+from pallas_kernels.flash_attention.reference import (MASKED, NO_KEY, Terms, places, softcapped,
+                                                      visible)
 from pallas_kernels.matmul.cpu import dot, dot_t, row_major, transpose, transpose_apart
 
 MAX_BLOCKS = 8      # blocks are unrolled: more of them cost compile time for little
@@ -69,6 +71,15 @@ def _cut(x_BTS, start, end, first, last):
   return None if x_BTS is None else x_BTS[..., start:end, first:last]
 
 
+def _factors(options, masking, scores, T, start, end, first, last):
+  """What dropout multiplies the probabilities of a block of `scores` by."""
+  if not options.dropout_rate:
+    return 1.0
+  return dropout.factors(options.dropout_rate, masking.dropout_seeds,
+                         places(options, T, masking)[:, start:end],
+                         jnp.arange(first, last)).reshape(scores.shape)
+
+
 def forward(options, query, key, value, terms, masking):
   """`reference.forward`."""
   B, T, N, H = query.shape
@@ -85,7 +96,8 @@ def forward(options, query, key, value, terms, masking):
     exps = jnp.exp(scores - largest).astype(query.dtype)
     sums = exps.sum(-1, keepdims=True, dtype=jnp.float32)
     sums = jnp.maximum(sums, 1e-30)  # 0 where no key is visible
-    out = dot(exps, value_XSH[:, first:last]) / sums
+    weights = (exps * _factors(options, masking, scores, T, *block)).astype(query.dtype)
+    out = dot(weights, value_XSH[:, first:last]) / sums
     outs.append(out.astype(query.dtype).reshape(B * K, N // K, end - start, H))
     lses.append((largest + jnp.log(sums)).reshape(B, K, N // K, end - start))
   return _tokens(jnp.concatenate(outs, 2), B), jnp.concatenate(lses, 3)
@@ -120,7 +132,8 @@ def backward(options, query, key, value, terms, masking, out, lse, g):
     scores, slope = _scores(options, query_XGTH[:, :, start:end], key_XSH[:, first:last],
                             _cut(terms.bias, *block), _cut(mask, *block))
     probs = jnp.exp(scores - lse_XGT[:, :, start:end].reshape(rows))
-    dprobs = dot_t(dout, value_XSH[:, first:last])
+    factors = _factors(options, masking, scores, T, *block)
+    dprobs = dot_t(dout, value_XSH[:, first:last]) * factors
     dscores = probs * (dprobs - delta_XGT[:, :, start:end].reshape(rows))
     if terms.bias is not None:
       dbias.append(_bias_gradient(dscores, terms.bias, *block))
@@ -128,7 +141,8 @@ def backward(options, query, key, value, terms, masking, out, lse, g):
     dquery.append(dot(dscores, key_XSH[:, first:last]).astype(dtype).reshape(X, G, end - start, H))
     # Transposed sums: q^T dscores moves [rows, H] elements into place, not [rows, S].
     dkey_XHS = dkey_XHS.at[:, :, first:last].add(dot(transpose(q), dscores))
-    dvalue_XHS = dvalue_XHS.at[:, :, first:last].add(dot(transpose(dout), probs.astype(dtype)))
+    dvalue_XHS = dvalue_XHS.at[:, :, first:last].add(
+        dot(transpose(dout), (probs * factors).astype(dtype)))
   # First each head's matrix, then the heads: at once it takes twice as long.
   one_head = lambda x_XHS: _tokens(transpose_apart(x_XHS.astype(dtype))[:, None], B)
   return (_tokens(jnp.concatenate(dquery, 2), B), one_head(dkey_XHS), one_head(dvalue_XHS),

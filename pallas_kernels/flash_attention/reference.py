@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.flash_attention import dropout
+
 MASKED = -1e30  # finite, so that no row of scores gives NaN
 NO_KEY = MASKED / 2  # the least log-sum-exp: a row with no visible key has exp(MASKED - NO_KEY) = 0
 
@@ -17,6 +19,7 @@ class Options(NamedTuple):
   softcap: float | None
   chunk: int | None = None
   query_offset: int = 0  # on top of which comes that of `Masking`
+  dropout_rate: float = 0.0
 
 
 class Terms(NamedTuple):
@@ -26,11 +29,13 @@ class Terms(NamedTuple):
 
 
 class Masking(NamedTuple):
-  """The arrays that say who sees whom: `flash_attention`'s arguments of these names."""
+  """The arrays that say who sees whom, and what is dropped: `flash_attention`'s arguments of these
+  names."""
   query_offset: jax.Array | None = None
   query_segment_ids: jax.Array | None = None
   key_segment_ids: jax.Array | None = None
   prefix: jax.Array | None = None
+  dropout_seeds: jax.Array | None = None
 
 
 def places(options: Options, T: int, masking: Masking) -> jax.Array:
@@ -75,8 +80,13 @@ def forward(options, query, key, value, terms, masking):
   if mask is not None:
     scores_BKGTS = jnp.where(mask[:, None, None], scores_BKGTS, MASKED)
   lse_BKGT = jnp.maximum(jax.nn.logsumexp(scores_BKGTS, axis=-1), NO_KEY)
-  probs_BKGTS = jnp.exp(scores_BKGTS - lse_BKGT[..., None]).astype(query.dtype)
-  out = jnp.einsum('bkgts,bskh->btkgh', probs_BKGTS, value, preferred_element_type=jnp.float32)
+  probs_BKGTS = jnp.exp(scores_BKGTS - lse_BKGT[..., None])
+  if options.dropout_rate:
+    factors = dropout.factors(options.dropout_rate, masking.dropout_seeds,
+                              places(options, T, masking), jnp.arange(S))
+    probs_BKGTS *= factors.reshape(probs_BKGTS.shape)
+  out = jnp.einsum('bkgts,bskh->btkgh', probs_BKGTS.astype(query.dtype), value,
+                   preferred_element_type=jnp.float32)
   return out.reshape(B, T, N, H).astype(query.dtype), lse_BKGT
 
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import chips
-from pallas_kernels.flash_attention import block_sizes, tpu_backward, tpu_blocks, tpu_forward
+from pallas_kernels.flash_attention import (block_sizes, dropout, tpu_backward, tpu_blocks,
+                                            tpu_forward)
 from pallas_kernels.flash_attention.reference import Terms, places
 from pallas_kernels.flash_attention.tpu_blocks import LANES, Layout
 
@@ -109,6 +110,9 @@ def _inputs(form, query, key, value, terms, masking):
   if terms.bias is not None:
     name = 'bias' if terms.bias.shape[0] == B > 1 else 'shared_bias'
     arrays[name] = form.scores(terms.bias)
+  if layout.options.dropout_rate:
+    seeds = _reorder(dropout.of_seeds(masking.dropout_seeds), 1, layout.share, form.G)
+    arrays['seeds'] = seeds.reshape(B, -1, 1, layout.heads)
   first_place_B = jnp.broadcast_to(places(layout.options, 1, masking)[:, 0], B)
   return first_place_B.astype(jnp.int32), arrays
 

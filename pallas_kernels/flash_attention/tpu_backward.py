@@ -16,7 +16,7 @@ from pallas_kernels.flash_attention import tpu_blocks
 from pallas_kernels.flash_attention.tpu_blocks import LOG2_E
 
 
-def _tile(layout, ref, out, mask, q_lanes, k_lanes, first_head):
+def _tile(layout, ref, out, mask, factors_of, q_lanes, k_lanes, first_head):
   """What one visit of a tile adds to the gradients of query, key and value, float32."""
   query, dout = ref['query'][0, :, q_lanes], ref['dout'][0, :, q_lanes]
   key, value = ref['key'][0, :, k_lanes], ref['value'][0, :, k_lanes]
@@ -29,12 +29,13 @@ def _tile(layout, ref, out, mask, q_lanes, k_lanes, first_head):
                                              mask)
     probs = jnp.exp2(scores - ref['lse'][0, head] * LOG2_E)
     dprobs = tpu_blocks.dot(value, tpu_blocks.one_head(layout, dout, i), (1, 1))
-    dscores = probs * (dprobs - ref['delta'][0, head])
+    factors = factors_of(head)
+    dscores = probs * (dprobs * factors - ref['delta'][0, head])
     if 'dbias' in out:
       out['dbias'][0, head] = dscores.T.astype(out['dbias'].dtype)
     dscores = (dscores if slope is None else dscores * slope).astype(query.dtype)
     parts.append((tpu_blocks.dot(dscores, key, (0, 0)), tpu_blocks.dot(dscores, query, (1, 0)),
-                  tpu_blocks.dot(probs.astype(query.dtype), dout, (1, 0))))
+                  tpu_blocks.dot((probs * factors).astype(query.dtype), dout, (1, 0))))
   return [tpu_blocks.merge_heads(layout, of_heads) for of_heads in zip(*parts)]
 
 
@@ -47,14 +48,15 @@ def _kernel(layout, query_block, key_block, first_of_query, first_of_key, offset
   step = pl.program_id(2)
   first_q, first_k = query_block[step] * layout.block_q, key_block[step] * layout.block_k
   rows = pl.ds(pl.multiple_of(first_q, layout.block_q), layout.block_q)
-  distance = first_q + offset[pl.program_id(0)] - first_k
-  mask = tpu_blocks.visible(layout, ref, distance, first_k, 1)
+  first_place = first_q + offset[pl.program_id(0)]
+  mask = tpu_blocks.visible(layout, ref, first_place - first_k, first_k, 1)
+  factors = tpu_blocks.dropout_factors(layout, ref, first_place, first_k, 1)
   scale, new_q, new_k = layout.options.scale, first_of_query[step] == 1, first_of_key[step] == 1
   for (q_lanes, k_lanes), head in layout.tiles():
     if head % (layout.query_tiles * layout.share) == 0:
       dkey = jnp.where(new_k, 0.0, dkey_ref[:, k_lanes])
       dvalue = jnp.where(new_k, 0.0, dvalue_ref[:, k_lanes])
-    parts = _tile(layout, ref, out, mask, q_lanes, k_lanes, head)
+    parts = _tile(layout, ref, out, mask, factors, q_lanes, k_lanes, head)
     dquery = jnp.where(new_q, 0.0, dquery_ref[rows, q_lanes]) + parts[0]
     dkey, dvalue = dkey + parts[1], dvalue + parts[2]
     dquery_ref[rows, q_lanes], dkey_ref[:, k_lanes], dvalue_ref[:, k_lanes] = dquery, dkey, dvalue

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels.chips import LANES
-from pallas_kernels.flash_attention import reference
+from pallas_kernels.flash_attention import dropout, reference
 from pallas_kernels.flash_attention.reference import MASKED, Masking, Options
 
 LOG2_E = 1.4426950408889634
@@ -160,6 +161,21 @@ def visible(layout: Layout, ref, distance, first_k, query_axis: int):
   return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
+def dropout_factors(layout: Layout, ref, first_place, first_k, query_axis: int):
+  """A function of a program's head: what dropout multiplies a block of its probabilities by, with
+  queries along `query_axis`."""
+  rate, lengths = layout.options.dropout_rate, (layout.block_q, layout.block_k)
+  if not rate:
+    return lambda head: 1.0
+  rows, lanes = lengths[::1 - 2 * query_axis]
+  words = [dropout.of_places, dropout.of_keys][::1 - 2 * query_axis]
+  first = [first_place, first_k][::1 - 2 * query_axis]
+  down = words[0](lax.broadcasted_iota(jnp.int32, (rows, LANES), 0) + first[0])
+  along = words[1](lax.broadcasted_iota(jnp.int32, (1, lanes), 1) + first[1])
+  down = jnp.tile(down, (1, lanes // LANES))
+  return lambda head: dropout.of_words(rate, down ^ (along ^ ref['seeds'][0, 0, 0, head]))
+
+
 def _columns(row, m):
   """Turns [1, n] into [n, m]: each of its lanes becomes a row of equal elements."""
   column = jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
@@ -226,6 +242,8 @@ def block_specs(layout: Layout) -> dict[str, pl.BlockSpec]:
       'bias': scores, 'dbias': scores,
       'shared_bias': spec((1, heads, block_q, block_k), lambda b, h, q, k: (0, h, q, k)),
       'dkey': spec((1, block_k, k_lanes), lambda b, h, q, k: (b, k, h)),
+      'seeds': pl.BlockSpec((1, 1, 1, heads), lambda b, h, *_: (b, h, 0, 0),
+                            memory_space=pltpu.SMEM),
   }
 
 

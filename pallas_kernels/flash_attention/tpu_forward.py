@@ -40,7 +40,7 @@ def _inverse(x, newton_steps: int):
   return y
 
 
-def _wide(layout, ref, out_ref, lse_ref, state, mask, is_first, lanes, head):
+def _wide(layout, ref, out_ref, lse_ref, state, mask, factors, is_first, lanes, head):
   """A visit of one head that fills its tile.
 
   state: float32 [heads, block_q, width], the weighted sum of values; [heads, block_q, 128], the
@@ -58,7 +58,7 @@ def _wide(layout, ref, out_ref, lse_ref, state, mask, is_first, lanes, head):
   shrink = jnp.exp2(before - largest)
   total = jnp.where(is_first, 0.0, total_ref[head]) * shrink + functools.reduce(
       jnp.add, jnp.split(exps, layout.block_k // LANES, 1))
-  part = tpu_blocks.dot(exps.astype(value.dtype), value, (1, 0))
+  part = tpu_blocks.dot((exps * factors(head)).astype(value.dtype), value, (1, 0))
   sums = jnp.where(is_first, 0.0, sum_ref[head]) * wide(shrink, layout.width) + part
   sum_ref[head], max_ref[head], total_ref[head] = sums, largest, total
   total = jnp.maximum(total.sum(1, keepdims=True), LEAST_SUM)
@@ -68,7 +68,7 @@ def _wide(layout, ref, out_ref, lse_ref, state, mask, is_first, lanes, head):
   out_ref[0, :, q_lanes] = (sums * wide(inverse, layout.width)).astype(out_ref.dtype)
 
 
-def _narrow(layout, ref, lse_ref, state, mask, is_first, products, k_lanes, head):
+def _narrow(layout, ref, lse_ref, state, mask, factors, is_first, products, k_lanes, head):
   """A visit of one of a tile's heads: returns its result so far, float32 [head, block_q].
 
   products: float32 [block_k, block_q], of its queries and keys.
@@ -84,7 +84,7 @@ def _narrow(layout, ref, lse_ref, state, mask, is_first, products, k_lanes, head
   total = jnp.where(is_first, 0.0, total_ref[head]) * shrink + exps.sum(0, keepdims=True)
   rows = slice(head % layout.share * layout.head, (head % layout.share + 1) * layout.head)
   value_HS = ref['value'][0, :, k_lanes].T[rows]
-  part = tpu_blocks.dot(value_HS, exps.astype(value_HS.dtype), (1, 0))
+  part = tpu_blocks.dot(value_HS, (exps * factors(head)).astype(value_HS.dtype), (1, 0))
   sums = jnp.where(is_first, 0.0, sum_ref[head]) * shrink + part
   sum_ref[head], max_ref[head], total_ref[head] = sums, largest, total
   total = jnp.maximum(total, LEAST_SUM)
@@ -92,14 +92,15 @@ def _narrow(layout, ref, lse_ref, state, mask, is_first, products, k_lanes, head
   return sums * (1 / total)
 
 
-def _narrow_tiles(layout, ref, out_ref, lse_ref, state, mask, is_first):
+def _narrow_tiles(layout, ref, out_ref, lse_ref, state, mask, factors, is_first):
   """A visit of all tiles of narrow heads. Products are asked for AHEAD of the softmax that needs
   them: the compiler keeps the order, and else one unit would wait for the other."""
   waiting, outs = [], []
 
   def finish():
     products, (q_lanes, k_lanes), head = waiting.pop(0)
-    outs.append(_narrow(layout, ref, lse_ref, state, mask, is_first, products, k_lanes, head))
+    outs.append(_narrow(layout, ref, lse_ref, state, mask, factors, is_first, products, k_lanes,
+                        head))
     if len(outs) == layout.share:
       out_ref[0, :, q_lanes] = jnp.concatenate(outs).T.astype(out_ref.dtype)
       outs.clear()
@@ -119,14 +120,15 @@ def _kernel(layout, query_block, key_block, first_visit, _, offset, ref, out_ref
   """A visit: updates the weighted sums of values, and writes what they are so far."""
   step = pl.program_id(2)
   first_k = key_block[step] * layout.block_k
-  distance = query_block[step] * layout.block_q + offset[pl.program_id(0)] - first_k
+  first_place = query_block[step] * layout.block_q + offset[pl.program_id(0)]
   is_first, query_axis = first_visit[step] == 1, 0 if layout.share == 1 else 1
-  mask = tpu_blocks.visible(layout, ref, distance, first_k, query_axis)
+  mask = tpu_blocks.visible(layout, ref, first_place - first_k, first_k, query_axis)
+  factors = tpu_blocks.dropout_factors(layout, ref, first_place, first_k, query_axis)
   if layout.share > 1:
-    _narrow_tiles(layout, ref, out_ref, lse_ref, state, mask, is_first)
+    _narrow_tiles(layout, ref, out_ref, lse_ref, state, mask, factors, is_first)
     return
   for lanes, head in layout.tiles():
-    _wide(layout, ref, out_ref, lse_ref, state, mask, is_first, lanes, head)
+    _wide(layout, ref, out_ref, lse_ref, state, mask, factors, is_first, lanes, head)
 
 
 def _state(layout):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.flash_attention import decode_attention, flash_attention
+from pallas_kernels.flash_attention import decode_attention, dropout, flash_attention
 
 IMPLEMENTATIONS = ['reference', 'cpu']
 
@@ -17,13 +17,18 @@ def exact(x):
 
 
 def naive(query, key, value, bias=None, *, causal=True, window=None, chunk=None, scale=None,
-          softcap=None, prefix=None, query_offset=0, query_segment_ids=None, key_segment_ids=None):
+          softcap=None, prefix=None, query_offset=0, query_segment_ids=None, key_segment_ids=None,
+          dropout_rate=0.0, dropout_seeds=None):
   """Softmax attention, one query and head at a time; a query that sees no key gets zeros."""
   query, key, value = exact(query), exact(key), exact(value)
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
   bias = np.broadcast_to(np.zeros(()) if bias is None else exact(bias), (B, N, T, S))
-  out = np.zeros(query.shape)
+  out, factors = np.zeros(query.shape), np.ones((B, N, T, S))
+  if dropout_rate:
+    places = np.broadcast_to(query_offset, B)[:, None] + np.arange(T)
+    factors = exact(dropout.factors(dropout_rate, dropout_seeds, jnp.asarray(places),
+                                    jnp.arange(S)))
   for b, t, n in np.ndindex(B, T, N):
     place = t + int(np.broadcast_to(query_offset, B)[b])
     distance = place - np.arange(S)
@@ -41,7 +46,8 @@ def naive(query, key, value, bias=None, *, causal=True, window=None, chunk=None,
       scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
       scores = scores + bias[b, n, t, sees]
       probs = np.exp(scores - scores.max())
-      out[b, t, n] = probs / probs.sum() @ value[b, sees, n // (N // K)]
+      probs = probs / probs.sum() * factors[b, n, t, sees]
+      out[b, t, n] = probs @ value[b, sees, n // (N // K)]
   return out
 
 
@@ -104,6 +110,9 @@ CASES = {
     'softcap': ((1, 33, 33, 2, 1, 8), {'scale': 1.0, 'softcap': 2.0}),
     'shared_bias': ((3, 140, 33, 4, 2, 4), {'causal': False, 'scale': 0.7,
                                             'bias': random_bias(1, 4, 140, 33)}),
+    'dropout': ((2, 150, 140, 4, 2, 8), {
+        'dropout_rate': 0.3, 'dropout_seeds': jax.random.bits(jax.random.key(0), (2, 4)),
+        'query_offset': 20}),
     'all': ((2, 150, 150, 4, 2, 8), {
         'window': 60, 'scale': 0.5, 'softcap': 3.0, 'bias': random_bias(2, 4, 150, 150),
         'prefix': jnp.arange(150) < jnp.array([[9], [90]]),
@@ -133,8 +142,10 @@ def test_gradients_of_the_blocks_are_the_references(case):
     np.testing.assert_allclose(got, want, atol=3e-6 * shape[2]**0.5)
 
 
-@pytest.mark.parametrize('kwargs', [{}, {'softcap': 1.5, 'scale': 1.2, 'window': 3}],
-                         ids=['plain', 'capped'])
+@pytest.mark.parametrize('kwargs', [
+    {}, {'softcap': 1.5, 'scale': 1.2, 'window': 3},
+    {'dropout_rate': 0.4, 'dropout_seeds': jnp.array([[1, 2], [3, 4]], jnp.uint32)}],
+                         ids=['plain', 'capped', 'dropped'])
 def test_the_references_gradient_is_float64s_by_finite_differences(kwargs):
   shape = 2, 5, 5, 2, 1, 4
   ids = jnp.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 0]])

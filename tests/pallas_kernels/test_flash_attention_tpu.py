@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import tpu_compiler
-from pallas_kernels.flash_attention import bench, flash_attention, tpu, tpu_blocks
+from pallas_kernels.flash_attention import bench, dropout, flash_attention, tpu, tpu_blocks
 from pallas_kernels.flash_attention.reference import (MASKED, NO_KEY, Masking, Options, Terms,
-                                                      visible)
+                                                      places, visible)
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
 
@@ -37,13 +37,17 @@ def float64(options, query, key, value, bias, masking, g):
   lse = np.maximum(largest + np.log(np.exp(scores - largest).sum(-1, keepdims=True) + 1e-300),
                    NO_KEY)
   probs = np.exp(scores - lse)
-  out = np.einsum('bnts,bsnh->btnh', probs, wide(value))
-  dprobs = np.einsum('btnh,bsnh->bnts', g, wide(value))
+  factors = 1.0
+  if options.dropout_rate:
+    factors = exact(dropout.factors(options.dropout_rate, masking.dropout_seeds,
+                                    places(options, T, masking), jnp.arange(S)))
+  out = np.einsum('bnts,bsnh->btnh', probs * factors, wide(value))
+  dprobs = np.einsum('btnh,bsnh->bnts', g, wide(value)) * factors
   dscores = probs * (dprobs - np.einsum('btnh,btnh->bnt', g, out)[..., None])
   dbias = None if bias is None else dscores if bias.shape[0] == B else dscores.sum(0, keepdims=True)
   dquery = np.einsum('bnts,bsnh->btnh', dscores * slope, wide(key))
   dkey = narrow(np.einsum('bnts,btnh->bsnh', dscores * slope, query))
-  dvalue = narrow(np.einsum('bnts,btnh->bsnh', probs, g))
+  dvalue = narrow(np.einsum('bnts,btnh->bsnh', probs * factors, g))
   return out, lse.reshape(B, K, N // K, T), dquery, dkey, dvalue, dbias
 
 
@@ -65,6 +69,9 @@ CASES = {
     'packed prefix': ((2, 300, 300, 2, 2, 64), jnp.float32, {'window': 100}, Masking(
         None, IDS, IDS, jnp.arange(300) < jnp.array([[9], [90]])), None),
     'cached': ((3, 5, 140, 4, 2, 96), jnp.float32, {}, Masking(jnp.array([0, 7, 135])), None),
+    'dropout, chunks': ((2, 140, 300, 4, 2, 64), jnp.float32, {
+        'dropout_rate': 0.3, 'chunk': 90, 'query_offset': 150},
+        Masking(dropout_seeds=jax.random.bits(jax.random.key(0), (2, 4))), None),
     'bias, capped': ((2, 140, 150, 4, 2, 32), jnp.float32, {'softcap': 2.0, 'scale': 0.4},
                      Masking(), (2, 4, 140, 150)),
     'shared bias': ((2, 600, 600, 1, 1, 128), jnp.bfloat16, {}, Masking(), (1, 1, 600, 600)),
