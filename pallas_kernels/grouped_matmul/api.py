@@ -42,7 +42,7 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *,
   refusal = None if implementation == 'reference' else tpu.refusal(x, w)
   if refusal and implementation == 'tpu':
     raise NotImplementedError(refusal)
-  if refusal:
+  if refusal and jax.default_backend() == 'tpu':
     platform.warn_once(f'grouped_matmul takes XLA\'s form on TPUs too: {refusal}')
   return _grouped(implementation if not refusal else 'reference', x, w, group_sizes)
 
