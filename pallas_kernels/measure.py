@@ -1,6 +1,16 @@
-"""What kernels that wait for memory cost: bytes moved, as their block specs say, beside cycles."""
+"""What kernels cost: the command line of their benches, and the bytes that they move.
+
+    python -m pallas_kernels.NAME.bench [--generation v5e ...] [--spec NAME ...] [--tune]
+
+prints a row for each program of a kernel as soon as the TPU compiler has compiled it: the cycles
+that it scheduled, which count no wait for memory, XLA's estimate of what no kernel of ours does,
+and two bounds, of the products at the bfloat16 peak of the matrix units and of memory. A program
+that is refused, or that ends the compiler, is a row with the reason. --tune tries other blocks.
+"""
 import argparse
 from collections.abc import Callable, Iterator
+import importlib
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -62,30 +72,121 @@ def _bytes_of_operand(block, steps) -> int:
   return int(moved) * block.array_aval.dtype.itemsize
 
 
-def print_table(module: str, cases: dict):
-  """Prints cycles of the kernels, of XLA's form of the same, and of moving the bytes.
+class Program(NamedTuple):
+  """What a bench has compiled, and what it is held against.
 
-  Takes --topology from the command line. Cycles are the static schedule's, without waiting.
+  args: a tuple of trees of `jax.ShapeDtypeStruct`.
+  flops: of the products that it needs.
+  moved: bytes; None is each argument and each result once.
+  share: of the cycles that are counted, those that run.
+  """
+  function: Callable
+  args: tuple
+  flops: int = 0
+  moved: int | None = None
+  share: float = 1.0
+
+
+def moving(function: Callable, args: tuple) -> Program:
+  """A program of kernels that wait for memory, held against what they move; XLA's form, which has
+  none, against each array once."""
+  moved = sum(map(sum, traffic(function, *args).values()))
+  return Program(function, args, moved=moved or None)
+
+
+class _Programs(dict):
+  """Programs by 'kernel|generation|spec|program' or 'kernel|generation|spec|pass|candidate', each
+  made when it is asked for."""
+
+  def __missing__(self, name):
+    kernel, chip, spec, *which = name.split('|')
+    bench, specs = _modules(kernel)
+    if len(which) == 1:
+      made = bench.programs(specs[spec], chip)
+      return made[which[0]] if which[0] in made else bench.variants(specs[spec], chip)[which[0]]
+    return list(bench.candidates(specs[spec], chip)[which[0]].values())[int(which[1])]
+
+
+def _modules(kernel):
+  """The bench of a kernel and its SPECS."""
+  return (importlib.import_module(f'pallas_kernels.{kernel}.bench'),
+          importlib.import_module(f'pallas_kernels.{kernel}.specs').SPECS)
+
+
+def programs() -> dict[str, Program]:
+  """What the compiler's child process compiles."""
+  return _Programs()
+
+
+def stream(kernel: str, chip: str, names) -> Iterator[tuple[str, tpu_compiler.Report]]:
+  """Yields (name, report) of a bench's 'spec|program's, as `tpu_compiler.stream` does."""
+  prefix = f'{kernel}|{chip}|'
+  reports = tpu_compiler.stream('pallas_kernels.measure:programs', [prefix + x for x in names],
+                                tpu_compiler.TOPOLOGIES[chip])
+  return ((name.removeprefix(prefix), report) for name, report in reports)
+
+
+def reports(kernel: str, chip: str, names) -> dict[str, tpu_compiler.Report]:
+  """All of `stream`."""
+  return dict(stream(kernel, chip, names))
+
+
+def main(kernel: str):
+  """Reads the command line of a kernel's bench and prints its table.
 
   Args:
-    module: where `cases` is, as a module and a function.
-    cases: {f'{name} tpu' or f'{name} reference': (function, arguments)}.
+    kernel: whose bench.py has `programs(spec, chip)` -> {name: Program}; where it takes options,
+      `variants`, like it; where blocks can be tuned, `candidates(spec, chip)` -> {pass: {blocks:
+      Program}}.
   """
-  parser = argparse.ArgumentParser()
-  parser.add_argument('--topology', default='v5e:2x2')
-  topology = parser.parse_args().topology
-  bandwidth = BYTES_PER_CYCLE.get(topology.split(':')[0])
-  reports = tpu_compiler.reports(module, list(cases), topology)
-  print(f'{topology:42s}{"Pallas":>12s}{"XLA":>12s}{"to move":>12s}{"MiB":>10s}')
-  for name in (name.removesuffix(' tpu') for name in cases if name.endswith(' tpu')):
-    function, args = cases[f'{name} tpu']
-    report, plain = reports[f'{name} tpu'], reports[f'{name} reference']
-    if report.refusal:
-      print(f'{name:42s} refused: {report.refusal}')
-      continue
-    kernels = traffic(function, *args)
-    moved = sum(map(sum, kernels.values()))
-    cycles = sum(count for kernel, count in report.kernels.items()
-                 if kernel.split('.')[0] in kernels)
-    to_move = f'{moved / bandwidth:,.0f}' if bandwidth else '-'
-    print(f'{name:42s}{cycles:12,}{plain.cycles:12,}{to_move:>12s}{moved / 2**20:10.1f}')
+  bench, specs = _modules(kernel)
+  parser = argparse.ArgumentParser(description=bench.__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--generation', nargs='+', default=['v5e'], choices=tpu_compiler.TOPOLOGIES)
+  parser.add_argument('--spec', nargs='+', default=list(specs), choices=list(specs))
+  if hasattr(bench, 'candidates'):
+    parser.add_argument('--tune', action='store_true', help='compare blocks, for block_sizes.TABLE')
+  if hasattr(bench, 'variants'):
+    parser.add_argument('--variants', action='store_true', help='other dtypes, and each option')
+  flags = parser.parse_args()
+  for chip in flags.generation:
+    asked = {name: specs[name] for name in flags.spec}
+    if getattr(flags, 'tune', False):
+      _tune(kernel, chip, asked, bench.candidates)
+    else:
+      _table(kernel, chip, asked, bench.variants if getattr(flags, 'variants', False)
+             else bench.programs)
+
+
+def _table(kernel, chip, specs, programs_of):
+  columns = ('cycles', 'XLA estimates', 'products', 'memory', 'MiB temporary')
+  print(f'{chip:58}', *(f'{column:>13}' for column in columns))
+  made = {f'{name}|{key}': program for name, spec in specs.items()
+          for key, program in programs_of(spec, chip).items()}
+  for name, report in stream(kernel, chip, made):
+    row = report.refusal or ' '.join(f'{cell:>13}' for cell in _cells(made[name], report, chip))
+    print('{:38} {:19}'.format(*name.split('|')), row, flush=True)
+
+
+def _cells(program, report, chip):
+  rate = lambda amount, rates: f'{amount // rates[chip]:,}' if amount and chip in rates else '-'
+  moved = program.moved
+  if moved is None:
+    arrays = program.args, jax.eval_shape(program.function, *program.args)
+    moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+  return (f'{int(report.cycles * program.share):,}', f'{report.estimate:,}',
+          rate(program.flops, tpu_compiler.FLOPS_PER_CYCLE), rate(moved, BYTES_PER_CYCLE),
+          f'{report.temp_bytes / 2**20:.1f}')
+
+
+def _tune(kernel, chip, specs, candidates):
+  blocks = {f'{name}|{key}|{i}': sizes for name, spec in specs.items()
+            for key, made in candidates(spec, chip).items() for i, sizes in enumerate(made)}
+  of_pass = lambda item: item[0].rpartition('|')[0]
+  for group, reports in itertools.groupby(stream(kernel, chip, blocks), of_pass):
+    cycles = {}
+    for name, report in reports:
+      print(f'{chip}|{group} {blocks[name]}: {report.refusal or f"{report.cycles:,}"}', flush=True)
+      if not report.refusal:
+        cycles[blocks[name]] = report.cycles
+    print(f'{chip}|{group} best: {min(cycles, key=cycles.get) if cycles else "none"}', flush=True)

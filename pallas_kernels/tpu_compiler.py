@@ -5,7 +5,7 @@ scheduled. A bundle issues in one cycle, so the bundles of a kernel's loops time
 are the cycles that it takes if it never waits for memory. Every predicated branch counts as taken.
 Compilation runs in child processes: some bad programs abort the compiler.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import json
 import os
@@ -27,20 +27,22 @@ _LABEL = re.compile(r'\s*0x[0-9a-f]+ LB:')
 _TEST = re.compile(
     r'%(\w+) = scmp\.ge\.s32\.totalorder (?:\(%\w+\), )?%\w+, (\d+) /\* loop exit test \*/')
 _BRANCH = re.compile(r'sbr\.rel \(!?%(\w+)\)')
+_FATAL = re.compile(r'F\d{4} ')
+_ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
   """What the compiler says of one program on one device.
 
-  kernels: cycles of each Pallas kernel, by its name.
+  kernels: cycles of each Pallas kernel, and of XLA's that multiply or copy, by its name.
   temp_bytes: of buffers that are neither arguments nor results.
-  hlo: the optimised program, where it was asked for.
+  estimate: XLA's estimate of the cycles of its own operations, each counted once.
   refusal: why it did not compile; the rest is then empty.
   """
   kernels: dict[str, int] = dataclasses.field(default_factory=dict)
   temp_bytes: int = 0
-  hlo: str = ''
+  estimate: int = 0
   refusal: str = ''
 
   @property
@@ -69,31 +71,49 @@ def count_cycles(bundles: str) -> int:
   return sum(weights)
 
 
-def reports(cases: str, names: list[str], topology: str, keep_hlo: bool = False
-            ) -> dict[str, Report]:
-  """Compiles functions for one device of a topology, in one child process.
+def reports(cases: str, names: list[str], topology: str) -> dict[str, Report]:
+  """Compiles functions for one device of a topology, in a child process.
 
   Args:
     cases: 'package.module:function'; called in the child, the function returns
-      {name: (function, arguments)}, arguments a tuple of trees of `jax.ShapeDtypeStruct`, which
-      may have shardings over devices of a topology.
+      {name: (function, arguments, ...)}, arguments a tuple of trees of `jax.ShapeDtypeStruct`,
+      which may have shardings over devices of a topology.
     names: which of them.
     topology: such as 'v5e:2x2'.
-    keep_hlo: whether to return the optimised programs.
 
   Raises:
-    RuntimeError: the child ended without an answer.
+    RuntimeError: the child raised, and not because of the compiler.
   """
-  request = json.dumps([cases, names, topology, keep_hlo])
-  child = subprocess.run([sys.executable, '-m', 'pallas_kernels.tpu_compiler', request],
-                         capture_output=True, text=True, env=os.environ | _ENVIRONMENT)
-  answers = [line[7:] for line in child.stdout.splitlines() if line.startswith('RESULT ')]
-  out = {name: Report(**fields) for name, fields in map(json.loads, answers)}
-  missing = [name for name in names if name not in out]
-  if missing:
-    last = (child.stderr.strip().splitlines() or ['it said nothing'])[-1]
-    raise RuntimeError(f'compiling {missing[0]!r} for {topology} ended the compiler: {last}')
-  return out
+  return dict(stream(cases, names, topology))
+
+
+def stream(cases: str, names: list[str], topology: str) -> Iterator[tuple[str, Report]]:
+  """Yields (name, report) of `reports` one by one; a program that ends the compiler is refused, and
+  the next child goes on behind it."""
+  waiting = list(names)
+  while waiting:
+    request = json.dumps([cases, waiting, topology])
+    with tempfile.TemporaryFile('w+') as errors:
+      child = subprocess.Popen([sys.executable, '-m', 'pallas_kernels.tpu_compiler', request],
+                               stdout=subprocess.PIPE, stderr=errors, text=True,
+                               env=os.environ | _ENVIRONMENT)
+      try:
+        for line in child.stdout:
+          if line.startswith('RESULT '):
+            name, fields = json.loads(line[7:])
+            waiting.remove(name)
+            yield name, Report(**fields)
+        status = child.wait()
+      finally:
+        child.kill()
+        child.communicate()
+      errors.seek(0)
+      said = errors.read().strip().splitlines() or ['it said nothing']
+    if status > 0:
+      raise RuntimeError(f'compiling {waiting[0]!r} for {topology} failed: {said[-1]}')
+    if waiting:
+      fatal = next((line for line in said if _FATAL.match(line)), said[-1])
+      yield waiting.pop(0), Report(refusal=f'it ends the compiler: {fatal[:300]}')
 
 
 def compile_here(function: Callable, arguments, topology: str):
@@ -109,7 +129,7 @@ def compile_here(function: Callable, arguments, topology: str):
   return jax.jit(function).lower(*placed).compile()
 
 
-def _answer(function, arguments, topology, dump: pathlib.Path, keep_hlo) -> dict:
+def _answer(function, arguments, topology, dump: pathlib.Path) -> dict:
   """The fields of a `Report`; the dump's folder is emptied first."""
   for path in dump.iterdir():
     path.unlink()
@@ -123,21 +143,21 @@ def _answer(function, arguments, topology, dump: pathlib.Path, keep_hlo) -> dict
     if name[0] != '<' and name != 'TLP' and ('vmatmul' in text or 'dma' in text):
       kernels[name] = count_cycles(text)
   return {'kernels': kernels, 'temp_bytes': compiled.memory_analysis().temp_size_in_bytes,
-          'hlo': compiled.as_text() if keep_hlo else ''}
+          'estimate': sum(map(int, _ESTIMATE.findall(compiled.as_text())))}
 
 
 def _child(request: str):
   """What `reports` starts."""
   import importlib
 
-  cases, names, topology, keep_hlo = json.loads(request)
+  cases, names, topology = json.loads(request)
   with tempfile.TemporaryDirectory() as folder:
     os.environ['LIBTPU_INIT_ARGS'] = (os.environ.get('LIBTPU_INIT_ARGS', '') + ' --xla_jf_dump_to='
                                       f'{folder} --xla_jf_dump_llo_text=true')
     module, function = cases.split(':')
     made = getattr(importlib.import_module(module), function)()
     for name in names:
-      fields = _answer(*made[name], topology, pathlib.Path(folder), keep_hlo)
+      fields = _answer(*made[name][:2], topology, pathlib.Path(folder))
       print('RESULT ' + json.dumps([name, fields]), flush=True)
 
 

@@ -1,11 +1,7 @@
-"""Static cycles and temporary memory of the TPU kernels, beside bare products and XLA's form.
+"""The benchmark of the TPU kernels, beside a bare product and XLA's loss of all logits at once.
 
-    python -m pallas_kernels.cross_entropy.bench [--generation v5e] [--spec NAME ...] [--tune]
-
-Cycles are those that the compiler scheduled, of kernels and of XLA's fusions that move memory; a
-product is 2 * tokens * d_model * vocab_size FLOPs at the peak of the matrix units.
+`measure` says what it prints: python -m pallas_kernels.cross_entropy.bench [--tune].
 """
-import argparse
 import functools
 import itertools
 
@@ -14,13 +10,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from pallas_kernels import chips, tpu_compiler
-from pallas_kernels.cross_entropy import api, block_sizes, tpu, tpu_kernels
+from pallas_kernels import chips, measure
+from pallas_kernels.cross_entropy import block_sizes, reference, tpu, tpu_kernels
 from pallas_kernels.cross_entropy.block_sizes import Blocks
-from pallas_kernels.cross_entropy.specs import SPECS
 
 PASSES = ('loss', 'hidden', 'embedding')
-CANDIDATES = tuple(itertools.product((256, 512, 1024, 2048), (256, 512, 1024, 2048), (256, 512)))
+NEIGHBOURS = tuple(itertools.product((0.5, 1, 2), (0.5, 1, 2), (1,))) + ((1, 1, 0.5),)
 
 
 def arguments(spec, dtype=jnp.bfloat16):
@@ -60,69 +55,41 @@ def one_pass(name, options, blocks, hidden, embedding, bias, targets, weights):
                                      interpret=False)
 
 
-def in_blocks(options, *args):
-  """XLA's form of the loss and its gradients."""
-  return api.loss_and_gradients(options, 'blocks', None, *args)
+def at_once(options, hidden, embedding, bias, targets, weights):
+  """XLA's form of the loss and its gradients, with all logits in memory."""
+  loss = lambda *head: reference.cross_entropy(options, *head, targets, weights)
+  return jax.value_and_grad(loss, (0, 1) if bias is None else (0, 1, 2))(hidden, embedding, bias)
 
 
-def programs(spec, chip):
-  """{program: (function, arguments)} of a spec on a generation of TPU."""
+def programs(spec, chip) -> dict[str, measure.Program]:
+  """A product, the loss by one, and the loss with its gradients by four."""
   args, options = arguments(spec), spec.options
-  found = {name: block_sizes.find(name, *args[:2], chip) for name in PASSES}
-  both = found['hidden'], found['embedding']
+  find = lambda name: block_sizes.find(name, *args[:2], chip)
+  product = 2 * spec.tokens * spec.d_model * spec.vocab_size
   return {
-      'bare product': (functools.partial(bare_product, found['loss']), args[:2]),
-      'loss': (functools.partial(tpu.losses, options, blocks=found['loss']), args[:4]),
-      'loss and gradients': (functools.partial(tpu.loss_and_gradients, options, blocks=both), args),
-      'in XLA': (functools.partial(in_blocks, options), args)}
+      'bare product': measure.Program(lambda *head: bare_product(find('loss'), *head), args[:2],
+                                      product),
+      'loss': measure.Program(lambda *head: tpu.losses(options, *head, blocks=find('loss')),
+                              args[:4], product),
+      'gradients': measure.Program(lambda *args: tpu.loss_and_gradients(
+          options, *args, blocks=(find('hidden'), find('embedding'))), args, 4 * product),
+      'gradients XLA': measure.Program(functools.partial(at_once, options), args, 3 * product)}
 
 
-def cases():
-  """{'spec|generation|program': ...} and, to tune, {'spec|generation|pass|blocks': ...}."""
-  out = {}
-  for (name, spec), chip in itertools.product(SPECS.items(), chips.VMEM_MIB):
-    out |= {f'{name}|{chip}|{key}': case for key, case in programs(spec, chip).items()}
-    limit = chips.vmem_limit(chip)
-    for key, sizes in itertools.product(PASSES, CANDIDATES):
-      run = functools.partial(one_pass, key, spec.options, Blocks(*sizes, limit))
-      out['|'.join((name, chip, key, *map(str, sizes)))] = run, arguments(spec)
-  return out
-
-
-def table(names, chip):
-  """Prints a row a program: its cycles, those in products, and its temporaries."""
-  print(f'{chip:14} program            | cycles         | products | temporaries')
-  for name in names:
-    spec, asked = SPECS[name], [f'{name}|{chip}|{key}' for key in programs(SPECS[name], chip)]
-    flops = 2 * spec.tokens * spec.d_model * spec.vocab_size
-    for key, report in tpu_compiler.reports('pallas_kernels.cross_entropy.bench:cases', asked,
-                                            tpu_compiler.TOPOLOGIES[chip]).items():
-      products = report.cycles * tpu_compiler.FLOPS_PER_CYCLE.get(chip, 0) / flops
-      print(f'{name:14} {key.split("|")[-1]:18} | {report.cycles:14,} | {products:8.3f} | '
-            f'{report.temp_bytes / 2**20:8.1f} MiB {report.refusal}', flush=True)
-
-
-def tune(names, chip):
-  """Prints the fastest blocks of each pass, in the form of `block_sizes.TABLE`."""
-  for name, key in itertools.product(names, PASSES):
-    head, best = arguments(SPECS[name])[:2], {}
-    for sizes in CANDIDATES:
-      need = block_sizes.vmem_bytes(key, Blocks(*sizes), SPECS[name].d_model,
-                                    *(x.dtype.itemsize for x in head))
-      if need > chips.vmem_limit(chip) or sizes[2] > sizes[key == 'embedding']:
-        continue
-      case = '|'.join((name, chip, key, *map(str, sizes)))
-      report = tpu_compiler.reports('pallas_kernels.cross_entropy.bench:cases', [case],
-                                    tpu_compiler.TOPOLOGIES[chip])[case]
-      if not report.refusal:
-        best[sizes] = report.cycles
-    print(chip, key, SPECS[name].d_model, min(best, key=best.get), best, flush=True)
+def candidates(spec, chip) -> dict[str, dict[tuple, measure.Program]]:
+  """Each pass in the blocks of the table, and in those of half and twice their sizes that fit."""
+  args, made = arguments(spec), {name: {} for name in PASSES}
+  for name, factors in itertools.product(PASSES, NEIGHBOURS):
+    now = block_sizes.find(name, *args[:2], chip)
+    blocks = Blocks(*(int(x * factor) for x, factor in zip(now, factors)), now.vmem_bytes)
+    inner = blocks.vocab if name == 'embedding' else blocks.tokens
+    need = block_sizes.vmem_bytes(name, blocks, spec.d_model, 2, 2)
+    if need <= chips.vmem_limit(chip) and min(blocks[:3]) >= chips.LANES and not (
+        inner % blocks.rows):
+      made[name][blocks[:3]] = measure.Program(
+          functools.partial(one_pass, name, spec.options, blocks), args)
+  return made
 
 
 if __name__ == '__main__':
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--generation', default='v5e', choices=chips.VMEM_MIB)
-  parser.add_argument('--spec', nargs='*', default=list(SPECS), choices=list(SPECS))
-  parser.add_argument('--tune', action='store_true', help='print rows of block_sizes.TABLE')
-  flags = parser.parse_args()
-  (tune if flags.tune else table)(flags.spec, flags.generation)
+  measure.main('cross_entropy')

@@ -1,12 +1,10 @@
-"""Static cycles of the TPU kernels beside jax's splash attention.
+"""The benchmark of the TPU kernels, beside jax's splash attention and XLA's form.
 
-    python -m pallas_kernels.flash_attention.bench [--generation v5e] [--spec NAME ...] [--tune]
-
-Cycles are those that the compiler scheduled for all kernels of a call, the copies around attention
-included; splash is charged for the blocks that its causal mask leaves. --tune prints a row of
-`block_sizes.TABLE` for each spec.
+`measure` says what it prints: python -m pallas_kernels.flash_attention.bench [--tune | --variants].
+'both' are forward and backward pass. Splash attention is charged for the blocks that its causal
+mask leaves. Copies around the kernels count.
 """
-import argparse
+import functools
 import itertools
 
 import jax
@@ -14,14 +12,14 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 import jax.numpy as jnp
 
-from pallas_kernels import tpu_compiler
-from pallas_kernels.flash_attention import block_sizes, tpu
+from pallas_kernels import measure
+from pallas_kernels.flash_attention import reference, tpu
 from pallas_kernels.flash_attention.block_sizes import Blocks
 from pallas_kernels.flash_attention.reference import Masking, Options, Terms
-from pallas_kernels.flash_attention.specs import SPECS
+from pallas_kernels.measure import Program
 
-PASSES = ('forward', 'backward')
-CANDIDATES = tuple(itertools.product((256, 512), (256, 512, 1024), (2, 4, 6, 8)))
+BLOCKS = ((256, 256), (256, 512), (512, 512), (512, 1024), (1024, 1024))
+TILES = (1, 2, 4, 6, 8)
 SPLASH_BLOCK = 1024
 
 
@@ -31,40 +29,57 @@ def options_of(spec) -> Options:
 
 
 def arguments(spec, dtype=jnp.bfloat16):
-  """Shapes of query, key, value, and of the log-sum-exp."""
+  """Shapes of query, key, value, [B, length, N * H] as a product leaves them."""
   B, T, N, K, H = spec[:5]
-  shape = jax.ShapeDtypeStruct
-  key = shape((B, T, K, H), dtype)
-  return shape((B, T, N, H), dtype), key, key, shape((B, K, N // K, T), jnp.float32)
+  key = jax.ShapeDtypeStruct((B, T, K * H), dtype)
+  return jax.ShapeDtypeStruct((B, T, N * H), dtype), key, key
 
 
-def one_pass(spec, name, chip, blocks=None):
-  """(function, arguments) of a pass of the kernel, compiled for `chip`."""
-  query, key, value, lse = arguments(spec)
-  options = options_of(spec)
-  if name == 'forward':
-    return (lambda q, k, v: tpu.forward(options, q, k, v, Terms(), Masking(), chip=chip,
-                                        blocks=blocks),
-            (query, key, value))
-  return (lambda q, k, v, out, lse, g: tpu.backward(options, q, k, v, Terms(), Masking(), out, lse,
-                                                    g, chip=chip, blocks=blocks),
-          (query, key, value, query, lse, query))
+def attend(form, spec, options, query, key, value, terms=Terms(), masking=Masking()):
+  """Attention by the `forward` of a module, and its log-sum-exp."""
+  heads = lambda x: x.reshape(*x.shape[:2], -1, spec.head_dim)
+  out, lse = form.forward(options, *map(heads, (query, key, value)), terms, masking)
+  return out.reshape(query.shape), lse
 
 
-def splash_pass(spec, name):
-  """(function, arguments) of splash attention: its forward pass, or both passes."""
-  B, T, N, K, H = spec[:5]
-  mask = masks.CausalMask((T, T)) if spec.causal else masks.FullMask((T, T))
-  block, inner = min(T, SPLASH_BLOCK), min(T, SPLASH_BLOCK // 2)
+def gradients(form, spec, options, query, key, value, out, lse, g, terms=Terms(),
+              masking=Masking()):
+  """Its gradients by the `backward` of a module."""
+  heads = lambda x: x.reshape(*x.shape[:2], -1, spec.head_dim)
+  found = form.backward(options, *map(heads, (query, key, value)), terms, masking, heads(out), lse,
+                        heads(g))
+  return [x.reshape(like.shape) for x, like in zip(found, (query, key, value))], found[3]
+
+
+def attend_with_gradients(form, spec, options, query, key, value, g, *rest):
+  """Both."""
+  out, lse = attend(form, spec, options, query, key, value, *rest)
+  return out, gradients(form, spec, options, query, key, value, out, lse, g, *rest)
+
+
+class _Kernels:
+  """`tpu` for a generation, in its own blocks or in those given."""
+
+  def __init__(self, chip, blocks=None):
+    self.forward = functools.partial(tpu.forward, chip=chip, blocks=blocks)
+    self.backward = functools.partial(tpu.backward, chip=chip, blocks=blocks)
+
+
+def splash_form(spec):
+  """Splash attention of [B, N, T, H], and with its gradients."""
+  mask = (masks.CausalMask if spec.causal else masks.FullMask)((spec.length, spec.length))
+  block, inner = min(spec.length, SPLASH_BLOCK), min(spec.length, SPLASH_BLOCK // 2)
   sizes = splash.BlockSizes(block_q=block, block_kv=block, block_kv_compute=inner,
                             block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=inner,
                             use_fused_bwd_kernel=True)
-  make = splash.make_splash_mha if N == K else splash.make_splash_mqa
-  kernel = make(masks.MultiHeadMask([mask] * N), head_shards=1, q_seq_shards=1, block_sizes=sizes)
-  attend = jax.vmap(kernel)
-  loss = lambda *qkv: attend(*qkv).astype(jnp.float32).sum()
-  qkv = (jax.ShapeDtypeStruct((B, N, T, H), jnp.bfloat16),) * 3
-  return (attend if name == 'forward' else jax.grad(loss, (0, 1, 2))), qkv
+  forward = jax.vmap(splash.make_splash_mha(masks.MultiHeadMask([mask] * spec.heads),
+                                            head_shards=1, q_seq_shards=1, block_sizes=sizes))
+
+  def with_gradients(query, key, value, g):
+    out, vjp = jax.vjp(forward, query, key, value)
+    return out, vjp(g)
+
+  return forward, with_gradients
 
 
 def splash_share(spec) -> float:
@@ -73,70 +88,77 @@ def splash_share(spec) -> float:
   return (parts + 1) / (2 * parts) if spec.causal else 1.0
 
 
-def cases():
-  """What the compiler's child process compiles: 'chip spec pass', with 'queries keys tiles' to tune
-  them, and 'splash spec pass'."""
-  made = {}
-  for (name, spec), pass_ in itertools.product(SPECS.items(), PASSES):
-    made[f'splash {name} {pass_}'] = splash_pass(spec, pass_)
-    for chip in block_sizes.TABLE:
-      made[f'{chip} {name} {pass_}'] = one_pass(spec, pass_, chip)
-      for blocks in CANDIDATES:
-        sizes = ' '.join(map(str, blocks))
-        made[f'{chip} {name} {pass_} {sizes}'] = one_pass(spec, pass_, chip, Blocks(*blocks))
-  return made
-
-
-def compiled(names, chip):
-  """The reports of some of `cases`."""
-  return tpu_compiler.reports('pallas_kernels.flash_attention.bench:cases', names,
-                              tpu_compiler.TOPOLOGIES[chip])
-
-
 def has_splash(spec) -> bool:
   """Whether splash attention takes the spec as it is."""
   return spec.heads == spec.kv_heads and spec.window is None and spec.head_dim % 64 == 0
 
 
-def show(chip, names):
-  """Prints the table of cycles; splash's second column is both passes."""
-  print(f'{"cycles on " + chip:16s} {"forward":>12s} {"backward":>12s} {"both":>12s} '
-        f'{"splash fwd":>12s} {"splash both":>12s}')
-  for name in names:
-    spec = SPECS[name]
-    wanted = [f'{chip} {name} {pass_}' for pass_ in PASSES]
-    splash_names = [f'splash {name} {pass_}' for pass_ in PASSES] if has_splash(spec) else []
-    reports = compiled(wanted + splash_names, chip)
-    cells = [reports[case].cycles for case in wanted]
-    cells += [sum(cells)] + [int(reports[case].cycles * splash_share(spec))
-                             for case in splash_names]
-    print(f'{name:16s}', *(f'{cell:12,d}' for cell in cells), flush=True)
+def flops(spec) -> int:
+  """Of the forward pass's products, for the pairs that see each other."""
+  T, reach = spec.length, min(spec.window or spec.length, spec.length)
+  pairs = T * reach - reach * (reach - 1) // 2 if spec.causal else T * T
+  return 4 * spec.batch * spec.heads * spec.head_dim * pairs
 
 
-def tune(chip, names):
-  """Prints the best of CANDIDATES for each spec, as a row of `block_sizes.TABLE`."""
-  for name, pass_ in itertools.product(names, PASSES):
-    spec = SPECS[name]
-    wanted = [f'{chip} {name} {pass_} {" ".join(map(str, blocks))}' for blocks in CANDIDATES
-              if max(blocks[:2]) <= spec.length]
-    reports = {case: report for case, report in compiled(wanted, chip).items()
-               if not report.refusal}
-    best = min(reports, key=lambda case: reports[case].cycles)
-    sizes = ', '.join(best.split()[3:])
-    print(f"'{chip}' '{pass_}' ({spec.head_dim}, {spec.length}): Blocks({sizes}),  "
-          f'# {reports[best].cycles:,} cycles', flush=True)
+def programs(spec, chip) -> dict[str, Program]:
+  """A forward pass and both, of the kernels, of splash attention and of XLA."""
+  options, (query, key, value) = options_of(spec), arguments(spec)
+  made, products = {}, flops(spec)
+  for of, form in (('', _Kernels(chip)), (' XLA', reference)):
+    made['forward' + of] = Program(functools.partial(attend, form, spec, options),
+                                   (query, key, value), products)
+    made['both' + of] = Program(functools.partial(attend_with_gradients, form, spec, options),
+                                (query, key, value, query), 7 * products // 2)
+  if has_splash(spec):
+    x = jax.ShapeDtypeStruct((spec.batch, spec.heads, spec.length, spec.head_dim), jnp.bfloat16)
+    forward, both = splash_form(spec)
+    share = splash_share(spec)
+    made['forward splash'] = Program(forward, (x,) * 3, products, share=share)
+    made['both splash'] = Program(both, (x,) * 4, 7 * products // 2, share=share)
+  return made
 
 
-def main():
-  """Reads the command line."""
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--generation', default='v5e', choices=sorted(block_sizes.TABLE))
-  parser.add_argument('--spec', nargs='+', default=list(SPECS), choices=list(SPECS))
-  parser.add_argument('--tune', action='store_true')
-  args = parser.parse_args()
-  (tune if args.tune else show)(args.generation, args.spec)
+def variants(spec, chip) -> dict[str, Program]:
+  """Both passes with each option that changes the kernels, in bfloat16 and in float32."""
+  (B, T, N), options, shape = spec[:3], options_of(spec), jax.ShapeDtypeStruct
+  ids = shape((B, T), jnp.int32)
+  cases = {
+      'plain': (options, Terms(), Masking()),
+      'packed': (options, Terms(), Masking(None, ids, ids)),
+      'bias': (options, Terms(shape((1, N, T, T), jnp.bfloat16)), Masking()),
+      'softcap': (options._replace(softcap=50.0), Terms(), Masking()),
+      'prefix': (options, Terms(), Masking(prefix=shape((B, T), jnp.bool_))),
+      'window': (options._replace(window=256), Terms(), Masking()),
+      'offset': (options, Terms(), Masking(shape((B,), jnp.int32))),
+      'chunk': (options._replace(chunk=256), Terms(), Masking()),
+      'dropout': (options._replace(dropout_rate=0.1), Terms(),
+                  Masking(dropout_seeds=shape((B, N), jnp.uint32)))}
+  made = {}
+  for dtype, name in itertools.product(('bfloat16', 'float32'), cases):
+    chosen, *rest = cases[name]
+    query, key, value = arguments(spec, dtype)
+    made[f'{name} {dtype}'] = Program(
+        functools.partial(attend_with_gradients, _Kernels(chip), spec, chosen),
+        (query, key, value, query, *rest), 7 * flops(spec) // 2)
+  return made
+
+
+def candidates(spec, chip) -> dict[str, dict[tuple, Program]]:
+  """Each pass by (queries, keys, tiles)."""
+  options, (query, key, value) = options_of(spec), arguments(spec)
+  B, T, N, K = spec[:4]
+  lse = jax.ShapeDtypeStruct((B, K, N // K, T), jnp.float32)
+  made = {'forward': {}, 'backward': {}}
+  for sizes in itertools.product(BLOCKS, TILES):
+    blocks = Blocks(*sizes[0], sizes[1])
+    if max(blocks[:2]) <= spec.length:
+      form = _Kernels(chip, blocks)
+      made['forward'][blocks] = Program(functools.partial(attend, form, spec, options),
+                                        (query, key, value))
+      made['backward'][blocks] = Program(functools.partial(gradients, form, spec, options),
+                                         (query, key, value, query, lse, query))
+  return made
 
 
 if __name__ == '__main__':
-  main()
+  measure.main('flash_attention')

@@ -1,12 +1,11 @@
-"""Static cycles and bytes of `glu` beside XLA's: `python -m pallas_kernels.glu.bench`."""
+"""The benchmark of `glu`, as `measure` says: `python -m pallas_kernels.glu.bench`."""
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import measure
 from pallas_kernels.glu import glu
-from pallas_kernels.glu.specs import SPECS
-from pallas_kernels.measure import print_table
 
 
 def _run(activation, implementation, is_training, gate, up, dy):
@@ -23,12 +22,13 @@ def case(M: int, F: int, activation: str, implementation: str, is_training: bool
   return functools.partial(_run, activation, implementation, is_training), (x, x, x)
 
 
-def cases() -> dict[str, tuple]:
-  """Every shape of specs.py."""
-  return {f'{model}{" with gradients" * is_training} {implementation}':
-          case(*shape, implementation, is_training) for model, shape in SPECS.items()
-          for is_training in (False, True) for implementation in ('tpu', 'reference')}
+def programs(spec, chip) -> dict[str, measure.Program]:
+  """One pass and both, beside XLA's form."""
+  del chip
+  return {key + of: measure.moving(*case(*spec, implementation, is_training))
+          for key, is_training in (('forward', False), ('both', True))
+          for of, implementation in (('', 'tpu'), (' XLA', 'reference'))}
 
 
 if __name__ == '__main__':
-  print_table('pallas_kernels.glu.bench:cases', cases())
+  measure.main('glu')

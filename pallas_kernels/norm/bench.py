@@ -1,12 +1,11 @@
-"""Static cycles and bytes of `norm` beside XLA's: `python -m pallas_kernels.norm.bench`."""
+"""The benchmark of `norm`, as `measure` says: `python -m pallas_kernels.norm.bench`."""
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import measure
 from pallas_kernels.norm import norm
-from pallas_kernels.measure import print_table
-from pallas_kernels.norm.specs import SPECS
 
 
 def _run(kind, implementation, is_training, x, residual, scale, bias, gradients):
@@ -26,14 +25,14 @@ def case(M: int, D: int, kind: str, implementation: str, is_training: bool, has_
            (x, x) if has_residual else x))
 
 
-def cases() -> dict[str, tuple]:
-  """Every shape of specs.py."""
-  forms = {'': (False, False), ' with gradients': (True, False),
-           ' of a sum, with gradients': (True, True)}
-  return {f'{model}{form} {implementation}': case(*shape, implementation, *which)
-          for model, shape in SPECS.items() for form, which in forms.items()
-          for implementation in ('tpu', 'reference')}
+def programs(spec, chip) -> dict[str, measure.Program]:
+  """One pass, both, and both of a sum, beside XLA's form."""
+  del chip
+  forms = {'forward': (False, False), 'both': (True, False), 'both, of a sum': (True, True)}
+  return {key + of: measure.moving(*case(*spec, implementation, *form))
+          for key, form in forms.items()
+          for of, implementation in (('', 'tpu'), (' XLA', 'reference'))}
 
 
 if __name__ == '__main__':
-  print_table('pallas_kernels.norm.bench:cases', cases())
+  measure.main('norm')

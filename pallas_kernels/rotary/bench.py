@@ -1,12 +1,11 @@
-"""Static cycles and bytes of `rotary` beside XLA's: `python -m pallas_kernels.rotary.bench`."""
+"""The benchmark of `rotary`, as `measure` says: `python -m pallas_kernels.rotary.bench`."""
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.measure import print_table
+from pallas_kernels import measure
 from pallas_kernels.rotary import rotary
-from pallas_kernels.rotary.specs import SPECS
 
 
 def _run(implementation, H, query, key, sin, cos):
@@ -25,11 +24,12 @@ def case(B: int, T: int, N: int, K: int, H: int, implementation: str, dtype=jnp.
           (shape(B, T, N * H), shape(B, T, K * H), angles, angles))
 
 
-def cases() -> dict[str, tuple]:
-  """Every shape of specs.py; a backward pass is the same kernel."""
-  return {f'{model} {implementation}': case(*shape, implementation)
-          for model, shape in SPECS.items() for implementation in ('tpu', 'reference')}
+def programs(spec, chip) -> dict[str, measure.Program]:
+  """The kernel, which is also that of a backward pass, beside XLA's form."""
+  del chip
+  return {name: measure.moving(*case(*spec, implementation))
+          for name, implementation in (('forward', 'tpu'), ('forward XLA', 'reference'))}
 
 
 if __name__ == '__main__':
-  print_table('pallas_kernels.rotary.bench:cases', cases())
+  measure.main('rotary')

@@ -35,6 +35,13 @@ def test_the_compiler_counts_a_kernel_and_says_what_it_refuses(monkeypatch):
   assert 'vmem' in large.refusal.lower() and not large.kernels and not one.refusal
 
 
-def test_a_child_that_dies_is_one_sentence():
-  with pytest.raises(RuntimeError, match="compiling 'x' for v5e:2x2 ended the compiler: .*nowhere"):
+def test_a_child_that_raises_is_one_sentence():
+  with pytest.raises(RuntimeError, match="compiling 'x' for v5e:2x2 failed: .*nowhere"):
     tpu_compiler.reports('nowhere:cases', ['x'], 'v5e:2x2')
+
+
+def test_a_program_that_ends_the_compiler_is_refused_and_the_next_ones_go_on(monkeypatch):
+  monkeypatch.setenv('PYTHONPATH', str(pathlib.Path(__file__).parent))
+  reports = tpu_compiler.stream('tpu_cases:deaths', ['one', 'other'], 'v5e:2x2')
+  assert [(name, report.refusal) for name, report in reports] == [
+      (name, f'it ends the compiler: F1122 {name}') for name in ('one', 'other')]

@@ -1,4 +1,7 @@
 """Programs that test_tpu_compiler.py has compiled in a child process."""
+import os
+import sys
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -20,3 +23,14 @@ def cases():
   """A kernel at two sizes, and one whose block is larger than a v5e's scoped VMEM."""
   return {'1 block': _doubled(512, 1), '64 blocks': _doubled(512, 64),
           'too large': _doubled(2**16, 2)}
+
+
+class _Deaths(dict):
+  def __missing__(self, name):
+    print(f'F1122 {name}', file=sys.stderr, flush=True)
+    os.abort()
+
+
+def deaths():
+  """Programs that end the process, and say why before its stack."""
+  return _Deaths()
