@@ -15,7 +15,8 @@ from lm.models.t5 import T5Config
 # Numbers that a model computes and old versions saved all the same.
 BUFFERS = re.compile(r'(.*\.)?(position_ids|token_type_ids|attn\.(masked_)?bias|inv_freq)')
 # Fields that say how a model is trained or run and not what it computes.
-PRACTICAL = ('dropout_rate', 'layer_drop_rate', 'init_std', 'dtype', 'scan_layers', 'remat')
+PRACTICAL = ('dropout_rate', 'attention_dropout_rate', 'layer_drop_rate', 'init_std', 'dtype',
+             'attention_implementation', 'scan_layers', 'remat')
 
 
 class Architecture(NamedTuple):

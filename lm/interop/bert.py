@@ -25,7 +25,9 @@ def bert_from(hf: HF) -> BERTConfig:
       num_heads=hf.get('num_attention_heads', 12), d_ff=hf.get('intermediate_size', 3072),
       norm_epsilon=hf.get('layer_norm_eps', 1e-12), token_types=hf.get('type_vocab_size', 2),
       activation=translate(hf, 'hidden_act', 'gelu', PLAIN),
-      dropout_rate=hf.get('hidden_dropout_prob', 0.1), init_std=hf.get('initializer_range', 0.02))
+      dropout_rate=hf.get('hidden_dropout_prob', 0.1),
+      attention_dropout_rate=hf.get('attention_probs_dropout_prob', 0.1),
+      init_std=hf.get('initializer_range', 0.02))
 
 
 def roberta_from(hf: HF) -> BERTConfig:
@@ -46,6 +48,7 @@ def distilbert_from(hf: HF) -> BERTConfig:
       'intermediate_size': hf.get('hidden_dim', 3072), 'hidden_act': hf.get('activation', 'gelu'),
       'max_position_embeddings': hf.get('max_position_embeddings', 512),
       'hidden_dropout_prob': hf.get('dropout', 0.1),
+      'attention_probs_dropout_prob': hf.get('attention_dropout', 0.1),
       'initializer_range': hf.get('initializer_range', 0.02)})
   return dataclasses.replace(config, token_types=0, pooler=False, sentence_classes=0)
 
@@ -74,6 +77,7 @@ def modernbert_from(hf: HF) -> BERTConfig:
       window=hf.get('local_attention', 128) // 2 + 1 if 'L' in pattern else None,
       activation=translate(hf, 'hidden_activation', 'gelu', GATED), use_bias=bias,
       pooler=False, sentence_classes=0, dropout_rate=hf.get('mlp_dropout', 0.0),
+      attention_dropout_rate=hf.get('attention_dropout', 0.0),
       init_std=hf.get('initializer_range', 0.02))
 
 
@@ -102,7 +106,9 @@ def bert_to(config: BERTConfig) -> HF:
       'num_attention_heads': config.num_heads, 'intermediate_size': config.d_ff,
       'layer_norm_eps': config.norm_epsilon, 'type_vocab_size': config.token_types,
       'hidden_act': name_of(config.activation, PLAIN), 'initializer_range': config.init_std,
-      'hidden_dropout_prob': config.dropout_rate, 'tie_word_embeddings': True, 'pad_token_id': 0}
+      'hidden_dropout_prob': config.dropout_rate,
+      'attention_probs_dropout_prob': config.attention_dropout_rate, 'tie_word_embeddings': True,
+      'pad_token_id': 0}
 
 
 def roberta_to(config: BERTConfig) -> HF:
@@ -120,6 +126,7 @@ def distilbert_to(config: BERTConfig) -> HF:
       'dim': config.d_model, 'n_layers': config.num_layers, 'n_heads': config.num_heads,
       'hidden_dim': config.d_ff, 'activation': name_of(config.activation, PLAIN),
       'initializer_range': config.init_std, 'dropout': config.dropout_rate,
+      'attention_dropout': config.attention_dropout_rate,
       'tie_word_embeddings': True, 'pad_token_id': 0}
 
 
@@ -139,6 +146,7 @@ def modernbert_to(config: BERTConfig) -> HF:
       'global_rope_theta': config.rope_theta, 'local_rope_theta': local,
       'hidden_activation': name_of(config.activation, GATED),
       'initializer_range': config.init_std, 'mlp_dropout': config.dropout_rate,
+      'attention_dropout': config.attention_dropout_rate,
       'tie_word_embeddings': True, 'pad_token_id': 0}
 
 

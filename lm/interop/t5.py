@@ -21,7 +21,8 @@ def _config(hf: HF, **special: Any) -> T5Config:
       num_heads=hf.get('num_heads', 8), d_head=hf.get('d_kv', 64), d_ff=hf.get('d_ff', 2048),
       activation=activation, num_buckets=hf.get('relative_attention_num_buckets', 32),
       max_distance=hf.get('relative_attention_max_distance', 128), decoder=decoder,
-      norm_epsilon=hf.get('layer_norm_epsilon', 1e-6), dropout_rate=hf.get('dropout_rate', 0.1))
+      norm_epsilon=hf.get('layer_norm_epsilon', 1e-6), dropout_rate=hf.get('dropout_rate', 0.1),
+      attention_dropout_rate=hf.get('dropout_rate', 0.1))
   return T5Config(**fields, **special)
 
 

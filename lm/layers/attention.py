@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lm.layers.kernels import attend, attend_to_cache, Implementation
+from lm.layers.kernels import attend, attend_to_cache, dropout, Implementation
 from lm.layers.linear import Linear
 from lm.layers.positions import Rotation, rotary
 from lm.parallel.rules import Rules, constrain
@@ -32,6 +32,7 @@ class Attention(nn.Module):
   scale: of the scores; None is H**-0.5.
   softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118, section 2).
   qk_norm: makes the norm of each head's query and key (Qwen 3, Gemma 3).
+  dropout_rate: of the probabilities, on when it is called with a key.
   implementation: of the kernel.
   """
   d_model: int
@@ -49,6 +50,7 @@ class Attention(nn.Module):
   scale: float | None = None
   softcap: float | None = None
   qk_norm: Callable[[], nn.Module] | None = None
+  dropout_rate: float = 0.0
   implementation: Implementation = None
 
   def setup(self):
@@ -78,7 +80,8 @@ class Attention(nn.Module):
                cache_length: Int[Array, ' B'] | None = None,
                is_local: Bool[Array, ''] | None = None,
                memory: tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']] | None = None,
-               memory_segment_ids: Int[Array, 'B S'] | None = None
+               memory_segment_ids: Int[Array, 'B S'] | None = None,
+               dropout_rng: jax.Array | None = None
                ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
     """Attends to itself, to a cache, or to a memory.
 
@@ -113,7 +116,8 @@ class Attention(nn.Module):
       one = functools.partial(
           attend, self.rules, self.implementation, key=key, value=value, causal=self.causal,
           prefix=prefix, query_offset=cache_length, query_segment_ids=segment_ids,
-          key_segment_ids=memory_segment_ids, **options)
+          key_segment_ids=memory_segment_ids, **options,
+          **dropout(self.dropout_rate, dropout_rng, query_BTNH))
     if is_local is None or self.window is None:
       out_BTNH = one(window=self.window)
     else:  # both windows are static, so that neither computes what it masks

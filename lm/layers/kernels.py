@@ -16,29 +16,33 @@ _TOKENS, _CACHE = ('batch', None, 'heads', None), ('batch', 'heads', None, None)
 _ROWS = ('batch', None)
 _NAMES = {'query': _TOKENS, 'bias': ('batch', 'heads', None, None), 'prefix': _ROWS,
           'query_segment_ids': _ROWS, 'key_segment_ids': _ROWS, 'query_offset': ('batch',),
-          'lengths': ('batch',)}
+          'lengths': ('batch',), 'dropout_seeds': ('batch', 'heads')}
 
 
-def attend(rules: Rules, implementation: Implementation, *, query: jax.Array, key: jax.Array,
-           value: jax.Array, causal: bool = True, window: int | None = None,
-           scale: float | None = None, softcap: float | None = None, **arrays: jax.Array | None
-           ) -> jax.Array:
-  """`flash_attention` with its arguments; rows and heads are cut over the mesh, lengths are not."""
-  kernel = functools.partial(flash_attention, causal=causal, window=window, scale=scale,
-                             softcap=softcap, implementation=implementation)
-  return _call(kernel, rules, _TOKENS, query=query, key=key, value=value, **arrays)
+def attend(rules: Rules, implementation: Implementation, **arguments: Any) -> jax.Array:
+  """`flash_attention(**arguments)`; rows and heads are cut over the mesh, lengths are not."""
+  return _call(functools.partial(flash_attention, implementation=implementation), rules, _TOKENS,
+               arguments)
 
 
-def attend_to_cache(rules: Rules, *, query: jax.Array, key: jax.Array, value: jax.Array,
-                    lengths: jax.Array, window: int | None = None, scale: float | None = None,
-                    softcap: float | None = None, **arrays: jax.Array | None) -> jax.Array:
-  """`decode_attention` with its arguments, cut in the same way."""
-  kernel = functools.partial(decode_attention, window=window, scale=scale, softcap=softcap)
-  return _call(kernel, rules, _CACHE, query=query, key=key, value=value, lengths=lengths, **arrays)
+def attend_to_cache(rules: Rules, **arguments: Any) -> jax.Array:
+  """`decode_attention(**arguments)`, cut in the same way."""
+  return _call(decode_attention, rules, _CACHE, arguments)
 
 
-def _call(kernel, rules, key_names, **arrays: Any):
-  arrays = {name: x for name, x in arrays.items() if x is not None}
+def dropout(rate: float, rng: jax.Array | None, query_BTNH: jax.Array) -> dict[str, Any]:
+  """The arguments of `attend` for dropout of its probabilities; none without a key."""
+  if rng is None or rate == 0:
+    return {}
+  B, _, N, _ = query_BTNH.shape
+  return {'dropout_rate': rate, 'dropout_seeds': jax.random.bits(rng, (B, N))}
+
+
+def _call(kernel, rules, key_names, arguments):
+  names = _NAMES | {'key': key_names, 'value': key_names}
+  arrays = {name: x for name, x in arguments.items() if name in names and hasattr(x, 'shape')}
+  kernel = functools.partial(kernel, **{name: x for name, x in arguments.items()
+                                        if name not in arrays})
   if rules.mesh is not None:
     shards = math.prod(rules.mesh.shape[axis] for axis in axes_of(rules.heads))
     axis = key_names.index('heads')
@@ -46,5 +50,4 @@ def _call(kernel, rules, key_names, **arrays: Any):
       heads = arrays[name].shape[axis]
       if 1 < heads < shards and shards % heads == 0 and arrays['query'].shape[2] % shards == 0:
         arrays[name] = jnp.repeat(arrays[name], shards // heads, axis)
-  return per_device(kernel, rules, _TOKENS, _NAMES | {'key': key_names, 'value': key_names},
-                    **arrays)
+  return per_device(kernel, rules, _TOKENS, names, **arrays)

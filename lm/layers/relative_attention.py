@@ -1,10 +1,11 @@
 """Attention to a segment and to a memory of those before it, by relative positions."""
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lm.layers import linear
-from lm.layers.kernels import attend, Implementation
+from lm.layers.kernels import attend, dropout, Implementation
 from lm.layers.linear import Linear
 from lm.parallel.rules import Rules, constrain
 
@@ -49,6 +50,7 @@ class RelativeAttention(nn.Module):
   with position = R W_R, of sinusoids R. Without biases in the projections.
 
   window: keys that a query sees at most, its own included; None is all.
+  dropout_rate: of the probabilities, on when it is called with a key.
   implementation: of the kernel.
   """
   d_model: int
@@ -57,12 +59,14 @@ class RelativeAttention(nn.Module):
   std: float
   rules: Rules
   window: int | None = None
+  dropout_rate: float = 0.0
   implementation: Implementation = None
 
   @nn.compact
   def __call__(self, x_BTD: Float[Array, 'B T D'], sinusoids_SD: Float[Array, 'S D'],
                biases: Float[Array, '2 N H'], memory_BMD: Float[Array, 'B M D'] | None = None,
-               segment_ids: tuple[Int[Array, 'B T'], Int[Array, 'B S']] | None = None
+               segment_ids: tuple[Int[Array, 'B T'], Int[Array, 'B S']] | None = None,
+               dropout_rng: jax.Array | None = None
                ) -> Float[Array, 'B T D']:
     """Attends to the memory and to the tokens up to its own.
 
@@ -91,6 +95,7 @@ class RelativeAttention(nn.Module):
     offset = None if memory_BMD is None else jnp.full((B,), memory_BMD.shape[1], jnp.int32)
     out_BTNH = attend(self.rules, self.implementation, query=query_BTNH + u_NH, key=key_BSNH,
                       value=value_BSNH, window=self.window, bias=bias_BNTS, query_offset=offset,
-                      query_segment_ids=query_segments, key_segment_ids=key_segments)
+                      query_segment_ids=query_segments, key_segment_ids=key_segments,
+                      **dropout(self.dropout_rate, dropout_rng, query_BTNH))
     return Linear((self.num_heads, self.d_head), (self.d_model,), ('heads', 'head_dim', 'embed'),
                   self.std, name='out')(out_BTNH)

@@ -48,8 +48,8 @@ class BERTConfig:
   masked_lm: whether there is a head for masked tokens.
   init_std: standard deviation of initial weights; with 'pre', residual projections get it /
     sqrt(2 num_layers).
-  dropout_rate: on the embedding and on both branches, but not on attention's probabilities, which
-    the kernel never stores.
+  dropout_rate: on the embedding and on both branches.
+  attention_dropout_rate: on the probabilities of attention.
   layer_drop_rate: the probability that training leaves a layer out.
   dtype: of activations; parameters, norms, softmax and loss are float32.
   attention_implementation: None is the fastest of the platform, 'pallas' its kernel, 'reference'
@@ -78,6 +78,7 @@ class BERTConfig:
   sentence_classes: int = 2
   masked_lm: bool = True
   dropout_rate: float = 0.0
+  attention_dropout_rate: float = 0.0
   layer_drop_rate: float = 0.0
   init_std: float = 0.02
   dtype: Literal['bfloat16', 'float32'] = 'bfloat16'
@@ -98,7 +99,7 @@ class BERTConfig:
     if self.positions == 'rotary' and self.head_dim % 2:
       raise ValueError(f'd_head={self.head_dim} is odd; rotary positions rotate pairs, so make '
                        'it even')
-    for name in ('dropout_rate', 'layer_drop_rate'):
+    for name in ('dropout_rate', 'attention_dropout_rate', 'layer_drop_rate'):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} must be in [0, 1)')
     if not self.attention_pattern or set(self.attention_pattern) - set('GL'):
@@ -118,6 +119,11 @@ class BERTConfig:
   @property
   def head_dim(self) -> int:
     return self.d_model // self.num_heads if self.d_head is None else self.d_head
+
+  @property
+  def drops_branches(self) -> bool:
+    """Whether layers drop out anything, and need a key each."""
+    return bool(self.dropout_rate or self.attention_dropout_rate)
 
   @property
   def scanned(self) -> bool:
@@ -169,7 +175,7 @@ class _Block(nn.Module):
     self.attention = Attention(
         cfg.d_model, cfg.num_heads, cfg.num_heads, cfg.head_dim, cfg.init_std, out_std, self.rules,
         use_bias=cfg.use_bias, out_bias=cfg.use_bias, causal=False, window=cfg.window,
-        implementation=cfg.attention_implementation)
+        dropout_rate=cfg.attention_dropout_rate, implementation=cfg.attention_implementation)
     self.mlp = MLP(cfg.d_model, cfg.d_ff, cfg.activation, cfg.use_bias, cfg.init_std, out_std,
                    self.rules)
     norm = functools.partial(Norm, 'layernorm', cfg.norm_epsilon, cfg.use_bias)
@@ -179,7 +185,7 @@ class _Block(nn.Module):
     else:
       self.output_norm = norm()
 
-  def attend(self, x_BTD, shared, is_local, places, rng):
+  def attend(self, x_BTD, shared, is_local, places, rngs):
     """The branch of attention, dropped out; of `places` alone, if they are given."""
     (whole, local), segment_ids = shared
     if local is not None:
@@ -190,8 +196,8 @@ class _Block(nn.Module):
       memory = self.attention.keys_values(x_BTD, whole)
     branch_BPD, _ = self.attention(
         query_BPD, rotation=rotation, segment_ids=query_segment_ids, is_local=is_local,
-        memory=memory, memory_segment_ids=segment_ids)
-    return linear.dropout(branch_BPD, self.config.dropout_rate, rng)
+        memory=memory, memory_segment_ids=segment_ids, dropout_rng=rngs[2])
+    return linear.dropout(branch_BPD, self.config.dropout_rate, rngs[0])
 
   def feed(self, x_BTD, rng):
     """The branch of the feed-forward layer, dropped out."""
@@ -208,8 +214,8 @@ class PostNormBlock(_Block):
   def __call__(self, x_BTD: Float[Array, 'B T D'], shared, per_layer):
     """Returns x [B, T, D], or of P places alone [B, P, D], and nothing beside it."""
     rng, is_local, places = per_layer
-    rngs = (None, None) if rng is None else jax.random.split(rng)
-    branch_BTD = self.attend(x_BTD, shared, is_local, places, rngs[0])
+    rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
+    branch_BTD = self.attend(x_BTD, shared, is_local, places, rngs)
     x_BTD = self.constrain(self.attention_norm(_at(places, x_BTD) + branch_BTD))
     x_BTD = self.mlp_norm(x_BTD + self.feed(x_BTD, rngs[1]))
     return self.constrain(x_BTD), None
@@ -226,9 +232,9 @@ class PreNormBlock(_Block):
   def __call__(self, carry: tuple[Float[Array, 'B T D'], Float[Array, 'B T D']], shared, per_layer):
     """(x, normed x) -> the same of the next block, of all or of P places, and nothing beside it."""
     rng, is_local, places = per_layer
-    rngs = (None, None) if rng is None else jax.random.split(rng)
+    rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
     x_BTD, normed_BTD = carry
-    branch_BTD = self.attend(normed_BTD, shared, is_local, places, rngs[0])
+    branch_BTD = self.attend(normed_BTD, shared, is_local, places, rngs)
     x_BTD = self.constrain(_at(places, x_BTD) + branch_BTD)
     x_BTD = self.constrain(x_BTD + self.feed(self.mlp_norm(x_BTD), rngs[1]))
     return (x_BTD, self.output_norm(x_BTD)), None
@@ -291,10 +297,10 @@ class BERT(nn.Module):
                        'learned positions end there')
     x_BTD = self._embed(tokens_BT, positions, token_types)
     drop_rng = rngs = None
-    if dropout_rng is not None and (cfg.dropout_rate or cfg.layer_drop_rate):
+    if dropout_rng is not None and (cfg.drops_branches or cfg.layer_drop_rate):
       first, rest, drop_rng = jax.random.split(dropout_rng, 3)
       x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, first)
-      rngs = jax.random.split(rest, cfg.num_layers) if cfg.dropout_rate else None
+      rngs = jax.random.split(rest, cfg.num_layers) if cfg.drops_branches else None
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'length', 'act_embed')
     shared = self._rotations(tokens_BT, positions), segment_ids
     x = x_BTD if cfg.norm_placement == 'post' else (x_BTD, x_BTD)

@@ -53,6 +53,7 @@ class GPTConfig:
   moe: experts in place of the feed-forward layer.
   init_std: standard deviation of initial weights; residual projections get it / sqrt(2 num_layers).
   dropout_rate: on the embedding and on both residual branches.
+  attention_dropout_rate: on the probabilities of attention.
   layer_drop_rate: the probability that training leaves a layer out.
   dtype: of activations; parameters, norms, softmax and loss are float32.
   attention_implementation: None is the fastest of the platform, 'pallas' its kernel, 'reference'
@@ -88,6 +89,7 @@ class GPTConfig:
   tie_embeddings: bool = True
   moe: Optional[MoEConfig] = None
   dropout_rate: float = 0.0
+  attention_dropout_rate: float = 0.0
   layer_drop_rate: float = 0.0
   init_std: float = 0.02
   dtype: Literal['bfloat16', 'float32'] = 'bfloat16'
@@ -108,7 +110,7 @@ class GPTConfig:
     if self.positions == 'rotary' and self.head_dim % 2:
       raise ValueError(f'd_head={self.head_dim} is odd; rotary positions rotate pairs, so make '
                        'it even')
-    for name in ('dropout_rate', 'layer_drop_rate'):
+    for name in ('dropout_rate', 'attention_dropout_rate', 'layer_drop_rate'):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} must be in [0, 1)')
     if not self.attention_pattern or set(self.attention_pattern) - set('GL'):
@@ -125,6 +127,11 @@ class GPTConfig:
   @property
   def head_dim(self) -> int:
     return self.d_model // self.num_heads if self.d_head is None else self.d_head
+
+  @property
+  def drops_branches(self) -> bool:
+    """Whether layers drop out anything, and need a key each."""
+    return bool(self.dropout_rate or self.attention_dropout_rate)
 
   @property
   def scanned(self) -> bool:
@@ -195,20 +202,20 @@ class Block(nn.Module):
     cfg = self.config
     rotations, segment_ids, prefix, cache_length = shared
     cache, rng, is_local = per_layer
-    rngs = (None, None) if rng is None else jax.random.split(rng)
+    rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
     out_std = cfg.init_std / (2 * cfg.num_layers)**0.5  # GPT-2: L blocks add 2L branches
     norm = functools.partial(Norm, cfg.norm, cfg.norm_epsilon, cfg.use_bias, cfg.norm_unit_offset)
     attention = Attention(
         cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_dim, cfg.init_std, out_std, self.rules,
         use_bias=cfg.use_bias if cfg.qkv_bias is None else cfg.qkv_bias, out_bias=cfg.use_bias,
         window=cfg.window, scale=cfg.attention_scale, softcap=cfg.attention_softcap,
-        qk_norm=norm if cfg.qk_norm else None, implementation=cfg.attention_implementation,
-        name='attention')
+        qk_norm=norm if cfg.qk_norm else None, dropout_rate=cfg.attention_dropout_rate,
+        implementation=cfg.attention_implementation, name='attention')
 
     branch_BTD, cache = attention(norm(name='attention_norm')(x_BTD),
                                   rotation=_choose(rotations, is_local), segment_ids=segment_ids,
                                   prefix=prefix, cache=cache, cache_length=cache_length,
-                                  is_local=is_local)
+                                  is_local=is_local, dropout_rng=rngs[2])
     if cfg.branch_norm:
       branch_BTD = norm(name='attention_branch_norm')(branch_BTD)
     x_BTD += linear.dropout(branch_BTD, cfg.dropout_rate, rngs[0])
@@ -297,10 +304,10 @@ class GPT(nn.Module):
     if cfg.positions == 'learned':
       x_BTD += linear.embed(self.position_embedding, positions, cfg.dtype)
     drop_rng = rngs = None
-    if dropout_rng is not None and (cfg.dropout_rate or cfg.layer_drop_rate):
+    if dropout_rng is not None and (cfg.drops_branches or cfg.layer_drop_rate):
       first, rest, drop_rng = jax.random.split(dropout_rng, 3)
       x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, first)
-      rngs = jax.random.split(rest, cfg.num_layers) if cfg.dropout_rate else None
+      rngs = jax.random.split(rest, cfg.num_layers) if cfg.drops_branches else None
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'length', 'act_embed')
     shared = self._rotations(positions), segment_ids, prefix, length_B
     per_layer = None if cache is None else cache.layers, rngs, cfg.local_layers

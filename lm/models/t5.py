@@ -36,8 +36,8 @@ class T5Config:
   num_buckets, max_distance: of the relative positions (section 2.1).
   bias_per_layer: every layer has its own relative bias (UMT5); else all share one.
   decoder: False leaves the encoder alone.
-  dropout_rate: on embeddings, residual branches, the MLP's hidden layer and the last hidden states;
-    unlike in the paper not on the attention's probabilities.
+  dropout_rate: on embeddings, residual branches, the MLP's hidden layer and the last hidden states.
+  attention_dropout_rate: on the probabilities of attention.
   layer_drop_rate: the probability that training leaves a layer out.
   dtype: of activations; parameters, norms, softmax and loss are float32.
   attention_implementation: None is the fastest of the platform, 'pallas' its kernel, 'reference'
@@ -61,6 +61,7 @@ class T5Config:
   decoder: bool = True
   norm_epsilon: float = 1e-6
   dropout_rate: float = 0.0
+  attention_dropout_rate: float = 0.0
   layer_drop_rate: float = 0.0
   dtype: Literal['bfloat16', 'float32'] = 'bfloat16'
   attention_implementation: Implementation = None
@@ -84,7 +85,7 @@ class T5Config:
     if not self.decoder and self.num_decoder_layers is not None:
       raise ValueError(f'num_decoder_layers={self.num_decoder_layers} and decoder=False disagree; '
                        'leave one out')
-    for name in ('dropout_rate', 'layer_drop_rate'):
+    for name in ('dropout_rate', 'attention_dropout_rate', 'layer_drop_rate'):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} must be in [0, 1)')
 
@@ -101,6 +102,11 @@ class T5Config:
     """Layers of the decoder, 0 where there is none."""
     layers = self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
     return layers if self.decoder else 0
+
+  @property
+  def drops_branches(self) -> bool:
+    """Whether layers drop out anything, and need a key each."""
+    return bool(self.dropout_rate or self.attention_dropout_rate)
 
   @property
   def scanned(self) -> bool:
@@ -216,7 +222,7 @@ class Block(nn.Module):
     """Returns x [B, T, D] and this layer's cache."""
     cfg = self.config
     cache, rng = per_layer
-    rngs = (None,) * 4 if rng is None else jax.random.split(rng, 4)
+    rngs = (None,) * 6 if rng is None else jax.random.split(rng, 6)
     tokens = None if cache is None else cache.tokens
     bias = shared.bias
     if cfg.bias_per_layer:
@@ -226,7 +232,7 @@ class Block(nn.Module):
 
     branch_BTD, tokens = self._attention('attention', self.causal)(
         self._norm('attention_norm')(x_BTD), segment_ids=shared.segment_ids, bias=bias,
-        cache=tokens, cache_length=shared.cache_length)
+        cache=tokens, cache_length=shared.cache_length, dropout_rng=rngs[4])
     x_BTD = self._add(x_BTD, branch_BTD, rngs[0])
     if self.causal:
       attention = self._attention('cross_attention', False)
@@ -236,7 +242,8 @@ class Block(nn.Module):
       else:
         memory = KVCache(*attention.keys_values(shared.memory))
       branch_BTD, _ = attention(x_norm_BTD, segment_ids=shared.query_segment_ids, memory=memory,
-                                memory_segment_ids=shared.memory_segment_ids)
+                                memory_segment_ids=shared.memory_segment_ids,
+                                dropout_rng=rngs[5])
       x_BTD = self._add(x_BTD, branch_BTD, rngs[1])
       cache = None if cache is None else LayerCache(tokens, _swap(memory))
     mlp = MLP(cfg.d_model, cfg.d_ff, cfg.activation, False, cfg.d_model**-0.5, cfg.d_ff**-0.5,
@@ -252,6 +259,7 @@ class Block(nn.Module):
     return Attention(cfg.d_model, cfg.num_heads, cfg.num_heads, cfg.head_dim, cfg.d_model**-0.5,
                      (cfg.num_heads * cfg.head_dim)**-0.5, self.rules, causal=causal, scale=1.0,
                      query_std=(cfg.d_model * cfg.head_dim)**-0.5,
+                     dropout_rate=cfg.attention_dropout_rate,
                      implementation=cfg.attention_implementation, name=name)
 
   def _add(self, x_BTD, branch_BTD, rng):
@@ -284,7 +292,7 @@ class Trunk(nn.Module):
     first = last = rngs = drop_rng = None
     if dropout_rng is not None:
       first, last, rest, drop_rng = jax.random.split(dropout_rng, 4)
-      rngs = jax.random.split(rest, num_layers) if cfg.dropout_rate else None
+      rngs = jax.random.split(rest, num_layers) if cfg.drops_branches else None
     x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, first)
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'length', 'act_embed')
     stack = Stack(lambda: Block(cfg, self.rules, self.causal, parent=None), num_layers, cfg.scanned,

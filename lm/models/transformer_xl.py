@@ -37,7 +37,8 @@ class TransformerXLConfig:
   div_val: cluster i has d_model / div_val**i dimensions.
   init_std: standard deviation of initial weights.
   dropout_rate: on embeddings of tokens and places, both residual branches, the MLP's hidden layer
-    and the last hidden states; not on the attention's probabilities.
+    and the last hidden states.
+  attention_dropout_rate: on the probabilities of attention.
   layer_drop_rate: the probability that training leaves a layer out.
   dtype: of activations; parameters, norms, softmax and loss are float32.
   attention_implementation: None is the fastest of the platform, 'pallas' its kernel, 'reference'
@@ -59,6 +60,7 @@ class TransformerXLConfig:
   div_val: int = 1
   norm_epsilon: float = 1e-5
   dropout_rate: float = 0.0
+  attention_dropout_rate: float = 0.0
   layer_drop_rate: float = 0.0
   init_std: float = 0.02
   dtype: Literal['bfloat16', 'float32'] = 'bfloat16'
@@ -87,7 +89,7 @@ class TransformerXLConfig:
     if self.d_model % self.div_val**len(self.cutoffs):
       raise ValueError(f'd_model={self.d_model} does not divide by div_val={self.div_val} for each '
                        f'of {len(self.cutoffs)} cutoffs')
-    for name in ('dropout_rate', 'layer_drop_rate'):
+    for name in ('dropout_rate', 'attention_dropout_rate', 'layer_drop_rate'):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} must be in [0, 1)')
 
@@ -98,6 +100,11 @@ class TransformerXLConfig:
   @property
   def head_dim(self) -> int:
     return self.d_model // self.num_heads if self.d_head is None else self.d_head
+
+  @property
+  def drops_branches(self) -> bool:
+    """Whether layers drop out anything, and need a key each."""
+    return bool(self.dropout_rate or self.attention_dropout_rate)
 
   @property
   def scanned(self) -> bool:
@@ -148,13 +155,13 @@ class Block(nn.Module):
     cfg = self.config
     sinusoids_SD, biases, segment_ids = shared
     memory_BMD, rng = per_layer
-    rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
+    rngs = (None,) * 4 if rng is None else jax.random.split(rng, 4)
     norm = lambda name: Norm('layernorm', cfg.norm_epsilon, True, name=name)
     drop = lambda x, rng: linear.dropout(x, cfg.dropout_rate, rng)
     window = cfg.memory_length if cfg.same_length else None
     attention = RelativeAttention(cfg.d_model, cfg.num_heads, cfg.head_dim, cfg.init_std,
-                                  self.rules, window, cfg.attention_implementation,
-                                  name='attention')
+                                  self.rules, window, cfg.attention_dropout_rate,
+                                  cfg.attention_implementation, name='attention')
     mlp = MLP(cfg.d_model, cfg.d_ff, 'relu', True, cfg.init_std, cfg.init_std, self.rules,
               cfg.dropout_rate, name='mlp')
     if cfg.untie_biases:
@@ -165,7 +172,7 @@ class Block(nn.Module):
       memory_BMD = jax.lax.stop_gradient(memory_BMD)
       memory = jnp.concatenate([memory_BMD, jax.lax.stop_gradient(x_BTD)], 1)
       memory = memory[:, -cfg.memory_length:]
-    branch_BTD = attention(x_BTD, sinusoids_SD, biases, memory_BMD, segment_ids)
+    branch_BTD = attention(x_BTD, sinusoids_SD, biases, memory_BMD, segment_ids, rngs[3])
     x_BTD = norm('attention_norm')(x_BTD + drop(branch_BTD, rngs[0]))
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'length', 'act_embed')
     x_BTD = norm('mlp_norm')(x_BTD + drop(mlp(x_BTD, rngs[1]), rngs[2]))
@@ -215,9 +222,9 @@ class TransformerXL(nn.Module):
       raise ValueError(f'the memory has {memory.hidden.shape[2]} places and memory_length={M}; '
                        "make it with this config's init_carry")
     rng = drop_rng = rngs = None
-    if dropout_rng is not None and (cfg.dropout_rate or cfg.layer_drop_rate):
+    if dropout_rng is not None and (cfg.drops_branches or cfg.layer_drop_rate):
       rng, rest, drop_rng = jax.random.split(dropout_rng, 3)
-      rngs = jax.random.split(rest, cfg.num_layers) if cfg.dropout_rate else None
+      rngs = jax.random.split(rest, cfg.num_layers) if cfg.drops_branches else None
     token_rng, place_rng, last_rng = (None,) * 3 if rng is None else jax.random.split(rng, 3)
     distance_S = jnp.arange(M + T - 1, -1, -1)
     if cfg.clamp_length is not None:

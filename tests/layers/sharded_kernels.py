@@ -21,17 +21,18 @@ T, H = 24, 8
 
 
 def both(rules, B, N, K, dtype=np.float32):
-  """Attention and its gradients, packed and with a bias of all rows; and attention to a cache."""
+  """Attention and its gradients, packed, dropped out, with a bias of all rows; and to a cache."""
   rng = np.random.default_rng(0)
   query, key, value, g = (rng.normal(size=(B, T, heads, H)).astype(dtype)
                           for heads in (N, K, K, N))
   bias = rng.normal(size=(1, N, T, T)).astype(dtype)
   ids = np.sort(rng.integers(0, 3, (B, T))).astype(np.int32)
   lengths = rng.integers(1, T, B).astype(np.int32)
+  seeds = jax.random.bits(jax.random.key(0), (B, N))
 
   def loss(query, key, value, bias):
     out = attend(rules, None, query=query, key=key, value=value, bias=bias, query_segment_ids=ids,
-                 key_segment_ids=ids)
+                 key_segment_ids=ids, dropout_rate=0.3, dropout_seeds=seeds)
     return jnp.vdot(out, g), out
 
   gradients = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(query, key, value, bias)

@@ -220,8 +220,9 @@ def test_positions_begin_behind_the_offset():
   assert moved == [False, False, True, True]
 
 
-def test_dropout_is_a_function_of_its_key_and_off_without_one():
-  config = tiny('modernbert', dropout_rate=0.3)
+@pytest.mark.parametrize('where', ['dropout_rate', 'attention_dropout_rate'])
+def test_dropout_is_a_function_of_its_key_and_off_without_one(where):
+  config = tiny('modernbert', **{where: 0.3})
   ids, key = tokens(config), lambda seed: jax.random.key(seed, impl='rbg')
   off = forward(config, ids)
   one, same, other = (forward(config, ids, None, None, None, key(k)) for k in (1, 1, 2))

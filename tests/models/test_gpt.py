@@ -176,8 +176,9 @@ def test_the_head_of_tied_embeddings_is_the_embedding(tiny_configs):
   assert head is init(config)['token_embedding']
 
 
-def test_dropout_is_a_function_of_its_key_and_off_without_one(tiny_configs):
-  config = tiny_configs['gpt2'](dropout_rate=0.3)
+@pytest.mark.parametrize('where', ['dropout_rate', 'attention_dropout_rate'])
+def test_dropout_is_a_function_of_its_key_and_off_without_one(tiny_configs, where):
+  config = tiny_configs['gpt2'](**{where: 0.3})
   params, ids = init(config), tokens(config)
   off = forward(config, params, ids)
   key = lambda seed: jax.random.key(seed, impl='rbg')

@@ -195,7 +195,8 @@ def test_a_learned_temperature_starts_where_told_and_its_scale_ends_at_100():
 def test_a_head_says_of_itself_what_its_trunk_does():
   config = DualEncoderConfig(EmbedderConfig(BERT))
   for name in ('vocab_size', 'max_length', 'd_model', 'num_layers', 'num_heads', 'kv_heads',
-               'head_dim', 'd_ff', 'dtype', 'dropout_rate', 'scan_layers', 'remat', 'scanned'):
+               'head_dim', 'd_ff', 'dtype', 'dropout_rate', 'scan_layers', 'remat', 'scanned',
+               'attention_dropout_rate', 'attention_implementation'):
     assert getattr(config, name) == getattr(BERT, name)
   assert config.flops_per_token(8) == BERT.flops_per_token(8) and config.init_carry(2) is None
 

@@ -208,9 +208,11 @@ def test_outputs_score_what_logits_do():
   np.testing.assert_allclose(scores.hidden @ scores.embedding.T, want, atol=1e-4)
 
 
-def test_dropout_and_layer_drop_are_functions_of_their_key_and_off_without_one():
+@pytest.mark.parametrize('drops', [{'dropout_rate': 0.3, 'layer_drop_rate': 0.5},
+                                   {'attention_dropout_rate': 0.3}])
+def test_dropout_and_layer_drop_are_functions_of_their_key_and_off_without_one(drops):
   plain = FAMILIES['t5']
-  config = dataclasses.replace(plain, dropout_rate=0.3, layer_drop_rate=0.5)
+  config = dataclasses.replace(plain, **drops)
   args = INPUTS, OUTPUTS, segments(S, of=S), ONES
   key = lambda seed: jax.random.key(seed, impl='rbg')
   one, same, other = (forward(config, *args, dropout_rng=key(seed)) for seed in (1, 1, 2))

@@ -259,8 +259,10 @@ def test_adaptive_inputs_are_projected_rows_of_their_cluster():
   np.testing.assert_allclose(memory.hidden[0, 0], rows * 4, atol=1e-5)
 
 
-def test_dropout_and_its_absence():
-  config = dataclasses.replace(TINY, dropout_rate=0.3, layer_drop_rate=0.2)
+@pytest.mark.parametrize('drops', [{'dropout_rate': 0.3, 'layer_drop_rate': 0.2},
+                                   {'attention_dropout_rate': 0.3}])
+def test_dropout_and_its_absence(drops):
+  config = dataclasses.replace(TINY, **drops)
   run = lambda config, rng: apply(config, params_of(TINY), tokens(T), dropout_rng=rng)[0]
   rng = jax.random.key(1)
   np.testing.assert_array_equal(run(config, None), run(TINY, rng))
