@@ -18,22 +18,25 @@ def cpu_has_bfloat16_units() -> bool:
   return 'amx_bf16' in flags or 'avx512_bf16' in flags
 
 
-def by_platform(cpu: Callable, default: Callable, *args, tpu: Callable | None = None):
-  """Calls `cpu(*args)` in a program lowered for a CPU, `tpu(*args)`, where there is one, for a TPU,
-  and `default(*args)` for any other platform.
+def by_platform(cpu: Callable, default: Callable, *args, tpu: Callable | None = None,
+                cuda: Callable | None = None):
+  """Calls `cpu(*args)` in a program lowered for a CPU, `tpu(*args)` or `cuda(*args)`, where there
+  is one, for a TPU or an NVIDIA GPU, and `default(*args)` for any other platform.
 
   The choice is made at lowering, so a program compiled ahead of time for a TPU on a CPU machine
   gets the TPU's form.
   """
-  forms = {'cpu': cpu, 'default': default} | ({} if tpu is None else {'tpu': tpu})
-  return jax.lax.platform_dependent(*args, **forms)
+  forms = {'cpu': cpu, 'default': default, 'tpu': tpu, 'cuda': cuda}
+  return jax.lax.platform_dependent(
+      *args, **{name: form for name, form in forms.items() if form is not None})
 
 
-def interpreted(kernel: Callable, *args):
-  """Calls a Pallas kernel of a TPU: compiled on a TPU, and interpreted on all other platforms."""
-  return by_platform(functools.partial(kernel, interpret=True),
-                     functools.partial(kernel, interpret=True), *args,
-                     tpu=functools.partial(kernel, interpret=False))
+def interpreted(kernel: Callable, *args, compiled_on: str = 'tpu'):
+  """Calls a Pallas kernel of a 'tpu', or of 'cuda': compiled on that platform, and interpreted on
+  all others."""
+  interpret = functools.partial(kernel, interpret=True)
+  return by_platform(interpret, interpret, *args,
+                     **{compiled_on: functools.partial(kernel, interpret=False)})
 
 
 @functools.cache

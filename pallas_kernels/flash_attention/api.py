@@ -4,9 +4,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import platform
-from pallas_kernels.flash_attention import cpu, reference, tpu
+from pallas_kernels import chips, platform
+from pallas_kernels.flash_attention import cpu, gpu, reference, tpu
 from pallas_kernels.flash_attention.reference import Masking, Options, Terms
+
+_FORMS = {'reference': reference, 'cpu': cpu, 'tpu': tpu, 'gpu': gpu}
+_PLATFORMS = {'tpu': 'tpu', 'gpu': 'cuda'}  # that the kernels of a form are compiled on
 
 
 def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = True,
@@ -29,7 +32,7 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
   row-wise log-sum-exp (FlashAttention, arXiv:2205.14135, algorithm 4).
 
   Args:
-    query: [B, T, N, H], bfloat16 or float32.
+    query: [B, T, N, H], bfloat16 or float32; the GPU's kernel takes float16 too.
     key: [B, S, K, H], the dtype of `query`; K divides N.
     value: [B, S, K, H].
     causal: whether a query sees only keys at or before its own place.
@@ -55,10 +58,11 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
       `jax.random.bits(rng, (B, N))`. What is dropped is a function of these, of places and of keys
       alone: the same in every implementation and, where B and N are cut over devices, on each.
     implementation: 'reference' (all scores at once, by XLA), 'cpu' (blocks of queries against the
-      keys that they see, on the CPU's matrix unit), 'tpu' (a Pallas kernel, interpreted on any
-      other platform; under several devices call it in `jax.shard_map`) or 'pallas' (the Pallas
-      kernel of the platform). None is the fastest of the platform that the program is lowered for,
-      and 'reference' where that does not take the case.
+      keys that they see, on the CPU's matrix unit), 'tpu' or 'gpu' (Pallas kernels, interpreted on
+      any other platform; under several devices call them in `jax.shard_map`) or 'pallas' ('gpu' for
+      an NVIDIA GPU in use, else 'tpu'). None is the fastest of the platform that the program is
+      lowered for, and 'reference' where that does not take the case; the GPU's kernel is among them
+      where such a GPU is in use.
 
   Returns:
     [B, T, N, H] in the dtype of `query`.
@@ -77,8 +81,8 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
   options = _options(causal, window, scale, softcap, bias, shape, query.shape[-1], chunk=chunk,
                      query_offset=first_place, dropout_rate=dropout_rate)
   terms = Terms(bias)
-  implementation = _resolve(implementation, tpu.refusal(options, query, key, terms))
-  return _attend(options, implementation, query, key, value, terms, masking)
+  form = _resolve(implementation, options, query, key, terms)
+  return _attend(options, form, query, key, value, terms, masking)
 
 
 def _check(query, key, value, masking) -> tuple[int, int, int, int]:
@@ -107,18 +111,21 @@ def _check(query, key, value, masking) -> tuple[int, int, int, int]:
   return B, N, T, S
 
 
-def _resolve(implementation, refusal):
-  """The name that `_choose` takes, of the public one and why the TPU's kernel refuses the case."""
-  if implementation not in (None, 'reference', 'cpu', 'tpu', 'pallas'):
-    raise ValueError(f"implementation={implementation!r} must be None, 'reference', 'cpu', 'tpu' "
-                     "or 'pallas'")
-  if refusal and implementation in ('tpu', 'pallas'):
+def _resolve(implementation, options, query, key, terms) -> str | tuple[str, ...]:
+  """What `_choose` takes, of the public name."""
+  if implementation not in (None, 'pallas', *_FORMS):
+    raise ValueError(f"implementation={implementation!r} must be None, 'pallas' or one of "
+                     f'{list(_FORMS)}')
+  kernel = 'tpu' if chips.card() is None else 'gpu'
+  form = {None: kernel, 'pallas': kernel}.get(implementation, implementation)
+  refusal = _FORMS[form].refusal(options, query, key, terms) if form in _PLATFORMS else None
+  if refusal and implementation is not None:
     raise NotImplementedError(refusal)
-  if refusal and implementation is None:
-    if jax.default_backend() == 'tpu':
-      platform.warn_once(f'flash_attention is left to XLA: {refusal}')
-    return 'xla'
-  return 'tpu' if implementation == 'pallas' else implementation
+  if implementation is not None:
+    return form
+  if refusal and (kernel == 'gpu' or jax.default_backend() == 'tpu'):
+    platform.warn_once(f'flash_attention is left to XLA: {refusal}')
+  return () if refusal else (kernel,)
 
 
 def decode_attention(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, *,
@@ -176,29 +183,31 @@ def _options(causal, window, scale, softcap, bias, shape, H, **more) -> Options:
   return options
 
 
-def _choose(implementation, name, options, *args):
-  """Calls a pass by its name; 'xla' is None without the TPU's kernel."""
-  on_cpu, plain, on_tpu = (functools.partial(getattr(module, name), options)
-                           for module in (cpu, reference, tpu))
-  if implementation == 'tpu':
-    return platform.interpreted(on_tpu, *args)
-  if implementation in (None, 'xla'):
-    return platform.by_platform(on_cpu, plain, *args, tpu=None if implementation else on_tpu)
-  return (on_cpu if implementation == 'cpu' else plain)(*args)
+def _choose(form, name, options, *args):
+  """Calls a pass of a form or, where that is a tuple, of the platform: of the kernels, a TPU or GPU
+  has those that the tuple names."""
+  passes = {form: functools.partial(getattr(module, name), options)
+            for form, module in _FORMS.items()}
+  if isinstance(form, tuple):
+    return platform.by_platform(passes['cpu'], passes['reference'], *args,
+                                **{_PLATFORMS[kernel]: passes[kernel] for kernel in form})
+  if form in _PLATFORMS:
+    return platform.interpreted(passes[form], *args, compiled_on=_PLATFORMS[form])
+  return passes[form](*args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(options, implementation, query, key, value, terms, masking):
-  return _choose(implementation, 'forward', options, query, key, value, terms, masking)[0]
+def _attend(options, form, query, key, value, terms, masking):
+  return _choose(form, 'forward', options, query, key, value, terms, masking)[0]
 
 
-def _forward(options, implementation, query, key, value, terms, masking):
-  out, lse = _choose(implementation, 'forward', options, query, key, value, terms, masking)
+def _forward(options, form, query, key, value, terms, masking):
+  out, lse = _choose(form, 'forward', options, query, key, value, terms, masking)
   return out, (query, key, value, terms, masking, out, lse)
 
 
-def _backward(options, implementation, residuals, g):
-  grads = _choose(implementation, 'backward', options, *residuals, g)
+def _backward(options, form, residuals, g):
+  grads = _choose(form, 'backward', options, *residuals, g)
   masking = residuals[4]
   return *grads, jax.tree.map(lambda x: jnp.zeros(x.shape, jax.dtypes.float0), masking)
 

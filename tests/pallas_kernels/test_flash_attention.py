@@ -279,8 +279,8 @@ def test_wrong_arguments_are_named():
     flash_attention(query, key, value[:, :3])
   with pytest.raises(ValueError, match='for both query and key'):
     flash_attention(query[:, :, :2], key, value, query_segment_ids=ids)
-  with pytest.raises(ValueError, match="implementation='gpu'"):
-    flash_attention(query[:, :, :2], key, value, implementation='gpu')
+  with pytest.raises(ValueError, match="implementation='cuda'"):
+    flash_attention(query[:, :, :2], key, value, implementation='cuda')
 
 
 @pytest.mark.parametrize('dtype, atol', [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)])

@@ -1,0 +1,163 @@
+"""The GPU's flash attention is float64's attention and gradient, visits only what is seen, and is
+lowered to Triton at every shape."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import chips, gpu_compiler
+from pallas_kernels.flash_attention import flash_attention, gpu
+from pallas_kernels.flash_attention.gpu import Blocks
+from pallas_kernels.flash_attention.reference import NO_KEY, Masking, Options, Terms, visible
+from pallas_kernels.flash_attention.specs import SPECS
+from test_flash_attention_tpu import TOLERANCE, exact, float64, random, relative_error
+
+TINY = Blocks(16, 32, 4, 2)
+IDS = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 4, (2, 50)), axis=1), jnp.int32)
+# name: (B, T, S, N, K, H), dtype, options, masking, the bias's shape
+CASES = {
+    'both sides, fewer keys': (
+        (1, 70, 50, 2, 1, 80), jnp.float32, {'causal': False, 'window': 12, 'query_offset': -3},
+        Masking(), None),
+    'packed prefix': (
+        (2, 50, 50, 1, 1, 32), jnp.float16, {'chunk': 40, 'dropout_rate': 0.3},
+        Masking(None, IDS, IDS, jnp.arange(50) < jnp.array([[9], [40]]),
+                jnp.array([[5], [7]], jnp.uint32)), None),
+    'cached, bias, capped': (
+        (2, 20, 64, 4, 2, 16), jnp.float32, {'softcap': 2.0, 'scale': 0.4, 'window': 33},
+        Masking(jnp.array([0, 41])), (2, 4, 20, 64)),
+    'causal, shared bias': ((2, 48, 40, 2, 1, 64), jnp.bfloat16, {}, Masking(), (1, 2, 48, 40)),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0,
+                   compiler_options={'xla_backend_optimization_level': 0})
+def interpreted(options, query, key, value, terms, masking, g):
+  args = options, query, key, value, terms, masking
+  out, lse = gpu.forward(*args, interpret=True, blocks=TINY)
+  return out, lse, *gpu.backward(*args, out, lse, g, interpret=True, blocks=TINY)
+
+
+@pytest.mark.supports('kernels', 'flash attention on NVIDIA GPUs, with all of its options',
+                      'float16 attention on GPUs')
+@pytest.mark.parametrize('case', CASES)
+def test_the_kernel_is_float64s_attention_and_gradient(case):
+  (B, T, S, N, K, H), dtype, named, masking, bias_shape = CASES[case]
+  options = Options(**{'causal': True, 'window': None, 'scale': H**-0.5, 'softcap': None} | named)
+  query, key, value, g = (random(i, *shape).astype(dtype) for i, shape in enumerate(
+      ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))))
+  bias = None if bias_shape is None else random(4, *bias_shape)
+  *got, dterms = interpreted(options, query, key, value, Terms(bias), masking, g)
+  want = float64(options, query, key, value, bias, masking, g)
+  unseen = want[1] <= NO_KEY
+  np.testing.assert_array_equal(np.asarray(got[1]) <= 0.6 * NO_KEY, unseen)
+  assert not exact(got[0])[unseen.reshape(B, N, T).swapaxes(1, 2)].any()
+  pairs = [(got[0], want[0]), (np.where(unseen, 0, got[1]), np.where(unseen, 0, want[1])),
+           *zip((*got[2:], dterms.bias), want[2:])]
+  errors = [relative_error(*pair) for pair in pairs if pair[1] is not None]
+  assert np.max(errors) <= TOLERANCE.get(dtype, 1e-2), errors
+
+
+def test_the_public_function_differentiates_through_the_kernel():
+  query, key, value, g = (random(i, 1, 20, 2, 8) for i in range(4))
+
+  @functools.partial(jax.jit, static_argnums=0,
+                     compiler_options={'xla_backend_optimization_level': 0})
+  def gradients(implementation, *qkv):
+    return jax.vjp(functools.partial(flash_attention, implementation=implementation), *qkv)[1](g)
+
+  for got, want in zip(gradients('gpu', query, key, value), gradients('reference', query, key,
+                                                                      value)):
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+STARTS = jnp.arange(50) < jnp.array([[9], [40]])
+SEEN = {
+    'causal': (Options(True, None, 1.0, None), Masking()),
+    'window': (Options(True, 20, 1.0, None), Masking()),
+    'both sides': (Options(False, 20, 1.0, None), Masking()),
+    'chunks': (Options(True, None, 1.0, None, 14, -5), Masking()),
+    'all': (Options(False, None, 1.0, None), Masking()),
+    'offset': (Options(True, 9, 1.0, None), Masking(jnp.array([0, 30]))),
+    'prefix': (Options(True, None, 1.0, None), Masking(prefix=STARTS)),
+    'packed': (Options(True, None, 1.0, None), Masking(None, IDS, IDS)),
+}
+
+
+@pytest.mark.supports('kernels', 'blocks that the mask empties are never visited')
+@pytest.mark.parametrize('case', SEEN)
+def test_tiles_that_the_mask_empties_are_never_visited(case):
+  options, masking = SEEN[case]
+  T, S = 50, 50
+  mask = visible(options, T, S, masking)
+  mask = np.ones((1, T, S), bool) if mask is None else np.asarray(mask)
+  rows, keys = -(-T // 16), -(-S // 8)
+  padded = np.zeros((mask.shape[0], rows * 16, keys * 8), bool)
+  padded[:, :T, :S] = mask
+  seen = padded.reshape(-1, rows, 16, keys, 8).any((2, 4))
+  visited = gpu.visited(gpu.Tiles(options, T, S, 8, 16, 8), masking)
+  np.testing.assert_array_equal(visited, seen)
+  for axis in (1, 2):
+    first, end = (np.asarray(x)[..., None] for x in gpu.bounds(visited, axis).values())
+    place = np.arange(visited.shape[axis])
+    np.testing.assert_array_equal(np.moveaxis(visited, axis, 2), (place >= first) & (place < end))
+
+
+def lowered(spec, name, dtype=jnp.bfloat16, card='h100'):
+  """The kernels of a pass at the shapes of a spec."""
+  B, T, N, K, H = spec[:5]
+  options, shape = Options(spec.causal, spec.window, H**-0.5, None), jax.ShapeDtypeStruct
+  query, key = shape((B, T, N, H), dtype), shape((B, T, K, H), dtype)
+  if name == 'forward':
+    return gpu_compiler.kernels(lambda q, k, v: gpu.forward(
+        options, q, k, v, Terms(), Masking(), card=card), query, key, key)
+  return gpu_compiler.kernels(lambda q, k, v, lse: gpu.backward(
+      options, q, k, v, Terms(), Masking(), q, lse, q, card=card), query, key, key,
+                              shape((B, K, N // K, T), jnp.float32))
+
+
+@pytest.mark.supports('kernels', 'GPU kernels lowered to Triton')
+@pytest.mark.parametrize('spec', SPECS)
+def test_every_spec_is_lowered_to_triton(spec):
+  B, T, N, K, _ = SPECS[spec][:5]
+  forward, = lowered(SPECS[spec], 'forward')
+  of_queries, of_keys = lowered(SPECS[spec], 'backward')
+  for kernel, heads, dots in (forward, N, 2), (of_queries, N, 3), (of_keys, K, 4):
+    text = kernel.text()
+    assert kernel.grid[0] >= T // 128 and kernel.grid[1:] == (heads, B)
+    assert text.count('tt.dot') == dots and text.count('scf.for') == 1 and 'scf.while' not in text
+
+
+@pytest.mark.parametrize('card', sorted(gpu_compiler.CARDS))
+@pytest.mark.parametrize('spec', ['gpt3_xl', 'llama2_7b', 'gemma_2b'])
+def test_no_kernel_keeps_registers_in_memory_or_exceeds_its_card(spec, card):
+  if not gpu_compiler.can_compile():
+    pytest.skip("jax's CUDA plugin or ptxas is not installed")
+  for kernel in lowered(SPECS[spec], 'forward', card=card) + lowered(SPECS[spec], 'backward',
+                                                                     card=card):
+    report = gpu_compiler.compiled(kernel, card)
+    assert not report.spilled_bytes, (kernel.name, report)
+    assert report.shared_bytes <= gpu_compiler.CARDS[card][1], (kernel.name, report)
+
+
+@pytest.mark.parametrize('card, calls', [('h100', 1), (None, 0)])
+def test_where_no_form_is_named_an_nvidia_gpu_has_the_kernel(monkeypatch, card, calls):
+  monkeypatch.setattr(chips, 'card', lambda: card)
+  x = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+  attend = lambda *qkv: flash_attention(*qkv)  # jit must not remember another card's program
+  assert len(gpu_compiler.kernels(attend, x, x, x)) == calls
+  wide = jax.ShapeDtypeStruct((1, 64, 2, 512), jnp.bfloat16)
+  if card:
+    with pytest.warns(UserWarning, match='left to XLA: heads of 512'):
+      assert not gpu_compiler.kernels(attend, wide, wide, wide)
+
+
+@pytest.mark.parametrize('shape, dtype, words', [
+    ((1, 8, 2, 64), jnp.float64, 'float64'), ((1, 8, 2, 512), jnp.float32, '512 are wider'),
+    ((1, 0, 1, 128), jnp.bfloat16, 'must have elements')])
+def test_what_the_kernel_does_not_take_is_refused_in_a_sentence(shape, dtype, words):
+  with jax.enable_x64(True), pytest.raises(NotImplementedError, match=words):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    jax.eval_shape(functools.partial(flash_attention, implementation='gpu'), x, x, x)
