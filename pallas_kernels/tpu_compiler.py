@@ -122,11 +122,17 @@ def compile_here(function: Callable, arguments, topology: str):
   import jax
   from jax.experimental import topologies
 
-  device = topologies.get_topology_desc(topology, 'tpu').devices[0]
-  sharding = jax.sharding.SingleDeviceSharding(device)
+  shardings = [x.sharding for x in jax.tree.leaves(arguments) if x.sharding]
+  if shardings:
+    mesh = shardings[0].mesh
+  else:
+    device = topologies.get_topology_desc(topology, 'tpu').devices[0]
+    mesh = jax.sharding.Mesh([device], ('device',), axis_types=(jax.sharding.AxisType.Auto,))
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   placed = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or sharding), arguments)
-  return jax.jit(function).lower(*placed).compile()
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or whole), arguments)
+  with jax.set_mesh(mesh):  # so that kernels know the chip
+    return jax.jit(function).lower(*placed).compile()
 
 
 def _answer(function, arguments, topology, dump: pathlib.Path) -> dict:
