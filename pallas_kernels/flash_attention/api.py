@@ -19,8 +19,9 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
                     query_offset: int | jax.Array | None = None,
                     query_segment_ids: jax.Array | None = None,
                     key_segment_ids: jax.Array | None = None, dropout_rate: float = 0.0,
-                    dropout_seeds: jax.Array | None = None,
-                    implementation: str | None = None) -> jax.Array:
+                    dropout_seeds: jax.Array | None = None, sinks: jax.Array | None = None,
+                    return_lse: bool = False, implementation: str | None = None
+                    ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """Attends: out[t] = sum_s p[t, s] value[s], with p[t] = softmax_s(scores[t, s]) and
   scores[t, s] = softcap * tanh(scale * query[t] . key[s] / softcap) + bias[t, s].
 
@@ -57,6 +58,9 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
     dropout_seeds: uint32 [B, N], a stream of random numbers for each row and head, such as
       `jax.random.bits(rng, (B, N))`. What is dropped is a function of these, of places and of keys
       alone: the same in every implementation and, where B and N are cut over devices, on each.
+    sinks: [N], a learned logit for each head, with a gradient: a key that every query sees, with
+      the value 0 (gpt-oss; as StreamingLLM's zero sink, arXiv:2309.17453, section 3.3, is of 0).
+    return_lse: whether to return the log-sum-exp of the scores too, its sink's included.
     implementation: 'reference' (all scores at once, by XLA), 'cpu' (blocks of queries against the
       keys that they see, on the CPU's matrix unit), 'tpu' or 'gpu' (Pallas kernels, interpreted on
       any other platform; under several devices call them in `jax.shard_map`) or 'pallas' ('gpu' for
@@ -65,7 +69,9 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
       where such a GPU is in use.
 
   Returns:
-    [B, T, N, H] in the dtype of `query`.
+    [B, T, N, H] in the dtype of `query`; with `return_lse` and float32 [B, N, T], by which results
+    over parts of the keys are merged (ring attention, arXiv:2310.01889). Both have gradients. That
+    of a query that sees no key is below -1e29.
 
   Raises:
     ValueError: shapes that do not fit, only one of the two segment ids, or a window, chunk or
@@ -78,11 +84,15 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
   masking = Masking(offset, query_segment_ids, key_segment_ids, prefix,
                     dropout_seeds if dropout_rate else None)
   shape = _check(query, key, value, masking)
+  if sinks is not None and sinks.shape != (query.shape[2],):
+    raise ValueError(f'sinks have shape {sinks.shape}, they must be one for each of '
+                     f'{query.shape[2]} heads')
   options = _options(causal, window, scale, softcap, bias, shape, query.shape[-1], chunk=chunk,
                      query_offset=first_place, dropout_rate=dropout_rate)
-  terms = Terms(bias)
+  terms = Terms(bias, sinks)
   form = _resolve(implementation, options, query, key, terms)
-  return _attend(options, form, query, key, value, terms, masking)
+  out, lse = _attend(options, form, query, key, value, terms, masking)
+  return (out, lse.reshape(shape[:3])) if return_lse else out
 
 
 def _check(query, key, value, masking) -> tuple[int, int, int, int]:
@@ -198,16 +208,16 @@ def _choose(form, name, options, *args):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(options, form, query, key, value, terms, masking):
-  return _choose(form, 'forward', options, query, key, value, terms, masking)[0]
+  return _choose(form, 'forward', options, query, key, value, terms, masking)
 
 
 def _forward(options, form, query, key, value, terms, masking):
   out, lse = _choose(form, 'forward', options, query, key, value, terms, masking)
-  return out, (query, key, value, terms, masking, out, lse)
+  return (out, lse), (query, key, value, terms, masking, out, lse)
 
 
-def _backward(options, form, residuals, g):
-  grads = _choose(form, 'backward', options, *residuals, g)
+def _backward(options, form, residuals, cotangents):
+  grads = _choose(form, 'backward', options, *residuals, *cotangents)
   masking = residuals[4]
   return *grads, jax.tree.map(lambda x: jnp.zeros(x.shape, jax.dtypes.float0), masking)
 

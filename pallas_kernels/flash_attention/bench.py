@@ -47,7 +47,7 @@ def gradients(form, spec, options, query, key, value, out, lse, g, terms=Terms()
   """Its gradients by the `backward` of a module."""
   heads = lambda x: x.reshape(*x.shape[:2], -1, spec.head_dim)
   found = form.backward(options, *map(heads, (query, key, value)), terms, masking, heads(out), lse,
-                        heads(g))
+                        heads(g), jnp.zeros_like(lse))
   return [x.reshape(like.shape) for x, like in zip(found, (query, key, value))], found[3]
 
 

@@ -7,8 +7,8 @@ its caches.
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import dropout
-from pallas_kernels.flash_attention.reference import (MASKED, NO_KEY, Terms, places, softcapped,
-                                                      visible)
+from pallas_kernels.flash_attention.reference import (MASKED, NO_KEY, Terms, places,
+                                                      sinks_gradient, softcapped, visible)
 from pallas_kernels.matmul.cpu import dot, dot_t, row_major, transpose, transpose_apart
 
 MAX_BLOCKS = 8      # blocks are unrolled: more of them cost compile time for little
@@ -87,14 +87,20 @@ def forward(options, query, key, value, terms, masking):
   query_XGTH = _heads(query, K)
   key_XSH, value_XSH = _heads(key, K)[:, 0], _heads(value, K)[:, 0]
   mask = visible(options, T, S, masking)
+  sinks = None if terms.sinks is None else terms.sinks.astype(jnp.float32)[:, None]
   outs, lses = [], []
   for block in _blocks(options, T, S, masking):
     start, end, first, last = block
     scores, _ = _scores(options, query_XGTH[:, :, start:end], key_XSH[:, first:last],
                         _cut(terms.bias, *block), _cut(mask, *block))
     largest = jnp.maximum(scores.max(-1, keepdims=True), NO_KEY)
+    if sinks is not None:
+      sinks_XT1 = jnp.broadcast_to(sinks, (B, N, end - start)).reshape(largest.shape)
+      largest = jnp.maximum(largest, sinks_XT1)
     exps = jnp.exp(scores - largest).astype(query.dtype)
     sums = exps.sum(-1, keepdims=True, dtype=jnp.float32)
+    if sinks is not None:
+      sums += jnp.exp(sinks_XT1 - largest)
     sums = jnp.maximum(sums, 1e-30)  # 0 where no key is visible
     weights = (exps * _factors(options, masking, scores, T, *block)).astype(query.dtype)
     out = dot(weights, value_XSH[:, first:last]) / sums
@@ -113,7 +119,7 @@ def _bias_gradient(dscores, bias, start, end, first, last):
   return jnp.pad(dbias.astype(bias.dtype), ((0, 0),) * 3 + ((first, S - last),))
 
 
-def backward(options, query, key, value, terms, masking, out, lse, g):
+def backward(options, query, key, value, terms, masking, out, lse, g, dlse):
   """`reference.backward` by recomputed blocks (arXiv:2205.14135, algorithm 4)."""
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
@@ -121,7 +127,7 @@ def backward(options, query, key, value, terms, masking, out, lse, g):
   query_XGTH, g_XGTH = _heads(query, K), _heads(g, K)
   key_XSH, value_XSH = _heads(key, K)[:, 0], _heads(value, K)[:, 0]
   delta_BTN = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-  delta_XGT = delta_BTN.reshape(B, T, K, G).transpose(0, 2, 3, 1).reshape(X, G, T)
+  delta_XGT = delta_BTN.transpose(0, 2, 1).reshape(X, G, T) - dlse.reshape(X, G, T)
   lse_XGT = lse.reshape(X, G, T)
   mask = visible(options, T, S, masking)
   dquery, dbias, dkey_XHS, dvalue_XHS = [], [], *jnp.zeros((2, X, H, S), jnp.float32)
@@ -143,7 +149,9 @@ def backward(options, query, key, value, terms, masking, out, lse, g):
     dkey_XHS = dkey_XHS.at[:, :, first:last].add(dot(transpose(q), dscores))
     dvalue_XHS = dvalue_XHS.at[:, :, first:last].add(
         dot(transpose(dout), (probs * factors).astype(dtype)))
+  dsinks = None if terms.sinks is None else sinks_gradient(
+      terms.sinks, lse.reshape(B, N, T), delta_XGT.reshape(B, N, T))
   # First each head's matrix, then the heads: at once it takes twice as long.
   one_head = lambda x_XHS: _tokens(transpose_apart(x_XHS.astype(dtype))[:, None], B)
   return (_tokens(jnp.concatenate(dquery, 2), B), one_head(dkey_XHS), one_head(dvalue_XHS),
-          Terms(jnp.concatenate(dbias, 2) if dbias else None))
+          Terms(jnp.concatenate(dbias, 2) if dbias else None, dsinks))

@@ -183,13 +183,13 @@ def forward(options, query, key, value, terms, masking, *, interpret=False, card
   return outs['out'], outs['lse'].reshape(B, K, N // K, T)
 
 
-def backward(options, query, key, value, terms, masking, out, lse, g, *, interpret=False, card=None,
-             blocks=None):
-  """`reference.backward`; the arguments after g are those of `forward`."""
+def backward(options, query, key, value, terms, masking, out, lse, g, dlse, *, interpret=False,
+             card=None, blocks=None):
+  """`reference.backward`; the arguments after dlse are those of `forward`."""
   (B, T, N, _), (S, K) = query.shape, key.shape[1:3]
   arrays = _arrays(query, key, value, terms, masking)
-  arrays |= {'dout': g, 'lse': lse.reshape(B, N, T), 'delta': jnp.einsum(
-      'btnh,btnh->bnt', g, out, preferred_element_type=jnp.float32)}
+  delta_BNT = jnp.einsum('btnh,btnh->bnt', g, out, preferred_element_type=jnp.float32)
+  arrays |= {'dout': g, 'lse': lse.reshape(B, N, T), 'delta': delta_BNT - dlse.reshape(B, N, T)}
   outs, bias = {'dquery': query}, terms.bias
   if bias is not None:
     outs['dbias'] = jax.ShapeDtypeStruct((B, N, T, S),

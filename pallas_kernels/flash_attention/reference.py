@@ -26,6 +26,7 @@ class Terms(NamedTuple):
   """The arrays beside query, key and value that have a gradient: `flash_attention`'s arguments of
   these names."""
   bias: jax.Array | None = None
+  sinks: jax.Array | None = None
 
 
 class Masking(NamedTuple):
@@ -79,7 +80,10 @@ def forward(options, query, key, value, terms, masking):
   mask = visible(options, T, S, masking)
   if mask is not None:
     scores_BKGTS = jnp.where(mask[:, None, None], scores_BKGTS, MASKED)
-  lse_BKGT = jnp.maximum(jax.nn.logsumexp(scores_BKGTS, axis=-1), NO_KEY)
+  lse_BKGT = jax.nn.logsumexp(scores_BKGTS, axis=-1)
+  if terms.sinks is not None:
+    lse_BKGT = jnp.logaddexp(lse_BKGT, terms.sinks.astype(jnp.float32).reshape(K, N // K, 1))
+  lse_BKGT = jnp.maximum(lse_BKGT, NO_KEY)
   probs_BKGTS = jnp.exp(scores_BKGTS - lse_BKGT[..., None])
   if options.dropout_rate:
     factors = dropout.factors(options.dropout_rate, masking.dropout_seeds,
@@ -90,10 +94,16 @@ def forward(options, query, key, value, terms, masking):
   return out.reshape(B, T, N, H).astype(query.dtype), lse_BKGT
 
 
-def backward(options, query, key, value, terms, masking, out, lse, g):
-  """Gradients of query, key, value and terms for the cotangent g of out, by autodiff of
-  `forward`."""
+def backward(options, query, key, value, terms, masking, out, lse, g, dlse):
+  """Gradients of query, key, value and terms for the cotangents g of out and dlse of the
+  log-sum-exp, by autodiff of `forward`."""
   del out, lse
-  inputs = query, key, value, terms
-  _, vjp = jax.vjp(lambda *inputs: forward(options, *inputs, masking)[0], *inputs)
-  return vjp(g)
+  _, vjp = jax.vjp(lambda *inputs: forward(options, *inputs, masking), query, key, value, terms)
+  return vjp((g, dlse))
+
+
+def sinks_gradient(sinks: jax.Array, lse_BNT: jax.Array, delta_BNT: jax.Array) -> jax.Array:
+  """The gradient of sinks without the scores: delta is g . out - dlse, of which each score's
+  gradient is probability * (g . value - delta), and a sink has no value."""
+  probs_BNT = jnp.exp(sinks.astype(jnp.float32)[:, None] - lse_BNT)
+  return -(probs_BNT * delta_BNT).sum((0, 2)).astype(sinks.dtype)

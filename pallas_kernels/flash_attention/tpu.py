@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import chips
 from pallas_kernels.flash_attention import (block_sizes, dropout, tpu_backward, tpu_blocks,
                                             tpu_forward)
-from pallas_kernels.flash_attention.reference import Terms, places
+from pallas_kernels.flash_attention.reference import NO_KEY, Terms, places, sinks_gradient
 from pallas_kernels.flash_attention.tpu_blocks import LANES, Layout
 
 LARGEST_HEAD = 256
@@ -113,6 +113,9 @@ def _inputs(form, query, key, value, terms, masking):
   if layout.options.dropout_rate:
     seeds = _reorder(dropout.of_seeds(masking.dropout_seeds), 1, layout.share, form.G)
     arrays['seeds'] = seeds.reshape(B, -1, 1, layout.heads)
+  if terms.sinks is not None:
+    sinks = jnp.maximum(terms.sinks.astype(jnp.float32), NO_KEY)
+    arrays['sinks'] = _reorder(sinks, 0, layout.share, form.G).reshape(1, -1, 1, layout.heads)
   first_place_B = jnp.broadcast_to(places(layout.options, 1, masking)[:, 0], B)
   return first_place_B.astype(jnp.int32), arrays
 
@@ -137,16 +140,18 @@ def forward(options, query, key, value, terms, masking, *, interpret=False, chip
   return form.heads(out, T), lse_BNT.reshape(B, K, N // K, T)
 
 
-def backward(options, query, key, value, terms, masking, out, lse, g, *, interpret=False, chip=None,
-             blocks=None):
-  """`reference.backward`; the arguments after g are those of `forward`."""
+def backward(options, query, key, value, terms, masking, out, lse, g, dlse, *, interpret=False,
+             chip=None, blocks=None):
+  """`reference.backward`; the arguments after dlse are those of `forward`."""
   chip = chip or chips.generation_or_least()
   (B, T, N, _), S = query.shape, key.shape[1]
   layout = _layout('backward', options, query, key, terms, chip, blocks)
   form = _Form(layout, query, key)
   offset, arrays = _inputs(form, query, key, value, terms, masking)
+  lse_BNT = lse.reshape(B, N, T)
   delta_BNT = jnp.einsum('btnh,btnh->bnt', g, out, preferred_element_type=jnp.float32)
-  arrays |= {'dout': form.lanes(g, layout.block_q), 'lse': form.rows(lse.reshape(B, N, T)),
+  delta_BNT -= dlse.reshape(B, N, T)
+  arrays |= {'dout': form.lanes(g, layout.block_q), 'lse': form.rows(lse_BNT),
              'delta': form.rows(delta_BNT)}
   bias, dbias = terms.bias, None
   if bias is not None:
@@ -161,7 +166,8 @@ def backward(options, query, key, value, terms, masking, out, lse, g, *, interpr
     dbias = _reorder(grads['dbias'][:, :, :T, :S], 1, form.G, layout.share)
     dbias = dbias if bias.shape[0] == B else dbias.sum(0, keepdims=True)
     dbias = dbias.astype(bias.dtype)
-  return form.heads(grads['dquery'], T), dkey, dvalue, Terms(dbias)
+  dsinks = None if terms.sinks is None else sinks_gradient(terms.sinks, lse_BNT, delta_BNT)
+  return form.heads(grads['dquery'], T), dkey, dvalue, Terms(dbias, dsinks)
 
 
 def _join(x, layout):

@@ -244,6 +244,8 @@ def block_specs(layout: Layout) -> dict[str, pl.BlockSpec]:
       'dkey': spec((1, block_k, k_lanes), lambda b, h, q, k: (b, k, h)),
       'seeds': pl.BlockSpec((1, 1, 1, heads), lambda b, h, *_: (b, h, 0, 0),
                             memory_space=pltpu.SMEM),
+      'sinks': pl.BlockSpec((1, 1, 1, heads), lambda b, h, *_: (0, h, 0, 0),
+                            memory_space=pltpu.SMEM),
   }
 
 

@@ -40,6 +40,11 @@ def _inverse(x, newton_steps: int):
   return y
 
 
+def _start(ref, head):
+  """The largest score and the total weight before any key: the sink's, if there is one."""
+  return (ref['sinks'][0, 0, 0, head] * LOG2_E, 1.0) if 'sinks' in ref else (BASE_2_NO_KEY, 0.0)
+
+
 def _wide(layout, ref, out_ref, lse_ref, state, mask, factors, is_first, lanes, head):
   """A visit of one head that fills its tile.
 
@@ -52,11 +57,12 @@ def _wide(layout, ref, out_ref, lse_ref, state, mask, factors, is_first, lanes, 
   wide = lambda x, width: jnp.tile(x, (1, width // LANES))
   products = tpu_blocks.dot(ref['query'][0, :, q_lanes], ref['key'][0, :, k_lanes], (1, 1))
   scores, _ = tpu_blocks.base_2_scores(layout, products, tpu_blocks.bias_of(ref, head), mask)
-  before = jnp.where(is_first, BASE_2_NO_KEY, max_ref[head])
+  largest, weight = _start(ref, head)
+  before = jnp.where(is_first, largest, max_ref[head])
   largest = jnp.maximum(before, scores.max(1, keepdims=True))
   exps = jnp.exp2(scores - wide(largest, layout.block_k))
   shrink = jnp.exp2(before - largest)
-  total = jnp.where(is_first, 0.0, total_ref[head]) * shrink + functools.reduce(
+  total = jnp.where(is_first, weight / LANES, total_ref[head]) * shrink + functools.reduce(
       jnp.add, jnp.split(exps, layout.block_k // LANES, 1))
   part = tpu_blocks.dot((exps * factors(head)).astype(value.dtype), value, (1, 0))
   sums = jnp.where(is_first, 0.0, sum_ref[head]) * wide(shrink, layout.width) + part
@@ -78,10 +84,11 @@ def _narrow(layout, ref, lse_ref, state, mask, factors, is_first, products, k_la
   sum_ref, max_ref, total_ref = state
   bias = tpu_blocks.bias_of(ref, head)
   scores, _ = tpu_blocks.base_2_scores(layout, products, None if bias is None else bias.T, mask)
-  before = jnp.where(is_first, BASE_2_NO_KEY, max_ref[head])
+  largest, weight = _start(ref, head)
+  before = jnp.where(is_first, largest, max_ref[head])
   largest = jnp.maximum(before, scores.max(0, keepdims=True))
   exps, shrink = jnp.exp2(scores - largest), jnp.exp2(before - largest)
-  total = jnp.where(is_first, 0.0, total_ref[head]) * shrink + exps.sum(0, keepdims=True)
+  total = jnp.where(is_first, weight, total_ref[head]) * shrink + exps.sum(0, keepdims=True)
   rows = slice(head % layout.share * layout.head, (head % layout.share + 1) * layout.head)
   value_HS = ref['value'][0, :, k_lanes].T[rows]
   part = tpu_blocks.dot(value_HS, (exps * factors(head)).astype(value_HS.dtype), (1, 0))

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flash_attention_cases import Call, check, random, results
 from pallas_kernels import chips, gpu_compiler
 from pallas_kernels.flash_attention import flash_attention, gpu
 from pallas_kernels.flash_attention.gpu import Blocks
-from pallas_kernels.flash_attention.reference import NO_KEY, Masking, Options, Terms, visible
+from pallas_kernels.flash_attention.reference import Masking, Options, Terms, visible
 from pallas_kernels.flash_attention.specs import SPECS
-from test_flash_attention_tpu import TOLERANCE, exact, float64, random, relative_error
 
 TINY = Blocks(16, 32, 4, 2)
 IDS = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 4, (2, 50)), axis=1), jnp.int32)
@@ -32,14 +32,6 @@ CASES = {
 }
 
 
-@functools.partial(jax.jit, static_argnums=0,
-                   compiler_options={'xla_backend_optimization_level': 0})
-def interpreted(options, query, key, value, terms, masking, g):
-  args = options, query, key, value, terms, masking
-  out, lse = gpu.forward(*args, interpret=True, blocks=TINY)
-  return out, lse, *gpu.backward(*args, out, lse, g, interpret=True, blocks=TINY)
-
-
 @pytest.mark.supports('kernels', 'flash attention on NVIDIA GPUs, with all of its options',
                       'float16 attention on GPUs')
 @pytest.mark.parametrize('case', CASES)
@@ -48,16 +40,10 @@ def test_the_kernel_is_float64s_attention_and_gradient(case):
   options = Options(**{'causal': True, 'window': None, 'scale': H**-0.5, 'softcap': None} | named)
   query, key, value, g = (random(i, *shape).astype(dtype) for i, shape in enumerate(
       ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))))
-  bias = None if bias_shape is None else random(4, *bias_shape)
-  *got, dterms = interpreted(options, query, key, value, Terms(bias), masking, g)
-  want = float64(options, query, key, value, bias, masking, g)
-  unseen = want[1] <= NO_KEY
-  np.testing.assert_array_equal(np.asarray(got[1]) <= 0.6 * NO_KEY, unseen)
-  assert not exact(got[0])[unseen.reshape(B, N, T).swapaxes(1, 2)].any()
-  pairs = [(got[0], want[0]), (np.where(unseen, 0, got[1]), np.where(unseen, 0, want[1])),
-           *zip((*got[2:], dterms.bias), want[2:])]
-  errors = [relative_error(*pair) for pair in pairs if pair[1] is not None]
-  assert np.max(errors) <= TOLERANCE.get(dtype, 1e-2), errors
+  terms = Terms(None if bias_shape is None else random(4, *bias_shape))
+  dlse = random(5, B, K, N // K, T)
+  call = Call(options, query, key, value, terms, masking, g, dlse, TINY)
+  check(call, results(gpu, call))
 
 
 def test_the_public_function_differentiates_through_the_kernel():
@@ -114,7 +100,7 @@ def lowered(spec, name, dtype=jnp.bfloat16, card='h100'):
     return gpu_compiler.kernels(lambda q, k, v: gpu.forward(
         options, q, k, v, Terms(), Masking(), card=card), query, key, key)
   return gpu_compiler.kernels(lambda q, k, v, lse: gpu.backward(
-      options, q, k, v, Terms(), Masking(), q, lse, q, card=card), query, key, key,
+      options, q, k, v, Terms(), Masking(), q, lse, q, lse, card=card), query, key, key,
                               shape((B, K, N // K, T), jnp.float32))
 
 
