@@ -15,7 +15,9 @@ _PLATFORMS = {'tpu': 'tpu', 'gpu': 'cuda'}  # that the kernels of a form are com
 def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = True,
                     window: int | None = None, chunk: int | None = None,
                     scale: float | None = None, softcap: float | None = None,
-                    bias: jax.Array | None = None, prefix: jax.Array | None = None,
+                    bias: jax.Array | None = None, distance_bias: jax.Array | None = None,
+                    relative_query: jax.Array | None = None,
+                    relative_key: jax.Array | None = None, prefix: jax.Array | None = None,
                     query_offset: int | jax.Array | None = None,
                     query_segment_ids: jax.Array | None = None,
                     key_segment_ids: jax.Array | None = None, dropout_rate: float = 0.0,
@@ -23,7 +25,10 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
                     return_lse: bool = False, implementation: str | None = None
                     ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """Attends: out[t] = sum_s p[t, s] value[s], with p[t] = softmax_s(scores[t, s]) and
-  scores[t, s] = softcap * tanh(scale * query[t] . key[s] / softcap) + bias[t, s].
+  scores[t, s] = softcap * tanh(scale * query[t] . key[s] / softcap) + bias[t, s]
+                 + distance_bias[clip(-d, -R, R) + R]
+                 + scale * relative_query[t] . relative_key[clip(d, 0, X - 1)]
+  for the distance d = t + query_offset - s of the query from the key.
 
   Query t, at place t + query_offset, sees key s when all that is given allows it: s is not after
   that place or is in the prefix (`causal`), s is less than `window` away from it, both are in one
@@ -46,6 +51,13 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
       2). None leaves them.
     bias: [1 or B, N, T, S], bfloat16 or float32, with a gradient. It is the one T x S array that
       is kept.
+    distance_bias: [N, 2R + 1], with a gradient: what a key R places before the query up to one R
+      places behind it gets; those farther away get what these get. T5's buckets looked up
+      (arXiv:1910.10683, section 2.1), or ALiBi's slopes times distances (arXiv:2108.12409).
+    relative_query: [B, T, N, H], with a gradient; None with `relative_key` None. In Transformer-XL
+      (arXiv:1901.02860, section 3.3) the query plus v.
+    relative_key: [X, N, H], of the dtype of `query`, with a gradient: row d is of the distance d,
+      the first also of all keys behind the query and the last of those farther away.
     prefix: boolean [B, S], keys that `causal` does not hide from earlier queries (prefix language
       models, arXiv:1910.10683, section 3.2.1).
     query_offset: the place of query 0 among the keys. A Python integer, which may be negative, for
@@ -74,8 +86,9 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
     of a query that sees no key is below -1e29.
 
   Raises:
-    ValueError: shapes that do not fit, only one of the two segment ids, or a window, chunk or
-      softcap that is not positive, or a dropout_rate outside [0, 1) or without its seeds.
+    ValueError: shapes that do not fit, only one of the two segment ids or of the relative query and
+      key, a window, chunk or softcap that is not positive, or a dropout_rate outside [0, 1) or
+      without its seeds.
   """
   first_place, offset = (query_offset, None) if isinstance(query_offset, int) else (0, query_offset)
   if dropout_rate and dropout_seeds is None:
@@ -89,7 +102,8 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causa
                      f'{query.shape[2]} heads')
   options = _options(causal, window, scale, softcap, bias, shape, query.shape[-1], chunk=chunk,
                      query_offset=first_place, dropout_rate=dropout_rate)
-  terms = Terms(bias, sinks)
+  terms = Terms(bias, sinks, distance_bias, relative_query, relative_key)
+  _check_terms(terms, query)
   form = _resolve(implementation, options, query, key, terms)
   out, lse = _attend(options, form, query, key, value, terms, masking)
   return (out, lse.reshape(shape[:3])) if return_lse else out
@@ -191,6 +205,26 @@ def _options(causal, window, scale, softcap, bias, shape, H, **more) -> Options:
   if not 0 <= options.dropout_rate < 1:
     raise ValueError(f'dropout_rate={options.dropout_rate} must be in [0, 1)')
   return options
+
+
+def _check_terms(terms: Terms, query: jax.Array):
+  """Checks the terms by distance."""
+  _, _, N, H = query.shape
+  shape = getattr(terms.distance_bias, 'shape', (N, 1))
+  if len(shape) != 2 or shape[0] != N or not shape[1] % 2:
+    raise ValueError(f'distance_bias has shape {shape}, it must be ({N}, 2R + 1): [heads, '
+                     'distances from -R to R]')
+  if (terms.relative_query is None) != (terms.relative_key is None):
+    raise ValueError('relative_query and relative_key are needed both, or neither')
+  if terms.relative_key is None:
+    return
+  if terms.relative_query.shape != query.shape:
+    raise ValueError(f'relative_query has shape {terms.relative_query.shape}, it must be that of '
+                     f'query, {query.shape}')
+  shape = terms.relative_key.shape
+  if len(shape) != 3 or not shape[0] or shape[1:] != (N, H):
+    raise ValueError(f'relative_key has shape {shape}, it must be (X, {N}, {H}): [distances, query '
+                     'heads, head_dim]')
 
 
 def _choose(form, name, options, *args):

@@ -126,6 +126,7 @@ def variants(spec, chip) -> dict[str, Program]:
       'plain': (options, Terms(), Masking()),
       'packed': (options, Terms(), Masking(None, ids, ids)),
       'bias': (options, Terms(shape((1, N, T, T), jnp.bfloat16)), Masking()),
+      'distance': (options, Terms(distance_bias=shape((N, 257), jnp.float32)), Masking()),
       'softcap': (options._replace(softcap=50.0), Terms(), Masking()),
       'prefix': (options, Terms(), Masking(prefix=shape((B, T), jnp.bool_))),
       'window': (options._replace(window=256), Terms(), Masking()),

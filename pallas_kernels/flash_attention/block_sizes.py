@@ -36,12 +36,12 @@ TABLE['tpu7x'] = TABLE['v6e']
 
 
 def vmem_bytes(name: str, blocks: Blocks, T: int, head: int, share: int, itemsize: int,
-               bias_itemsize: int) -> int:
-  """VMEM that a pass needs: its blocks twice, since the next are on their way, its sums, and three
-  blocks of scores in float32."""
+               bias_itemsize: int, kept: int = 0) -> int:
+  """VMEM that a pass needs: its blocks twice, since the next are on their way, its sums, three
+  blocks of scores in float32, and what a tile keeps for all visits."""
   queries, keys, tiles = blocks
   lanes = tiles * max(head, LANES)
-  scores = 12 * queries * keys + 2 * tiles * share * bias_itemsize * queries * keys
+  scores = tiles * kept + 12 * queries * keys + 2 * tiles * share * bias_itemsize * queries * keys
   if name == 'forward':
     sums = 4 * queries * (lanes + 16 * tiles * share)
     return scores + sums + itemsize * lanes * (4 * queries + 4 * keys)
@@ -51,7 +51,7 @@ def vmem_bytes(name: str, blocks: Blocks, T: int, head: int, share: int, itemsiz
 
 
 def find(name: str, chip: str, T: int, S: int, head: int, share: int, itemsize: int,
-         bias_itemsize: int = 0) -> Blocks:
+         bias_itemsize: int = 0, kept: int = 0) -> Blocks:
   """The blocks of a pass, 'forward' or 'backward': those tuned at the nearest head and length, cut
   to lengths that leave little padding, and halved until they fit.
 
@@ -64,6 +64,7 @@ def find(name: str, chip: str, T: int, S: int, head: int, share: int, itemsize: 
     share: heads of a tile.
     itemsize: bytes of an element of `query`.
     bias_itemsize: bytes of an element of the bias, 0 for none.
+    kept: bytes that a tile keeps in VMEM for all of its visits.
 
   Raises:
     NotImplementedError: not even the smallest ones fit.
@@ -79,7 +80,7 @@ def find(name: str, chip: str, T: int, S: int, head: int, share: int, itemsize: 
   while True:
     blocks = Blocks(_even(T, queries), _even(S, keys), tiles)
     padded = -(-T // blocks.queries) * blocks.queries
-    need = vmem_bytes(name, blocks, padded, head, share, itemsize, bias_itemsize)
+    need = vmem_bytes(name, blocks, padded, head, share, itemsize, bias_itemsize, kept)
     if need <= chips.vmem_limit(chip):
       return blocks
     if tiles > 1:

@@ -7,6 +7,7 @@ its caches.
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import dropout
+from pallas_kernels.flash_attention.cpu_positions import ByDistance, sum_of_rows
 from pallas_kernels.flash_attention.reference import (MASKED, NO_KEY, Terms, places,
                                                       sinks_gradient, softcapped, visible)
 from pallas_kernels.matmul.cpu import dot, dot_t, row_major, transpose, transpose_apart
@@ -47,18 +48,19 @@ def _tokens(x, B):
   return x.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
 
 
-def _scores(options, query_XGTH, key_XSH, bias_BNTS, mask_BTS):
+def _scores(options, query_XGTH, key_XSH, terms, mask_BTS):
   """Masked scores, float32 [X, G * T, S], and the slope that takes their gradient to that of
-  query . key; X = B * K."""
+  query . key; X = B * K, and `terms` [1 or B, N, T, S] each, or None, are added."""
   X, G, T, H = query_XGTH.shape
   S, slope = key_XSH.shape[1], options.scale
   scores = dot_t(query_XGTH.reshape(X, G * T, H), key_XSH) * options.scale
   if options.softcap is not None:
     scores = softcapped(scores, options.softcap)
     slope *= 1 - jnp.square(scores / options.softcap)
-  if bias_BNTS is not None:
-    split = scores.reshape(-1, bias_BNTS.shape[1], T, S)
-    scores = (split + bias_BNTS.astype(jnp.float32)).reshape(scores.shape)
+  for term_BNTS in terms:
+    if term_BNTS is not None:
+      split = scores.reshape(-1, term_BNTS.shape[1], T, S)
+      scores = (split + term_BNTS.astype(jnp.float32)).reshape(scores.shape)
   if mask_BTS is not None:
     B = mask_BTS.shape[0]
     split = scores.reshape(B, X // B * G, T, S) if B > 1 else scores.reshape(1, X * G, T, S)
@@ -87,12 +89,14 @@ def forward(options, query, key, value, terms, masking):
   query_XGTH = _heads(query, K)
   key_XSH, value_XSH = _heads(key, K)[:, 0], _heads(value, K)[:, 0]
   mask = visible(options, T, S, masking)
+  by_distance = ByDistance(options, terms, T, S, masking.query_offset)
   sinks = None if terms.sinks is None else terms.sinks.astype(jnp.float32)[:, None]
   outs, lses = [], []
   for block in _blocks(options, T, S, masking):
     start, end, first, last = block
     scores, _ = _scores(options, query_XGTH[:, :, start:end], key_XSH[:, first:last],
-                        _cut(terms.bias, *block), _cut(mask, *block))
+                        (_cut(terms.bias, *block), by_distance.scores(block)),
+                        _cut(mask, *block))
     largest = jnp.maximum(scores.max(-1, keepdims=True), NO_KEY)
     if sinks is not None:
       sinks_XT1 = jnp.broadcast_to(sinks, (B, N, end - start)).reshape(largest.shape)
@@ -109,14 +113,10 @@ def forward(options, query, key, value, terms, masking):
   return _tokens(jnp.concatenate(outs, 2), B), jnp.concatenate(lses, 3)
 
 
-def _bias_gradient(dscores, bias, start, end, first, last):
+def _bias_gradient(dscores, bias, first, last):
   """The rows of the gradient of bias that one block of `dscores` gives, [1 or B, N, T, S]."""
-  N, S = bias.shape[1], bias.shape[3]
-  dbias = dscores.reshape(-1, N, end - start, last - first)
-  if bias.shape[0] == 1:  # XLA:CPU needs half of the whole backward pass for a sum over axis 0.
-    ones = jnp.ones((1, dbias.shape[0]))
-    dbias = (ones @ dbias.reshape(dbias.shape[0], -1)).reshape(1, *dbias.shape[1:])
-  return jnp.pad(dbias.astype(bias.dtype), ((0, 0),) * 3 + ((first, S - last),))
+  dbias = sum_of_rows(dscores) if bias.shape[0] == 1 else dscores
+  return jnp.pad(dbias.astype(bias.dtype), ((0, 0),) * 3 + ((first, bias.shape[3] - last),))
 
 
 def backward(options, query, key, value, terms, masking, out, lse, g, dlse):
@@ -130,19 +130,23 @@ def backward(options, query, key, value, terms, masking, out, lse, g, dlse):
   delta_XGT = delta_BTN.transpose(0, 2, 1).reshape(X, G, T) - dlse.reshape(X, G, T)
   lse_XGT = lse.reshape(X, G, T)
   mask = visible(options, T, S, masking)
+  by_distance = ByDistance(options, terms, T, S, masking.query_offset)
   dquery, dbias, dkey_XHS, dvalue_XHS = [], [], *jnp.zeros((2, X, H, S), jnp.float32)
   for block in _blocks(options, T, S, masking):
     start, end, first, last = block
     rows = (X, G * (end - start), -1)
     q, dout = query_XGTH[:, :, start:end].reshape(rows), g_XGTH[:, :, start:end].reshape(rows)
     scores, slope = _scores(options, query_XGTH[:, :, start:end], key_XSH[:, first:last],
-                            _cut(terms.bias, *block), _cut(mask, *block))
+                            (_cut(terms.bias, *block), by_distance.scores(block)),
+                            _cut(mask, *block))
     probs = jnp.exp(scores - lse_XGT[:, :, start:end].reshape(rows))
     factors = _factors(options, masking, scores, T, *block)
     dprobs = dot_t(dout, value_XSH[:, first:last]) * factors
     dscores = probs * (dprobs - delta_XGT[:, :, start:end].reshape(rows))
+    split = dscores.reshape(B, N, end - start, last - first)
     if terms.bias is not None:
-      dbias.append(_bias_gradient(dscores, terms.bias, *block))
+      dbias.append(_bias_gradient(split, terms.bias, first, last))
+    by_distance.add_gradients(block, split)
     dscores = row_major((dscores * slope).astype(dtype))
     dquery.append(dot(dscores, key_XSH[:, first:last]).astype(dtype).reshape(X, G, end - start, H))
     # Transposed sums: q^T dscores moves [rows, H] elements into place, not [rows, S].
@@ -154,4 +158,4 @@ def backward(options, query, key, value, terms, masking, out, lse, g, dlse):
   # First each head's matrix, then the heads: at once it takes twice as long.
   one_head = lambda x_XHS: _tokens(transpose_apart(x_XHS.astype(dtype))[:, None], B)
   return (_tokens(jnp.concatenate(dquery, 2), B), one_head(dkey_XHS), one_head(dvalue_XHS),
-          Terms(jnp.concatenate(dbias, 2) if dbias else None, dsinks))
+          Terms(jnp.concatenate(dbias, 2) if dbias else None, dsinks, *by_distance.of_terms()))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import dropout
+from pallas_kernels.flash_attention import dropout, positions
 
 MASKED = -1e30  # finite, so that no row of scores gives NaN
 NO_KEY = MASKED / 2  # the least log-sum-exp: a row with no visible key has exp(MASKED - NO_KEY) = 0
@@ -27,6 +27,9 @@ class Terms(NamedTuple):
   these names."""
   bias: jax.Array | None = None
   sinks: jax.Array | None = None
+  distance_bias: jax.Array | None = None
+  relative_query: jax.Array | None = None
+  relative_key: jax.Array | None = None
 
 
 class Masking(NamedTuple):
@@ -67,6 +70,21 @@ def softcapped(scores: jax.Array, softcap: float | None) -> jax.Array:
   return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
+def _of_distance(options, terms, T, S, offset):
+  """The terms of the scores by distance, float32 [1 or B, N, T, S] each."""
+  if terms.distance_bias is not None:
+    at_zero = terms.distance_bias.shape[1] // 2 - options.query_offset
+    yield positions.toeplitz(positions.diagonals(terms.distance_bias, at_zero, T, S, offset), T)
+  if terms.relative_key is not None:
+    key_XNH = jnp.flip(terms.relative_key, 0)  # by the distance of the key, not of the query
+    at_zero = key_XNH.shape[0] - 1 - options.query_offset
+    key_BXNH = positions.diagonals(key_XNH, at_zero, T, S, offset, 0)
+    key_BXNH = jnp.broadcast_to(key_BXNH, (terms.relative_query.shape[0], *key_BXNH.shape[1:]))
+    products = jnp.einsum('btnh,bxnh->bntx', terms.relative_query, key_BXNH,
+                          preferred_element_type=jnp.float32)
+    yield positions.skewed(products) * options.scale
+
+
 def forward(options, query, key, value, terms, masking):
   """Returns out [B, T, N, H] and the log-sum-exp of the scores, float32 [B, K, G, T]."""
   B, T, N, H = query.shape
@@ -77,6 +95,8 @@ def forward(options, query, key, value, terms, masking):
   scores_BKGTS = softcapped(scores_BKGTS, options.softcap)
   if terms.bias is not None:
     scores_BKGTS += terms.bias.astype(jnp.float32).reshape(-1, K, N // K, T, S)
+  for term in _of_distance(options, terms, T, S, masking.query_offset):
+    scores_BKGTS += term.astype(jnp.float32).reshape(-1, K, N // K, T, S)
   mask = visible(options, T, S, masking)
   if mask is not None:
     scores_BKGTS = jnp.where(mask[:, None, None], scores_BKGTS, MASKED)

@@ -3,13 +3,16 @@
 Here arrays are brought into the form of the kernels: heads side by side in lanes, without a
 transpose, lengths padded to blocks. The kernels are in tpu_forward.py and tpu_backward.py.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import chips
 from pallas_kernels.flash_attention import (block_sizes, dropout, tpu_backward, tpu_blocks,
-                                            tpu_forward)
-from pallas_kernels.flash_attention.reference import NO_KEY, Terms, places, sinks_gradient
+                                            tpu_forward, tpu_positions)
+from pallas_kernels.flash_attention.reference import (MASKED, NO_KEY, Terms, places,
+                                                      sinks_gradient)
 from pallas_kernels.flash_attention.tpu_blocks import LANES, Layout
 
 LARGEST_HEAD = 256
@@ -28,7 +31,9 @@ def _layout(name, options, query, key, terms, chip, blocks=None) -> Layout:
   share = 1 if K % share else share
   head = H if share > 1 else -(-H // LANES) * LANES
   blocks = blocks or block_sizes.find(name, chip, T, S, head, share, query.dtype.itemsize,
-                                      0 if terms.bias is None else terms.bias.dtype.itemsize)
+                                      0 if terms.bias is None else terms.bias.dtype.itemsize,
+                                      tpu_positions.vmem_bytes(name, terms, T, S, head * share,
+                                                               share))
   largest = lambda n, most: max(i for i in range(1, n + 1) if n % i == 0 and i <= most)
   query_tiles = largest(G, blocks.tiles)
   key_tiles = largest(K // share, blocks.tiles // G) if query_tiles == G else 1
@@ -56,10 +61,10 @@ def refusal(options, query: jax.Array, key: jax.Array, terms: Terms) -> str | No
   return None
 
 
-def _pad(x, axis, multiple):
+def _pad(x, axis, multiple, fill=0):
   widths = [(0, 0)] * x.ndim
   widths[axis] = (0, -x.shape[axis] % multiple)
-  return jnp.pad(x, widths)
+  return jnp.pad(x, widths, constant_values=fill)
 
 
 def _reorder(x, axis, first, second):
@@ -89,9 +94,10 @@ class _Form:
     x = x[:, :length].reshape(x.shape[0], length, -1, self.layout.head)[..., :self.H]
     return _reorder(x, 2, self.G, self.layout.share) if ordered else x
 
-  def rows(self, x):
+  def rows(self, x, fill):
     """[B, N, T] -> [B, N, 1, padded T]."""
-    return _pad(_reorder(x, 1, self.layout.share, self.G), 2, self.layout.block_q)[:, :, None]
+    x = _reorder(x, 1, self.layout.share, self.G)
+    return _pad(x, 2, self.layout.block_q, fill)[:, :, None]
 
   def scores(self, x):
     """[B, N, T, S] -> padded to blocks."""
@@ -99,8 +105,20 @@ class _Form:
     return _pad(_pad(_reorder(x, 1, layout.share, self.G), 2, layout.block_q), 3, layout.block_k)
 
 
-def _inputs(form, query, key, value, terms, masking):
-  """(offset [B], the arrays by name) that both passes take."""
+def _by_distance(form, query_axis, offset, distance_bias, relative_key):
+  """The arrays of `tpu_positions` by name, of what is not None."""
+  layout, arrays = form.layout, {}
+  if distance_bias is not None:
+    arrays['table'] = _reorder(
+        tpu_positions.table(layout, query_axis, offset, distance_bias), 1, layout.share, form.G)
+  if relative_key is not None:
+    keys = tpu_positions.keys_by_diagonal(layout, offset, relative_key)
+    arrays['relative_key'] = form.lanes(keys, LANES)
+  return arrays
+
+
+def _inputs(form, query, key, value, terms, masking, query_axis):
+  """(offset [B], the arrays by name) of a pass with queries along `query_axis`."""
   layout, B = form.layout, query.shape[0]
   arrays = {'query': form.lanes(query, layout.block_q),
             'key': form.lanes(key, layout.block_k, False),
@@ -110,6 +128,10 @@ def _inputs(form, query, key, value, terms, masking):
   if terms.bias is not None:
     name = 'bias' if terms.bias.shape[0] == B > 1 else 'shared_bias'
     arrays[name] = form.scores(terms.bias)
+  arrays |= _by_distance(form, query_axis, masking.query_offset, terms.distance_bias,
+                         terms.relative_key)
+  if terms.relative_query is not None:
+    arrays['relative_query'] = form.lanes(terms.relative_query, layout.block_q)
   if layout.options.dropout_rate:
     seeds = _reorder(dropout.of_seeds(masking.dropout_seeds), 1, layout.share, form.G)
     arrays['seeds'] = seeds.reshape(B, -1, 1, layout.heads)
@@ -133,7 +155,7 @@ def forward(options, query, key, value, terms, masking, *, interpret=False, chip
   (B, T, N, _), K = query.shape, key.shape[2]
   layout = _layout('forward', options, query, key, terms, chip, blocks)
   form = _Form(layout, query, key)
-  offset, arrays = _inputs(form, query, key, value, terms, masking)
+  offset, arrays = _inputs(form, query, key, value, terms, masking, int(layout.share > 1))
   out, lse = tpu_forward.forward(layout, tpu_blocks.visits(layout, masking, False), offset, arrays,
                                  interpret=interpret, vmem_bytes=chips.vmem_limit(chip))
   lse_BNT = _reorder(lse[:, :, 0, :T], 1, form.G, layout.share)
@@ -147,12 +169,12 @@ def backward(options, query, key, value, terms, masking, out, lse, g, dlse, *, i
   (B, T, N, _), S = query.shape, key.shape[1]
   layout = _layout('backward', options, query, key, terms, chip, blocks)
   form = _Form(layout, query, key)
-  offset, arrays = _inputs(form, query, key, value, terms, masking)
+  offset, arrays = _inputs(form, query, key, value, terms, masking, 1)
   lse_BNT = lse.reshape(B, N, T)
   delta_BNT = jnp.einsum('btnh,btnh->bnt', g, out, preferred_element_type=jnp.float32)
   delta_BNT -= dlse.reshape(B, N, T)
-  arrays |= {'dout': form.lanes(g, layout.block_q), 'lse': form.rows(lse_BNT),
-             'delta': form.rows(delta_BNT)}
+  arrays |= {'dout': form.lanes(g, layout.block_q), 'lse': form.rows(lse_BNT, -MASKED),
+             'delta': form.rows(delta_BNT, 0.0)}
   bias, dbias = terms.bias, None
   if bias is not None:
     padded = arrays.get('bias', arrays.get('shared_bias')).shape[1:]
@@ -167,7 +189,25 @@ def backward(options, query, key, value, terms, masking, out, lse, g, dlse, *, i
     dbias = dbias if bias.shape[0] == B else dbias.sum(0, keepdims=True)
     dbias = dbias.astype(bias.dtype)
   dsinks = None if terms.sinks is None else sinks_gradient(terms.sinks, lse_BNT, delta_BNT)
-  return form.heads(grads['dquery'], T), dkey, dvalue, Terms(dbias, dsinks)
+  by_distance = _gradients_by_distance(form, grads, terms, masking.query_offset, T)
+  return form.heads(grads['dquery'], T), dkey, dvalue, Terms(dbias, dsinks, *by_distance)
+
+
+def _gradients_by_distance(form, grads, terms, offset, T):
+  """The gradients of distance_bias, relative_query and relative_key."""
+  scale, drelative_query = form.layout.options.scale, None
+  tables = terms.distance_bias, terms.relative_key
+  inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), tables)
+  transpose = jax.linear_transpose(functools.partial(_by_distance, form, 1, offset), *inputs)
+  dtables = {name: grads[f'd{name}'] for name in ('table', 'relative_key') if f'd{name}' in grads}
+  if offset is None:  # all rows read one table
+    dtables = {name: x.sum(0, keepdims=True) for name, x in dtables.items()}
+  if terms.relative_query is not None:
+    dtables['relative_key'] *= scale
+    drelative_query = form.heads(grads['drelative_query'] * scale, T)
+    drelative_query = drelative_query.astype(terms.relative_query.dtype)
+  dbias, drelative_key = jax.tree.map(lambda dx, x: dx.astype(x.dtype), transpose(dtables), tables)
+  return dbias, drelative_query, drelative_key
 
 
 def _join(x, layout):

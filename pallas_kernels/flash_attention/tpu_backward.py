@@ -12,27 +12,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import tpu_blocks
+from pallas_kernels.flash_attention import tpu_blocks, tpu_positions
 from pallas_kernels.flash_attention.tpu_blocks import LOG2_E
 
 
-def _tile(layout, ref, out, mask, factors_of, q_lanes, k_lanes, first_head):
+def _tile(layout, ref, out, visit, q_lanes, k_lanes, first_head):
   """What one visit of a tile adds to the gradients of query, key and value, float32."""
   query, dout = ref['query'][0, :, q_lanes], ref['dout'][0, :, q_lanes]
   key, value = ref['key'][0, :, k_lanes], ref['value'][0, :, k_lanes]
   parts = []
   for i in range(layout.share):
     head = first_head + i
-    bias = tpu_blocks.bias_of(ref, head)
     products = tpu_blocks.dot(key, tpu_blocks.one_head(layout, query, i), (1, 1))
-    scores, slope = tpu_blocks.base_2_scores(layout, products, None if bias is None else bias.T,
-                                             mask)
+    added = tpu_positions.scores(layout, ref, visit, q_lanes, head)
+    scores, slope = tpu_blocks.base_2_scores(layout, products, added, visit.mask)
     probs = jnp.exp2(scores - ref['lse'][0, head] * LOG2_E)
     dprobs = tpu_blocks.dot(value, tpu_blocks.one_head(layout, dout, i), (1, 1))
-    factors = factors_of(head)
+    factors = visit.factors(head)
     dscores = probs * (dprobs * factors - ref['delta'][0, head])
-    if 'dbias' in out:
-      out['dbias'][0, head] = dscores.T.astype(out['dbias'].dtype)
+    tpu_positions.add_gradients(layout, ref, out, visit, q_lanes, head, dscores)
     dscores = (dscores if slope is None else dscores * slope).astype(query.dtype)
     parts.append((tpu_blocks.dot(dscores, key, (0, 0)), tpu_blocks.dot(dscores, query, (1, 0)),
                   tpu_blocks.dot((probs * factors).astype(query.dtype), dout, (1, 0))))
@@ -48,15 +46,14 @@ def _kernel(layout, query_block, key_block, first_of_query, first_of_key, offset
   step = pl.program_id(2)
   first_q, first_k = query_block[step] * layout.block_q, key_block[step] * layout.block_k
   rows = pl.ds(pl.multiple_of(first_q, layout.block_q), layout.block_q)
-  first_place = first_q + offset[pl.program_id(0)]
-  mask = tpu_blocks.visible(layout, ref, first_place - first_k, first_k, 1)
-  factors = tpu_blocks.dropout_factors(layout, ref, first_place, first_k, 1)
+  visit = tpu_blocks.visit(layout, ref, first_q, first_k, offset[pl.program_id(0)], 1)
   scale, new_q, new_k = layout.options.scale, first_of_query[step] == 1, first_of_key[step] == 1
+  tpu_positions.start_gradients(out, step)
   for (q_lanes, k_lanes), head in layout.tiles():
     if head % (layout.query_tiles * layout.share) == 0:
       dkey = jnp.where(new_k, 0.0, dkey_ref[:, k_lanes])
       dvalue = jnp.where(new_k, 0.0, dvalue_ref[:, k_lanes])
-    parts = _tile(layout, ref, out, mask, factors, q_lanes, k_lanes, head)
+    parts = _tile(layout, ref, out, visit, q_lanes, k_lanes, head)
     dquery = jnp.where(new_q, 0.0, dquery_ref[rows, q_lanes]) + parts[0]
     dkey, dvalue = dkey + parts[1], dvalue + parts[2]
     dquery_ref[rows, q_lanes], dkey_ref[:, k_lanes], dvalue_ref[:, k_lanes] = dquery, dkey, dvalue
@@ -73,7 +70,8 @@ def _kernel_of_bias(layout, *refs):
 
 def backward(layout: tpu_blocks.Layout, visits, offset, arrays: dict[str, jax.Array],
              dbias: jax.Array | None, *, interpret: bool, vmem_bytes: int) -> dict[str, jax.Array]:
-  """Returns 'dquery', 'dkey', 'dvalue' and, where there is one, 'dbias'.
+  """Returns 'dquery', 'dkey', 'dvalue' and, where there is one, 'dbias', and those of
+  `tpu_positions.gradients`.
 
   'dkey' and 'dvalue' are [B, S, programs * lanes]: where programs share keys, each has its part of
   the sum, in float32.
@@ -87,7 +85,7 @@ def backward(layout: tpu_blocks.Layout, visits, offset, arrays: dict[str, jax.Ar
     interpret: whether to run without a TPU.
     vmem_bytes: the kernel's share of VMEM.
   """
-  specs = tpu_blocks.block_specs(layout)
+  specs = tpu_blocks.block_specs(layout) | tpu_positions.block_specs(layout, arrays)
   query = arrays['query']
   B, T, q_lanes = query.shape
   lanes, k_lanes = specs['query'].block_shape[-1], specs['key'].block_shape[-1]
@@ -97,6 +95,7 @@ def backward(layout: tpu_blocks.Layout, visits, offset, arrays: dict[str, jax.Ar
   outs = {'dquery': jax.ShapeDtypeStruct(query.shape, query.dtype), 'dkey': dkey, 'dvalue': dkey}
   specs |= {'dquery': pl.BlockSpec((1, T, lanes), lambda b, h, *_: (b, 0, h)),
             'dvalue': specs['dkey']}
+  outs |= tpu_positions.gradients(arrays)
   in_specs, kernel, aliases, args = [{name: specs[name] for name in arrays}], _kernel, {}, [arrays]
   if dbias is not None:
     outs['dbias'] = jax.ShapeDtypeStruct(dbias.shape, dbias.dtype)

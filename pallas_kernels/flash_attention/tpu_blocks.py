@@ -6,6 +6,7 @@ are [B, length, heads * H] and a block never moves a head between lanes. Heads o
 apart by zeros in the operand that is contracted, and by selection in the result, so 64 wide heads
 cost what the half-filled matrix unit costs and nothing more.
 """
+from collections.abc import Callable
 import functools
 import itertools
 import math
@@ -128,6 +129,27 @@ def mask_arrays(layout: Layout, B: int, masking: Masking) -> dict[str, jax.Array
     named['query_chunks'] = chunks(reference.places(options, layout.T, masking))
     named['key_chunks'] = chunks(jnp.arange(layout.S))
   return {name: x[:, None].astype(jnp.int32) for name, x in named.items() if x is not None}
+
+
+class Visit(NamedTuple):
+  """What a kernel knows of the block that it visits.
+
+  first_q, first_k: its first query and key. query_axis: that of queries in a block of scores, 0 or
+  1. mask: of `visible`. factors: of `dropout_factors`.
+  """
+  first_q: jax.Array
+  first_k: jax.Array
+  query_axis: int
+  mask: jax.Array | None
+  factors: Callable[[int], jax.Array | float]
+
+
+def visit(layout: Layout, ref, first_q, first_k, offset, query_axis: int) -> Visit:
+  """The visit of a block, where query 0 stands at place `offset`."""
+  first_place = first_q + offset
+  return Visit(first_q, first_k, query_axis,
+               visible(layout, ref, first_place - first_k, first_k, query_axis),
+               dropout_factors(layout, ref, first_place, first_k, query_axis))
 
 
 def visible(layout: Layout, ref, distance, first_k, query_axis: int):

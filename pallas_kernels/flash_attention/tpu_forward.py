@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import tpu_blocks
+from pallas_kernels.flash_attention import tpu_blocks, tpu_positions
 from pallas_kernels.flash_attention.reference import NO_KEY
 from pallas_kernels.flash_attention.tpu_blocks import LANES, LOG2_E
 
@@ -45,7 +45,7 @@ def _start(ref, head):
   return (ref['sinks'][0, 0, 0, head] * LOG2_E, 1.0) if 'sinks' in ref else (BASE_2_NO_KEY, 0.0)
 
 
-def _wide(layout, ref, out_ref, lse_ref, state, mask, factors, is_first, lanes, head):
+def _wide(layout, ref, out_ref, lse_ref, state, visit, is_first, lanes, head):
   """A visit of one head that fills its tile.
 
   state: float32 [heads, block_q, width], the weighted sum of values; [heads, block_q, 128], the
@@ -56,7 +56,8 @@ def _wide(layout, ref, out_ref, lse_ref, state, mask, factors, is_first, lanes, 
   value = ref['value'][0, :, k_lanes]
   wide = lambda x, width: jnp.tile(x, (1, width // LANES))
   products = tpu_blocks.dot(ref['query'][0, :, q_lanes], ref['key'][0, :, k_lanes], (1, 1))
-  scores, _ = tpu_blocks.base_2_scores(layout, products, tpu_blocks.bias_of(ref, head), mask)
+  added = tpu_positions.scores(layout, ref, visit, q_lanes, head)
+  scores, _ = tpu_blocks.base_2_scores(layout, products, added, visit.mask)
   largest, weight = _start(ref, head)
   before = jnp.where(is_first, largest, max_ref[head])
   largest = jnp.maximum(before, scores.max(1, keepdims=True))
@@ -64,7 +65,7 @@ def _wide(layout, ref, out_ref, lse_ref, state, mask, factors, is_first, lanes, 
   shrink = jnp.exp2(before - largest)
   total = jnp.where(is_first, weight / LANES, total_ref[head]) * shrink + functools.reduce(
       jnp.add, jnp.split(exps, layout.block_k // LANES, 1))
-  part = tpu_blocks.dot((exps * factors(head)).astype(value.dtype), value, (1, 0))
+  part = tpu_blocks.dot((exps * visit.factors(head)).astype(value.dtype), value, (1, 0))
   sums = jnp.where(is_first, 0.0, sum_ref[head]) * wide(shrink, layout.width) + part
   sum_ref[head], max_ref[head], total_ref[head] = sums, largest, total
   total = jnp.maximum(total.sum(1, keepdims=True), LEAST_SUM)
@@ -74,7 +75,7 @@ def _wide(layout, ref, out_ref, lse_ref, state, mask, factors, is_first, lanes, 
   out_ref[0, :, q_lanes] = (sums * wide(inverse, layout.width)).astype(out_ref.dtype)
 
 
-def _narrow(layout, ref, lse_ref, state, mask, factors, is_first, products, k_lanes, head):
+def _narrow(layout, ref, lse_ref, state, visit, is_first, products, lanes, head):
   """A visit of one of a tile's heads: returns its result so far, float32 [head, block_q].
 
   products: float32 [block_k, block_q], of its queries and keys.
@@ -82,8 +83,9 @@ def _narrow(layout, ref, lse_ref, state, mask, factors, is_first, products, k_la
   largest score; and like it, the total weight.
   """
   sum_ref, max_ref, total_ref = state
-  bias = tpu_blocks.bias_of(ref, head)
-  scores, _ = tpu_blocks.base_2_scores(layout, products, None if bias is None else bias.T, mask)
+  q_lanes, k_lanes = lanes
+  added = tpu_positions.scores(layout, ref, visit, q_lanes, head)
+  scores, _ = tpu_blocks.base_2_scores(layout, products, added, visit.mask)
   largest, weight = _start(ref, head)
   before = jnp.where(is_first, largest, max_ref[head])
   largest = jnp.maximum(before, scores.max(0, keepdims=True))
@@ -91,7 +93,7 @@ def _narrow(layout, ref, lse_ref, state, mask, factors, is_first, products, k_la
   total = jnp.where(is_first, weight, total_ref[head]) * shrink + exps.sum(0, keepdims=True)
   rows = slice(head % layout.share * layout.head, (head % layout.share + 1) * layout.head)
   value_HS = ref['value'][0, :, k_lanes].T[rows]
-  part = tpu_blocks.dot(value_HS, (exps * factors(head)).astype(value_HS.dtype), (1, 0))
+  part = tpu_blocks.dot(value_HS, (exps * visit.factors(head)).astype(value_HS.dtype), (1, 0))
   sums = jnp.where(is_first, 0.0, sum_ref[head]) * shrink + part
   sum_ref[head], max_ref[head], total_ref[head] = sums, largest, total
   total = jnp.maximum(total, LEAST_SUM)
@@ -99,17 +101,16 @@ def _narrow(layout, ref, lse_ref, state, mask, factors, is_first, products, k_la
   return sums * (1 / total)
 
 
-def _narrow_tiles(layout, ref, out_ref, lse_ref, state, mask, factors, is_first):
+def _narrow_tiles(layout, ref, out_ref, lse_ref, state, visit, is_first):
   """A visit of all tiles of narrow heads. Products are asked for AHEAD of the softmax that needs
   them: the compiler keeps the order, and else one unit would wait for the other."""
   waiting, outs = [], []
 
   def finish():
-    products, (q_lanes, k_lanes), head = waiting.pop(0)
-    outs.append(_narrow(layout, ref, lse_ref, state, mask, factors, is_first, products, k_lanes,
-                        head))
+    products, lanes, head = waiting.pop(0)
+    outs.append(_narrow(layout, ref, lse_ref, state, visit, is_first, products, lanes, head))
     if len(outs) == layout.share:
-      out_ref[0, :, q_lanes] = jnp.concatenate(outs).T.astype(out_ref.dtype)
+      out_ref[0, :, lanes[0]] = jnp.concatenate(outs).T.astype(out_ref.dtype)
       outs.clear()
 
   for lanes, first_head in layout.tiles():
@@ -126,16 +127,14 @@ def _narrow_tiles(layout, ref, out_ref, lse_ref, state, mask, factors, is_first)
 def _kernel(layout, query_block, key_block, first_visit, _, offset, ref, out_ref, lse_ref, *state):
   """A visit: updates the weighted sums of values, and writes what they are so far."""
   step = pl.program_id(2)
-  first_k = key_block[step] * layout.block_k
-  first_place = query_block[step] * layout.block_q + offset[pl.program_id(0)]
+  first_q, first_k = query_block[step] * layout.block_q, key_block[step] * layout.block_k
   is_first, query_axis = first_visit[step] == 1, 0 if layout.share == 1 else 1
-  mask = tpu_blocks.visible(layout, ref, first_place - first_k, first_k, query_axis)
-  factors = tpu_blocks.dropout_factors(layout, ref, first_place, first_k, query_axis)
+  visit = tpu_blocks.visit(layout, ref, first_q, first_k, offset[pl.program_id(0)], query_axis)
   if layout.share > 1:
-    _narrow_tiles(layout, ref, out_ref, lse_ref, state, mask, factors, is_first)
+    _narrow_tiles(layout, ref, out_ref, lse_ref, state, visit, is_first)
     return
   for lanes, head in layout.tiles():
-    _wide(layout, ref, out_ref, lse_ref, state, mask, factors, is_first, lanes, head)
+    _wide(layout, ref, out_ref, lse_ref, state, visit, is_first, lanes, head)
 
 
 def _state(layout):
@@ -155,12 +154,12 @@ def forward(layout: tpu_blocks.Layout, visits, offset, arrays: dict[str, jax.Arr
     layout: whose blocks divide the lengths of `arrays`.
     visits: of `tpu_blocks.visits`, by query.
     offset: int32 [B].
-    arrays: 'query' [B, T, N * head], 'key' and 'value' [B, S, K * head], and what
-      `tpu_blocks.block_specs` names more of the inputs.
+    arrays: 'query' [B, T, N * head], 'key' and 'value' [B, S, K * head], and what more
+      `tpu_blocks.block_specs` and `tpu_positions.block_specs` name of the inputs.
     interpret: whether to run without a TPU.
     vmem_bytes: the kernel's share of VMEM.
   """
-  specs = tpu_blocks.block_specs(layout)
+  specs = tpu_blocks.block_specs(layout) | tpu_positions.block_specs(layout, arrays)
   B, T, q_lanes = arrays['query'].shape
   heads = q_lanes // layout.head
   lanes = specs['query'].block_shape[-1]
