@@ -4,8 +4,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import platform
-from pallas_kernels.grouped_matmul import reference, tpu
+from pallas_kernels import chips, platform
+from pallas_kernels.grouped_matmul import gpu, reference, tpu
+
+_KERNELS = {'tpu': (tpu, 'tpu'), 'gpu': (gpu, 'cuda')}  # and what they are compiled on
 
 
 def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *,
@@ -18,54 +20,63 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *,
   (MegaBlocks, arXiv:2211.15841, section 5).
 
   Args:
-    x: [M, K], bfloat16 or float32, its rows in the order of their groups.
+    x: [M, K], bfloat16 or float32 ('gpu': float16 too), its rows in the order of their groups.
     w: [G, K, N], any floating dtype; cast to the dtype of `x`.
     group_sizes: int32 [G], rows of each group; rows behind the last group are of none, and their
       results and gradients are 0.
-    implementation: None, 'reference' (`jax.lax.ragged_dot`) or 'tpu' (Pallas; interpreted where
-      there is no TPU). None is XLA's on a CPU or GPU, and on a TPU Pallas where it takes the case.
+    implementation: None, 'reference' (`jax.lax.ragged_dot`), 'tpu' or 'gpu' (Pallas; interpreted on
+      any other platform). None is Pallas on a TPU, and on an NVIDIA GPU where one is in use, if it
+      takes the case, and else XLA's.
 
   Returns:
     [M, N] in the dtype of `x`.
 
   Raises:
     ValueError: shapes or dtypes that do not fit.
-    NotImplementedError: 'tpu' does not take this case.
+    NotImplementedError: the kernel that is named does not take this case.
   """
   if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1]:
     raise ValueError(f'x {x.shape} and w {w.shape} must be [M, K] and [G, K, N]')
   if group_sizes.shape != w.shape[:1] or group_sizes.dtype != jnp.int32:
     raise ValueError(f'group_sizes is {group_sizes.dtype} {group_sizes.shape}, it must be int32 '
                      f'{w.shape[:1]}: one for each matrix of w {w.shape}')
-  if implementation not in (None, 'reference', 'tpu'):
-    raise ValueError(f"implementation={implementation!r} must be None, 'reference' or 'tpu'")
-  refusal = None if implementation == 'reference' else tpu.refusal(x, w)
-  if refusal and implementation == 'tpu':
-    raise NotImplementedError(refusal)
-  if refusal and jax.default_backend() == 'tpu':
-    platform.warn_once(f'grouped_matmul takes XLA\'s form on TPUs too: {refusal}')
-  return _grouped(implementation if not refusal else 'reference', x, w, group_sizes)
-
-
-def _choose(implementation, plain, kernel, *args):
+  if implementation not in (None, 'reference', *_KERNELS):
+    raise ValueError(f"implementation={implementation!r} must be None, 'reference', 'tpu' or 'gpu'")
   if implementation == 'reference':
+    return _grouped('reference', False, x, w, group_sizes)
+  kernel = implementation or ('tpu' if chips.card() is None else 'gpu')
+  refusal = _KERNELS[kernel][0].refusal(x, w)
+  if refusal and implementation:
+    raise NotImplementedError(refusal)
+  if refusal and (kernel == 'gpu' or jax.default_backend() == 'tpu'):
+    platform.warn_once(f'grouped_matmul is left to XLA: {refusal}')
+  return _grouped('reference' if refusal else kernel, bool(implementation), x, w, group_sizes)
+
+
+def _choose(form, is_named, pass_name, *args):
+  """Calls a pass of the reference or of a kernel, which is interpreted elsewhere if it is named."""
+  plain = getattr(reference, pass_name)
+  if form == 'reference':
     return plain(*args)
-  kernel = functools.partial(platform.interpreted, kernel)
-  return (kernel(*args) if implementation == 'tpu'
-          else platform.by_platform(plain, plain, *args, tpu=kernel))
+  module, platform_name = _KERNELS[form]
+  kernel = getattr(module, pass_name)
+  if is_named:
+    return platform.interpreted(kernel, *args, compiled_on=platform_name)
+  return platform.by_platform(plain, plain, *args,
+                              **{platform_name: functools.partial(kernel, interpret=False)})
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(implementation, x, w, group_sizes):
-  return _choose(implementation, reference.product, tpu.product, x, w, group_sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped(form, is_named, x, w, group_sizes):
+  return _choose(form, is_named, 'product', x, w, group_sizes)
 
 
-def _forward(implementation, x, w, group_sizes):
-  return _grouped(implementation, x, w, group_sizes), (x, w, group_sizes)
+def _forward(form, is_named, x, w, group_sizes):
+  return _grouped(form, is_named, x, w, group_sizes), (x, w, group_sizes)
 
 
-def _backward(implementation, residuals, dy):
-  return *_choose(implementation, reference.gradients, tpu.gradients, *residuals, dy), None
+def _backward(form, is_named, residuals, dy):
+  return *_choose(form, is_named, 'gradients', *residuals, dy), None
 
 
 _grouped.defvjp(_forward, _backward)

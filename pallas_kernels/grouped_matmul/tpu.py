@@ -5,7 +5,6 @@ prefetched as scalars: neighbouring visits share a tile or a group, so a matrix 
 each block of columns.
 """
 import functools
-from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -15,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul import block_sizes
 from pallas_kernels.grouped_matmul.block_sizes import LANES, LARGEST_CHUNK
+from pallas_kernels.grouped_matmul.visits import Visits, visits
 
 
 def refusal(x_MK, w_PKN) -> str | None:
@@ -35,34 +35,6 @@ def refusal(x_MK, w_PKN) -> str | None:
   except NotImplementedError as error:
     return str(error)
   return None
-
-
-class Visits(NamedTuple):
-  """Which tile and group each step of the grid takes; steps behind the last one repeat it.
-
-  tile, group: int32 [steps].  start, end: int32 [groups], rows of each group.  count: int32 [1].
-  """
-  tile: jax.Array
-  group: jax.Array
-  start: jax.Array
-  end: jax.Array
-  count: jax.Array
-
-
-def visits(sizes_P, M: int, rows: int, visits_empty: bool) -> Visits:
-  """Lists the pairs of a tile and a group that share rows, in order.
-
-  visits_empty: whether a group without rows is visited once, with any tile.
-  """
-  end = jnp.cumsum(sizes_P, dtype=jnp.int32)
-  start, tiles = end - sizes_P, pl.cdiv(M, rows)
-  first = jnp.minimum(start // rows, tiles - 1)
-  number = jnp.where(sizes_P > 0, (end - 1) // rows - first + 1, int(visits_empty))
-  behind = jnp.cumsum(number, dtype=jnp.int32)
-  step = jnp.minimum(jnp.arange(tiles + len(sizes_P), dtype=jnp.int32), behind[-1] - 1)
-  group = jnp.searchsorted(behind, step, side='right').astype(jnp.int32)
-  tile = first[group] + step - (behind - number)[group]
-  return Visits(tile, group, start, end, behind[-1:])
 
 
 def product(x_MK, w_PKN, sizes_P, *, interpret, transposed=False, blocks=None):
