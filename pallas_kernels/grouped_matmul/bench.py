@@ -12,7 +12,7 @@ from pallas_kernels import measure
 from pallas_kernels.grouped_matmul import block_sizes, reference, tpu
 
 PASSES = ('product', 'input', 'weights')
-CANDIDATES = ((128, 512), (256, 512), (256, 1024), (512, 512), (512, 1024))
+CANDIDATES = ((128, 1024), (256, 512), (256, 1024), (512, 512), (512, 1024))
 
 
 def one_pass(name, spec, chip, sizes=None) -> measure.Program:
@@ -20,7 +20,7 @@ def one_pass(name, spec, chip, sizes=None) -> measure.Program:
   x."""
   shape, (M, K, N, G) = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16), spec
   operands = {'product': (K, N), 'input': (N, K), 'weights': (K, N)}[name]
-  blocks = block_sizes.find('weights' if name == 'weights' else 'product', M, *operands, 2, chip)
+  blocks = block_sizes.find('weights' if name == 'weights' else 'product', M, *operands, G, 2, chip)
   if sizes:
     blocks = blocks._replace(rows=sizes[0], columns=min(sizes[1], operands[1]))
   sizes_P = jax.ShapeDtypeStruct((G,), jnp.int32)

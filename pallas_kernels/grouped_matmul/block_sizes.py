@@ -9,6 +9,7 @@ from pallas_kernels.chips import LANES
 
 LARGEST_CHUNK = 1024  # of a contraction; more makes the program longer, and no faster
 LEAST_ROWS = 32
+PARTS = 4  # tiles of rows of a group at least, while they have LANES: two may be cut by its ends
 
 
 class Blocks(NamedTuple):
@@ -22,7 +23,7 @@ class Blocks(NamedTuple):
 
 
 # {generation: {pass: (rows, columns, chunk)}}, of bfloat16.
-TABLE = {'v5e': {'product': (256, 512, 1024), 'weights': (256, 512, 512)}}
+TABLE = {'v5e': {'product': (256, 1024, 1024), 'weights': (512, 1024, 1024)}}
 TABLE |= {name: TABLE['v5e'] for name in ('v4', 'v5p', 'v6e', 'tpu7x')}
 
 
@@ -37,16 +38,18 @@ def vmem_bytes(name: str, blocks: Blocks, K: int, itemsize: int) -> int:
   return 2 * twice + 8 * chunk * columns + 4 * rows * (chunk + columns)
 
 
-def find(name: str, M: int, K: int, N: int, itemsize: int, chip: str | None = None) -> Blocks:
+def find(name: str, M: int, K: int, N: int, groups: int, itemsize: int, chip: str | None = None
+         ) -> Blocks:
   """The blocks of [M, K] by [K, N] ('product') or of [K, M] by [M, N] ('weights'): those of the
-  table, halved until they fit, and no larger than the arrays.
+  table, halved until they fit, with fewer rows for small groups, and no larger than the arrays.
 
   Raises:
     NotImplementedError: not even the smallest ones fit.
   """
   chip = chip or chips.generation_or_least()
   rows, columns, chunk = TABLE[chip][name]
-  rows, columns = min(rows, _up(M, LEAST_ROWS)), min(columns, _up(N, LANES))
+  rows = min(rows, max(LANES, _up(M // (PARTS * groups), LANES)), _up(M, LEAST_ROWS))
+  columns = min(columns, _up(N, LANES))
   while True:
     if name == 'weights':
       size = min(chunk, _up(K, LANES))

@@ -31,7 +31,7 @@ def refusal(x_MK, w_PKN) -> str | None:
   try:
     itemsize = x_MK.dtype.itemsize
     for name, *shape in (('product', K, N), ('product', N, K), ('weights', K, N)):
-      block_sizes.find(name, M, *shape, itemsize)
+      block_sizes.find(name, M, *shape, groups, itemsize)
   except NotImplementedError as error:
     return str(error)
   return None
@@ -41,7 +41,7 @@ def product(x_MK, w_PKN, sizes_P, *, interpret, transposed=False, blocks=None):
   """Returns rows of group p times w[p] [M, N]; with `transposed` w is [P, N, K]."""
   (M, K), groups = x_MK.shape, len(w_PKN)
   w_PKN, N = w_PKN.astype(x_MK.dtype), w_PKN.shape[1 if transposed else 2]
-  blocks = blocks or block_sizes.find('product', M, K, N, x_MK.dtype.itemsize)
+  blocks = blocks or block_sizes.find('product', M, K, N, groups, x_MK.dtype.itemsize)
   rows, columns = blocks.rows, blocks.columns
   rest = M - sizes_P.sum(dtype=jnp.int32, keepdims=True)  # a last group, whose results are 0
   steps = visits(jnp.concatenate([sizes_P, rest]), M, rows, visits_empty=False)
@@ -85,7 +85,7 @@ def _product_kernel(blocks, groups, transposed, *refs):
 def weights_gradient(x_MK, dy_MN, sizes_P, dtype, *, interpret, blocks=None):
   """Returns x[rows of p]^T dy[rows of p], [P, K, N] in `dtype`."""
   (M, K), N, groups = x_MK.shape, dy_MN.shape[1], len(sizes_P)
-  blocks = blocks or block_sizes.find('weights', M, K, N, x_MK.dtype.itemsize)
+  blocks = blocks or block_sizes.find('weights', M, K, N, groups, x_MK.dtype.itemsize)
   rows, columns, chunk = blocks[:3]
   steps = visits(sizes_P, M, rows, visits_empty=True)
   return pl.pallas_call(
@@ -110,18 +110,13 @@ def _weights_kernel(*refs):
   group, last = visited.group[step], visited.count[0] - 1
   is_first = (step == 0) | (visited.group[jnp.maximum(step - 1, 0)] != group)
 
-  @pl.when(is_first)
+  @pl.when(step <= last)
   def _():
-    sums_ref[...] = jnp.zeros_like(sums_ref)
-
-  @pl.when((step <= last) & (visited.start[group] < visited.end[group]))
-  def _():
+    # Written at each visit, the last one's stands: vector units do that while the matrix unit works.
     own = lambda ref: jnp.where(_rows_of_group(visited, step, ref.shape), ref[...], 0)
-    sums_ref[...] += _dot(own(x_ref), own(dy_ref), 0, 0)
-
-  @pl.when((step == last) | ((step < last) & (visited.group[jnp.minimum(step + 1, last)] != group)))
-  def _():
-    dw_ref[...] = sums_ref[...].astype(dw_ref.dtype)
+    sums = jnp.where(is_first, 0, sums_ref[...]) + _dot(own(x_ref), own(dy_ref), 0, 0)
+    sums_ref[...] = sums
+    dw_ref[...] = sums.astype(dw_ref.dtype)
 
 
 def gradients(x_MK, w_PKN, sizes_P, dy_MN, *, interpret, blocks=(None, None)):

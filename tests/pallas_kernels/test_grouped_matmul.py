@@ -129,7 +129,7 @@ def test_what_the_kernels_refuse_is_named_and_left_to_xla():
 def test_blocks_fit_their_generation(chip):
   for M, K, N in ((16, 24, 130), (16384, 4096, 14336), (16384, 14336, 4096), (65536, 2048, 768)):
     for name in ('product', 'weights'):
-      blocks = block_sizes.find(name, M, K, N, 2, chip)
+      blocks = block_sizes.find(name, M, K, N, 8, 2, chip)
       assert not blocks.rows % 32 and not blocks.columns % 128
       assert block_sizes.vmem_bytes(name, blocks, K, 2) <= blocks.vmem_bytes
       assert name == 'weights' or not K % blocks.chunk
