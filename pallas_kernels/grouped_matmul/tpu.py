@@ -112,7 +112,7 @@ def _weights_kernel(*refs):
 
   @pl.when(step <= last)
   def _():
-    # Written at each visit, the last one's stands: vector units do that while the matrix unit works.
+    # Written at each visit, the last one stands: vector units do that beside the matrix unit.
     own = lambda ref: jnp.where(_rows_of_group(visited, step, ref.shape), ref[...], 0)
     sums = jnp.where(is_first, 0, sums_ref[...]) + _dot(own(x_ref), own(dy_ref), 0, 0)
     sums_ref[...] = sums
