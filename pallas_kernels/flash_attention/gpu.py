@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels import chips
 from pallas_kernels.flash_attention import dropout, gpu_kernels
 from pallas_kernels.flash_attention.gpu_kernels import Tiles
-from pallas_kernels.flash_attention.reference import Terms
+from pallas_kernels.flash_attention.reference import NO_KEY, Terms, sinks_gradient
 
 LARGEST_HEAD = 256
 
@@ -50,7 +50,8 @@ FLOAT32 = {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 8, 1), 256: Blocks(16, 
 def refusal(options, query: jax.Array, key: jax.Array, terms: Terms) -> str | None:
   """Why the kernels do not take a call, or None."""
   del options
-  others = [name for name, x in terms._asdict().items() if x is not None and name != 'bias']
+  others = [name for name, x in terms._asdict().items()
+            if x is not None and name not in ('bias', 'sinks')]
   if others:
     return f'the kernel does not take {" and ".join(others)}'
   if query.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -155,6 +156,8 @@ def _call(kernel, tiles: Tiles, blocks: Blocks, by_key: bool, arrays, masking, o
       return pl.BlockSpec((None, heads or 1), lambda i, h, b: (b, h))
     if name == 'offset':
       return pl.BlockSpec((1,), lambda i, h, b: (b,))
+    if name == 'sinks':
+      return pl.BlockSpec((1,), lambda i, h, b: (h,))
     length = {'query_ids': T, 'key_ids': S, 'prefix': S}.get(name, x.shape[-1])
     return pl.BlockSpec((None, length), lambda i, h, b: (row(b), 0))
 
@@ -177,9 +180,12 @@ def forward(options, query, key, value, terms, masking, *, interpret=False, card
   """
   (B, T, N, _), K = query.shape, key.shape[2]
   tiles, blocks = _tiles('forward', options, query, key, card, blocks)
+  arrays = _arrays(query, key, value, terms, masking)
+  if terms.sinks is not None:
+    arrays['sinks'] = jnp.maximum(terms.sinks.astype(jnp.float32), NO_KEY)
   outs = {'out': query, 'lse': jax.ShapeDtypeStruct((B, N, T), jnp.float32)}
-  outs = _call(functools.partial(gpu_kernels.forward, tiles), tiles, blocks, False,
-               _arrays(query, key, value, terms, masking), masking, outs, interpret)
+  outs = _call(functools.partial(gpu_kernels.forward, tiles), tiles, blocks, False, arrays, masking,
+               outs, interpret)
   return outs['out'], outs['lse'].reshape(B, K, N // K, T)
 
 
@@ -188,8 +194,10 @@ def backward(options, query, key, value, terms, masking, out, lse, g, dlse, *, i
   """`reference.backward`; the arguments after dlse are those of `forward`."""
   (B, T, N, _), (S, K) = query.shape, key.shape[1:3]
   arrays = _arrays(query, key, value, terms, masking)
+  lse_BNT = lse.reshape(B, N, T)
   delta_BNT = jnp.einsum('btnh,btnh->bnt', g, out, preferred_element_type=jnp.float32)
-  arrays |= {'dout': g, 'lse': lse.reshape(B, N, T), 'delta': delta_BNT - dlse.reshape(B, N, T)}
+  delta_BNT -= dlse.reshape(B, N, T)
+  arrays |= {'dout': g, 'lse': lse_BNT, 'delta': delta_BNT}
   outs, bias = {'dquery': query}, terms.bias
   if bias is not None:
     outs['dbias'] = jax.ShapeDtypeStruct((B, N, T, S),
@@ -203,4 +211,5 @@ def backward(options, query, key, value, terms, masking, out, lse, g, dlse, *, i
   dbias = outs.get('dbias')
   if bias is not None and bias.shape[0] < B:
     dbias = dbias.sum(0, keepdims=True).astype(bias.dtype)
-  return outs['dquery'], outs['dkey'], outs['dvalue'], Terms(dbias)
+  dsinks = None if terms.sinks is None else sinks_gradient(terms.sinks, lse_BNT, delta_BNT)
+  return outs['dquery'], outs['dkey'], outs['dvalue'], Terms(dbias, dsinks)

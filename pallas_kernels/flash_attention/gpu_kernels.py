@@ -181,9 +181,10 @@ def forward(tiles: Tiles, ref, out):
     part = _dot(kept.astype(value.dtype), value, (1, 0))
     return sums * shrink[:, None] + part, above, total * shrink + exps.sum(1)
 
+  # The largest score and the total weight before any key: the sink's, if there is one.
+  start = (ref['sinks'][0] * LOG2_E, 1.0) if 'sinks' in ref else (NO_KEY * LOG2_E, 0.0)
   state = (jnp.zeros((tiles.queries, tiles.width), jnp.float32),
-           jnp.full(tiles.queries, NO_KEY * LOG2_E, jnp.float32),
-           jnp.zeros(tiles.queries, jnp.float32))
+           *(jnp.full(tiles.queries, x, jnp.float32) for x in start))
   bounds = ref['first'][block], ref['end'][block]
   sums, largest, total = lax.fori_loop(*bounds, visit, state)
   total = jnp.maximum(total, LEAST_SUM)

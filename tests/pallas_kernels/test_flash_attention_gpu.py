@@ -21,7 +21,7 @@ CASES = {
     'both sides, fewer keys': (
         (1, 70, 50, 2, 1, 80), jnp.float32, {'causal': False, 'window': 12, 'query_offset': -3},
         Masking(), None),
-    'packed prefix': (
+    'packed prefix, sinks': (
         (2, 50, 50, 1, 1, 32), jnp.float16, {'chunk': 40, 'dropout_rate': 0.3},
         Masking(None, IDS, IDS, jnp.arange(50) < jnp.array([[9], [40]]),
                 jnp.array([[5], [7]], jnp.uint32)), None),
@@ -40,7 +40,8 @@ def test_the_kernel_is_float64s_attention_and_gradient(case):
   options = Options(**{'causal': True, 'window': None, 'scale': H**-0.5, 'softcap': None} | named)
   query, key, value, g = (random(i, *shape).astype(dtype) for i, shape in enumerate(
       ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))))
-  terms = Terms(None if bias_shape is None else random(4, *bias_shape))
+  terms = Terms(None if bias_shape is None else random(4, *bias_shape),
+                random(6, N) if options.chunk else None)
   dlse = random(5, B, K, N // K, T)
   call = Call(options, query, key, value, terms, masking, g, dlse, TINY)
   check(call, results(gpu, call))
