@@ -4,8 +4,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import platform
-from pallas_kernels.quantized_matmul import reference, tpu
+from pallas_kernels import chips, platform
+from pallas_kernels.quantized_matmul import gpu, reference, tpu
+
+_KERNELS = {'tpu': (tpu, 'tpu'), 'gpu': (gpu, 'cuda')}  # and what they are compiled on
 
 
 def quantize(w: jax.Array, bits: int, group_size: int | None = None
@@ -52,37 +54,40 @@ def quantized_matmul(x: jax.Array, values: jax.Array, scales: jax.Array, *,
     scales: float32 [N], or [K / group_size, N] for groups of consecutive rows.
     x_scale: float32 [..., 1], what a 1 of int8 `x` stands for.
     dtype: of the result; None is that of `x`, and bfloat16 for int8 `x`.
-    implementation: None, 'reference' (XLA) or 'tpu' (Pallas; interpreted where there is no TPU).
-      None is XLA's on a CPU or GPU, and on a TPU Pallas where it takes the case.
+    implementation: None, 'reference' (XLA), 'tpu' or 'gpu' (Pallas; interpreted on any other
+      platform). None is Pallas on a TPU, and on an NVIDIA GPU where one is in use, if it takes the
+      case, and else XLA's.
 
   Returns:
     [..., N] in `dtype`.
 
   Raises:
     ValueError: shapes or dtypes that do not fit.
-    NotImplementedError: 'tpu' does not take this case.
+    NotImplementedError: the kernel that is named does not take this case.
   """
   _check(x, values, scales, x_scale)
-  if implementation not in (None, 'reference', 'tpu'):
-    raise ValueError(f"implementation={implementation!r} must be None, 'reference' or 'tpu'")
+  if implementation not in (None, 'reference', *_KERNELS):
+    raise ValueError(f"implementation={implementation!r} must be None, 'reference', 'tpu' or 'gpu'")
   is_int8 = x.dtype == jnp.int8
   dtype = jnp.dtype(dtype or (jnp.bfloat16 if is_int8 else x.dtype))
   x_MK = x.reshape(-1, x.shape[-1])
   args = (x_MK, values, scales.reshape(-1, values.shape[1]),
           x_scale.reshape(-1, 1) if is_int8 else None)
   plain = functools.partial(reference.quantized_matmul, dtype=dtype)
-  refusal = None if implementation == 'reference' else tpu.refusal(*args[:3], dtype)
-  if refusal and implementation == 'tpu':
+  name = implementation or ('tpu' if chips.card() is None else 'gpu')
+  module, compiled_on = _KERNELS.get(name, (None, None))
+  refusal = module and module.refusal(*args[:3], dtype)
+  if refusal and implementation:
     raise NotImplementedError(refusal)
-  if refusal and jax.default_backend() == 'tpu':
-    platform.warn_once(f'quantized_matmul takes XLA\'s form on TPUs too: {refusal}')
-  if refusal or implementation == 'reference':
+  if refusal and (name == 'gpu' or jax.default_backend() == 'tpu'):
+    platform.warn_once(f'quantized_matmul is left to XLA: {refusal}')
+  if refusal or module is None:
     y_MN = plain(*args)
   else:
-    kernel = lambda *args: platform.interpreted(
-        functools.partial(tpu.quantized_matmul, dtype=dtype), *args)
-    y_MN = (kernel(*args) if implementation == 'tpu'
-            else platform.by_platform(plain, plain, *args, tpu=kernel))
+    kernel = functools.partial(module.quantized_matmul, dtype=dtype)
+    y_MN = (platform.interpreted(kernel, *args, compiled_on=compiled_on) if implementation else
+            platform.by_platform(plain, plain, *args,
+                                 **{compiled_on: functools.partial(kernel, interpret=False)}))
   return y_MN.reshape(*x.shape[:-1], values.shape[1])
 
 
