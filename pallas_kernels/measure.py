@@ -9,6 +9,7 @@ that is refused, or that ends the compiler, is a row with the reason. --tune tri
 """
 import argparse
 from collections.abc import Callable, Iterator
+import functools
 import importlib
 import itertools
 from typing import NamedTuple
@@ -79,19 +80,14 @@ class Program(NamedTuple):
   flops: of the products that it needs.
   moved: bytes; None is each argument and each result once.
   share: of the cycles that are counted, those that run.
+  waits: whether memory bounds it: then what its kernels move is counted by `traffic`.
   """
   function: Callable
   args: tuple
   flops: int = 0
   moved: int | None = None
   share: float = 1.0
-
-
-def moving(function: Callable, args: tuple) -> Program:
-  """A program of kernels that wait for memory, held against what they move; XLA's form, which has
-  none, against each array once."""
-  moved = sum(map(sum, traffic(function, *args).values()))
-  return Program(function, args, moved=moved or None)
+  waits: bool = False
 
 
 class _Programs(dict):
@@ -100,11 +96,16 @@ class _Programs(dict):
 
   def __missing__(self, name):
     kernel, chip, spec, *which = name.split('|')
-    bench, specs = _modules(kernel)
-    if len(which) == 1:
-      made = bench.programs(specs[spec], chip)
-      return made[which[0]] if which[0] in made else bench.variants(specs[spec], chip)[which[0]]
-    return list(bench.candidates(specs[spec], chip)[which[0]].values())[int(which[1])]
+    if len(which) == 2:
+      return list(_made(kernel, 'candidates', chip, spec)[which[0]].values())[int(which[1])]
+    made = _made(kernel, 'programs', chip, spec)
+    return made[which[0]] if which[0] in made else _made(kernel, 'variants', chip, spec)[which[0]]
+
+
+@functools.cache
+def _made(kernel, kind, chip, spec):
+  bench, specs = _modules(kernel)
+  return getattr(bench, kind)(specs[spec], chip)
 
 
 def _modules(kernel):
@@ -150,19 +151,18 @@ def main(kernel: str):
     parser.add_argument('--variants', action='store_true', help='other dtypes, and each option')
   flags = parser.parse_args()
   for chip in flags.generation:
-    asked = {name: specs[name] for name in flags.spec}
     if getattr(flags, 'tune', False):
-      _tune(kernel, chip, asked, bench.candidates)
+      _tune(kernel, chip, flags.spec)
     else:
-      _table(kernel, chip, asked, bench.variants if getattr(flags, 'variants', False)
-             else bench.programs)
+      _table(kernel, 'variants' if getattr(flags, 'variants', False) else 'programs', chip,
+             flags.spec)
 
 
-def _table(kernel, chip, specs, programs_of):
+def _table(kernel, kind, chip, specs):
   columns = ('cycles', 'XLA estimates', 'products', 'memory', 'MiB temporary')
-  print(f'{chip:58}', *(f'{column:>13}' for column in columns))
-  made = {f'{name}|{key}': program for name, spec in specs.items()
-          for key, program in programs_of(spec, chip).items()}
+  print(f'{chip:58}', *(f'{column:>13}' for column in columns), flush=True)
+  made = {f'{spec}|{key}': program for spec in specs
+          for key, program in _made(kernel, kind, chip, spec).items()}
   for name, report in stream(kernel, chip, made):
     row = report.refusal or ' '.join(f'{cell:>13}' for cell in _cells(made[name], report, chip))
     print('{:38} {:19}'.format(*name.split('|')), row, flush=True)
@@ -171,7 +171,9 @@ def _table(kernel, chip, specs, programs_of):
 def _cells(program, report, chip):
   rate = lambda amount, rates: f'{amount // rates[chip]:,}' if amount and chip in rates else '-'
   moved = program.moved
-  if moved is None:
+  if program.waits:
+    moved = sum(map(sum, traffic(program.function, *program.args).values()))
+  elif moved is None:
     arrays = program.args, jax.eval_shape(program.function, *program.args)
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
   return (f'{int(report.cycles * program.share):,}', f'{report.estimate:,}',
@@ -179,9 +181,10 @@ def _cells(program, report, chip):
           f'{report.temp_bytes / 2**20:.1f}')
 
 
-def _tune(kernel, chip, specs, candidates):
-  blocks = {f'{name}|{key}|{i}': sizes for name, spec in specs.items()
-            for key, made in candidates(spec, chip).items() for i, sizes in enumerate(made)}
+def _tune(kernel, chip, specs):
+  blocks = {f'{spec}|{key}|{i}': sizes for spec in specs
+            for key, made in _made(kernel, 'candidates', chip, spec).items()
+            for i, sizes in enumerate(made)}
   of_pass = lambda item: item[0].rpartition('|')[0]
   for group, reports in itertools.groupby(stream(kernel, chip, blocks), of_pass):
     cycles = {}

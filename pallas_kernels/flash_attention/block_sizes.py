@@ -30,7 +30,7 @@ TABLE |= {
            'backward': {(64, 1024): Blocks(256, 256, 1), (128, 4096): Blocks(256, 256, 1)}},
     'v5p': TABLE['v5e'],
     'v6e': {'forward': {(64, 1024): Blocks(512, 512, 6), (128, 4096): Blocks(512, 512, 4)},
-            'backward': TABLE['v5e']['backward']},
+            'backward': {(64, 1024): Blocks(512, 512, 2), (128, 4096): Blocks(512, 1024, 2)}},
 }
 TABLE['tpu7x'] = TABLE['v6e']
 
