@@ -38,14 +38,16 @@ TABLE['tpu7x'] = TABLE['v6e']
 def vmem_bytes(name: str, blocks: Blocks, T: int, head: int, share: int, itemsize: int,
                bias_itemsize: int, kept: int = 0) -> int:
   """VMEM that a pass needs: its blocks twice, since the next are on their way, its sums, three
-  blocks of scores in float32, and what a tile keeps for all visits."""
+  blocks of scores in float32, six where they are multiplied in parts, and what a tile keeps for
+  all visits."""
   queries, keys, tiles = blocks
   lanes = tiles * max(head, LANES)
-  scores = tiles * kept + 12 * queries * keys + 2 * tiles * share * bias_itemsize * queries * keys
+  pairs = queries * keys
+  scores = tiles * kept + (6 * itemsize + 2 * tiles * share * bias_itemsize) * pairs
   if name == 'forward':
     sums = 4 * queries * (lanes + 16 * tiles * share)
     return scores + sums + itemsize * lanes * (4 * queries + 4 * keys)
-  scores += 8 * tiles * share * queries * keys * bool(bias_itemsize)  # the gradient of the bias
+  scores += 8 * tiles * share * pairs * bool(bias_itemsize)  # the gradient of the bias
   sums = lanes * (T * (4 + 2 * itemsize) + 8 * keys)
   return scores + sums + itemsize * lanes * (4 * queries + 8 * keys)
 
