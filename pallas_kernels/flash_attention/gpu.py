@@ -3,6 +3,7 @@
 Arrays stay as they come: a kernel reads its tiles of [B, length, heads, H], and masks what is
 beyond a length or a head. The kernels are in gpu_kernels.py.
 """
+import contextlib
 import functools
 from typing import NamedTuple
 
@@ -135,7 +136,10 @@ def _call(kernel, tiles: Tiles, blocks: Blocks, by_key: bool, arrays, masking, o
   """Runs a kernel over (tiles of one side, heads of that side, B); `outs` are shapes by name."""
   B, N, K = arrays['query'].shape[0], arrays['query'].shape[2], arrays['key'].shape[2]
   G = N // K
-  arrays = arrays | bounds(visited(tiles, masking), 1 if by_key else 2)
+  known = not any(name in arrays for name in ('offset', 'prefix', 'query_ids'))
+  # XLA would compute what follows from the lengths alone at each call, by kernels of its own.
+  with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
+    arrays = arrays | bounds(visited(tiles, masking), 1 if by_key else 2)
   up = lambda length, size: pl.cdiv(length, size) * size
   T, S = up(tiles.T, tiles.queries), up(tiles.S, tiles.keys)
   heads = G if by_key and G > 1 else None

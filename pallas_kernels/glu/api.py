@@ -23,7 +23,8 @@ def glu(gate: jax.Array, up: jax.Array, *, activation: str,
     up: as `gate`.
     activation: one of the three.
     implementation: None, 'reference' (XLA) or 'tpu' (Pallas; interpreted where there is no TPU).
-      None is XLA's on a CPU or GPU, and on a TPU Pallas where it takes the case.
+      None is XLA's on a CPU or GPU, where each pass is one fusion, and on a TPU Pallas where it
+      takes the case.
 
   Returns:
     [..., F] in the dtype of `gate`.

@@ -28,7 +28,8 @@ def rotary(query: jax.Array, key: jax.Array, sin: jax.Array, cos: jax.Array, *,
       is zero.
     cos: as `sin`.
     implementation: None, 'reference' (XLA) or 'tpu' (Pallas; interpreted where there is no TPU).
-      None is XLA's on a CPU or GPU, and on a TPU Pallas where it takes the case.
+      None is XLA's on a CPU or GPU, where each array is one fusion, and on a TPU Pallas where it
+      takes the case.
 
   Returns:
     query and key, rotated.

@@ -117,6 +117,14 @@ def test_every_spec_is_lowered_to_triton(spec):
     assert text.count('tt.dot') == dots and text.count('scf.for') == 1 and 'scf.while' not in text
 
 
+@pytest.mark.parametrize('masking, computes', [(Masking(), False), (Masking(None, IDS, IDS), True)])
+def test_bounds_that_lengths_tell_are_constants_of_the_program(masking, computes):
+  x = jax.ShapeDtypeStruct((2, 50, 2, 64), jnp.bfloat16)
+  attend = lambda x: gpu.forward(Options(True, 9, 1.0, None), x, x, x, Terms(), masking)
+  program = jax.jit(attend).trace(x).lower(lowering_platforms=('cuda',)).as_text()
+  assert ('stablehlo.reduce' in program) == computes
+
+
 @pytest.mark.parametrize('card', sorted(gpu_compiler.CARDS))
 @pytest.mark.parametrize('spec', ['gpt3_xl', 'llama2_7b', 'gemma_2b'])
 def test_no_kernel_keeps_registers_in_memory_or_exceeds_its_card(spec, card):
