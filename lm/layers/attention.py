@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lm.layers.kernels import attend, attend_to_cache, dropout, Implementation
 from lm.layers.linear import Linear
 from lm.layers.positions import Rotation, rotary
+from lm.layers.relative_bias import of_one_query
 from lm.parallel.rules import Rules, constrain
 
 
@@ -75,7 +76,7 @@ class Attention(nn.Module):
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], *, rotation: Rotation | None = None,
                segment_ids: Int[Array, 'B T'] | None = None,
-               bias: Float[Array, '#B N T S'] | None = None,
+               distance_bias: Float[Array, 'N X'] | None = None,
                prefix: Bool[Array, 'B T'] | None = None, cache: KVCache | None = None,
                cache_length: Int[Array, ' B'] | None = None,
                is_local: Bool[Array, ''] | None = None,
@@ -89,7 +90,7 @@ class Attention(nn.Module):
       x_BTD: where queries, and without a memory keys and values, come from.
       rotation: turns queries and keys; None leaves positions to the embedding or the bias.
       segment_ids: a token sees its own segment only.
-      bias: added to the scores.
+      distance_bias: added to the scores, see `flash_attention`.
       prefix: which tokens all of their segment may see, though attention is causal (prefix LM).
       cache: of `cache_length` tokens; the T new ones are written behind them and attend to all.
       is_local: whether this layer keeps to the window, in stacks where some do; None: if it has
@@ -107,16 +108,19 @@ class Attention(nn.Module):
       memory, memory_segment_ids = self.keys_values(x_BTD, rotation), segment_ids
     if cache is not None:
       cache = KVCache(*(_write(old, new, cache_length) for old, new in zip(cache, memory)))
-    options = {'query': query_BTNH, 'scale': self.scale, 'softcap': self.softcap, 'bias': bias}
+    options = {'query': query_BTNH, 'scale': self.scale, 'softcap': self.softcap}
     if cache is not None and x_BTD.shape[1] == 1:
+      bias = distance_bias
+      if bias is not None:
+        bias = of_one_query(bias, cache_length, cache.key.shape[2])
       one = functools.partial(attend_to_cache, self.rules, key=cache.key, value=cache.value,
-                              lengths=cache_length + 1, **options)
+                              lengths=cache_length + 1, bias=bias, **options)
     else:
       key, value = memory if cache is None else (jnp.swapaxes(x, 1, 2) for x in cache)
       one = functools.partial(
           attend, self.rules, self.implementation, key=key, value=value, causal=self.causal,
           prefix=prefix, query_offset=cache_length, query_segment_ids=segment_ids,
-          key_segment_ids=memory_segment_ids, **options,
+          key_segment_ids=memory_segment_ids, distance_bias=distance_bias, **options,
           **dropout(self.dropout_rate, dropout_rng, query_BTNH))
     if is_local is None or self.window is None:
       out_BTNH = one(window=self.window)

@@ -16,7 +16,9 @@ _TOKENS, _CACHE = ('batch', None, 'heads', None), ('batch', 'heads', None, None)
 _ROWS = ('batch', None)
 _NAMES = {'query': _TOKENS, 'bias': ('batch', 'heads', None, None), 'prefix': _ROWS,
           'query_segment_ids': _ROWS, 'key_segment_ids': _ROWS, 'query_offset': ('batch',),
-          'lengths': ('batch',), 'dropout_seeds': ('batch', 'heads')}
+          'lengths': ('batch',), 'dropout_seeds': ('batch', 'heads'),
+          'distance_bias': ('heads', None), 'relative_query': _TOKENS,
+          'relative_key': (None, 'heads', None)}
 
 
 def attend(rules: Rules, implementation: Implementation, **arguments: Any) -> jax.Array:

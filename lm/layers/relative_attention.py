@@ -17,17 +17,6 @@ def sinusoids(distance_S: Int[Array, ' S'], d_model: int) -> Float[Array, 'S D']
   return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
-def relative_shift(x_BNTS: Float[Array, 'B N T S']) -> Float[Array, 'B N T S']:
-  """out[t, s] = x[t, s + T - 1 - t] where that is before S, else of no meaning (appendix B).
-
-  The last S - T columns are the memory's: where x[t, i] is of distance S - 1 - i, out[t, s] is of
-  the distance of key s before query t, which stands at S - T + t.
-  """
-  B, N, T, S = x_BNTS.shape
-  x = jnp.pad(x_BNTS, ((0, 0),) * 3 + ((1, 0),))
-  return x.reshape(B, N, S + 1, T)[:, :, 1:].reshape(B, N, T, S)
-
-
 class HeadBiases(nn.Module):
   """Owns u and v of section 3.3, [2, N, H]: what every query adds towards contents and places."""
   num_heads: int
@@ -71,7 +60,7 @@ class RelativeAttention(nn.Module):
     """Attends to the memory and to the tokens up to its own.
 
     Args:
-      sinusoids_SD: of the distances S - 1 .. 0, of S = M + T.
+      sinusoids_SD: of the distances 0 .. S - 1, of S = M + T.
       biases: u and v.
       memory_BMD: what stands before x, S - T places of each row.
       segment_ids: of queries and keys, which see their own segment only.
@@ -80,21 +69,17 @@ class RelativeAttention(nn.Module):
       return Linear((self.d_model,), (self.num_heads, self.d_head), ('embed', 'heads', 'head_dim'),
                     self.std, name=name)(inputs)
 
-    B, T = x_BTD.shape[:2]
     y = x_BTD if memory_BMD is None else jnp.concatenate([memory_BMD, x_BTD], axis=1)
     query_BTNH = project('query', x_BTD)
     key_BSNH, value_BSNH = project('key', y), project('value', y)
     position_SNH = project('position', sinusoids_SD.astype(x_BTD.dtype))
     u_NH, v_NH = biases.astype(x_BTD.dtype)
     query_BTNH = constrain(query_BTNH, self.rules, 'batch', 'length', 'heads', 'head_dim')
-    toward_BTNH = query_BTNH + v_NH
-    bias_BNTS = jnp.einsum('btnh,snh->bnts', toward_BTNH, position_SNH,
-                           preferred_element_type=jnp.float32) * self.d_head**-0.5
-    bias_BNTS = relative_shift(bias_BNTS.astype(x_BTD.dtype))
     query_segments, key_segments = (None, None) if segment_ids is None else segment_ids
-    offset = None if memory_BMD is None else jnp.full((B,), memory_BMD.shape[1], jnp.int32)
+    memory_length = 0 if memory_BMD is None else memory_BMD.shape[1]
     out_BTNH = attend(self.rules, self.implementation, query=query_BTNH + u_NH, key=key_BSNH,
-                      value=value_BSNH, window=self.window, bias=bias_BNTS, query_offset=offset,
+                      value=value_BSNH, window=self.window, relative_query=query_BTNH + v_NH,
+                      relative_key=position_SNH, query_offset=memory_length,
                       query_segment_ids=query_segments, key_segment_ids=key_segments,
                       **dropout(self.dropout_rate, dropout_rng, query_BTNH))
     return Linear((self.num_heads, self.d_head), (self.d_model,), ('heads', 'head_dim', 'embed'),

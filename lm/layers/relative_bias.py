@@ -1,4 +1,4 @@
-"""T5's positions: a learned bias of the scores for each head and each range of distances."""
+"""Biases of the scores by distance: T5's, learned for each range of distances, and ALiBi's."""
 import math
 
 import flax.linen as nn
@@ -47,36 +47,36 @@ class RelativeBias(nn.Module):
   std: float
 
   @nn.compact
-  def __call__(self, num_queries: int, num_keys: int, offset: Int[Array, ' B'] | None = None
-               ) -> Float[Array, '#B N T S']:
-    """The bias of T queries and S keys, float32, for all rows alike or with an offset for each.
-
-    Args:
-      offset: place of the first query among the keys (a cache's length); None is 0.
-    """
+  def __call__(self) -> Float[Array, 'N X']:
+    """The bias of each head at the distances from -max_distance to max_distance, float32: the
+    `distance_bias` of attention."""
     table_PN = self.param('embedding', normal(self.std, 'position', 'heads'),
                           (self.num_buckets, self.num_heads))
-
-    def buckets(distance):
-      return relative_buckets(distance, self.num_buckets, self.max_distance, self.bidirectional)
-
-    if offset is None:
-      distance = np.arange(1 - num_queries, num_keys)
-      return _diagonals(table_PN[buckets(distance)].T, num_queries)[None]
-    places_BT1 = (offset[:, None] + jnp.arange(num_queries))[..., None]
-    reach = self.max_distance
-    distance = jnp.clip(jnp.arange(num_keys) - places_BT1, -reach, reach)
-    bucket_BTS = jnp.asarray(buckets(np.arange(-reach, reach + 1)))[distance + reach]
-    return table_PN[bucket_BTS].transpose(0, 3, 1, 2)
+    distance = np.arange(-self.max_distance, self.max_distance + 1)
+    buckets = relative_buckets(distance, self.num_buckets, self.max_distance, self.bidirectional)
+    return table_PN[buckets].T
 
 
-def _diagonals(values_NX: Float[Array, 'N X'], num_queries: int) -> Float[Array, 'N T S']:
-  """out[n, t, s] = values[n, s - t + T - 1], for X = T + S - 1.
+def alibi(num_heads: int, reach: int) -> Float[Array, 'N X']:
+  """The `distance_bias` of ALiBi (arXiv:2108.12409, section 3), float32: distances from -reach to
+  reach, times -slope.
 
-  Rows one longer than they are read move by one place each. Its gradient is a sum over T, where
-  that of looking up T x S buckets is as many scattered additions.
+  Slopes are 2**(-8 i / N) for i = 1 .. N. Where N is no power of 2, those of the next lower one
+  come first, then every other one of twice as many heads.
+
+  Args:
+    num_heads: N.
+    reach: the longest distance; farther keys count as this far.
   """
-  N, X = values_NX.shape
-  T = num_queries
-  rows = jnp.broadcast_to(jnp.pad(values_NX, ((0, 0), (0, 1)))[:, None], (N, T, X + 1))
-  return rows.reshape(N, T * (X + 1))[:, :T * X].reshape(N, T, X)[:, :, T - 1:]
+  power = 2**int(math.log2(num_heads))
+  slopes = [2.0**(-8 * i / power) for i in range(1, power + 1)]
+  slopes += [2.0**(-4 * i / power) for i in range(1, 2 * (num_heads - power), 2)]
+  return -jnp.outer(jnp.asarray(slopes, jnp.float32), abs(jnp.arange(-reach, reach + 1)))
+
+
+def of_one_query(distance_bias_NX: Float[Array, 'N X'], place: Int[Array, ' B'], num_keys: int
+                 ) -> Float[Array, 'B N 1 S']:
+  """The bias of all keys for a query at one place of each row."""
+  reach = distance_bias_NX.shape[1] // 2
+  distance_BS = jnp.clip(jnp.arange(num_keys) - place[:, None], -reach, reach)
+  return distance_bias_NX[:, distance_BS + reach].swapaxes(0, 1)[:, :, None]

@@ -191,10 +191,10 @@ class Cache:
 class Shared(NamedTuple):
   """What all blocks of a stack receive.
 
-  bias: [1 or B, N, T, S], or None where each layer has its own.
+  distance_bias: [N, 2R + 1], or None where each layer has its own.
   query_segment_ids: [B, T] of the queries in attention to the memory.
   """
-  bias: jax.Array | None
+  distance_bias: jax.Array | None
   segment_ids: jax.Array | None
   cache_length: jax.Array | None = None
   memory: jax.Array | None = None
@@ -224,15 +224,11 @@ class Block(nn.Module):
     cache, rng = per_layer
     rngs = (None,) * 6 if rng is None else jax.random.split(rng, 6)
     tokens = None if cache is None else cache.tokens
-    bias = shared.bias
-    if cfg.bias_per_layer:
-      T = x_BTD.shape[1]
-      num_keys = T if cache is None else tokens.key.shape[2]
-      bias = _relative_bias(cfg, self.causal)(T, num_keys, shared.cache_length)
+    bias = _relative_bias(cfg, self.causal)() if cfg.bias_per_layer else shared.distance_bias
 
     branch_BTD, tokens = self._attention('attention', self.causal)(
-        self._norm('attention_norm')(x_BTD), segment_ids=shared.segment_ids, bias=bias,
-        cache=tokens, cache_length=shared.cache_length, dropout_rng=rngs[4])
+        self._norm('attention_norm')(x_BTD), segment_ids=shared.segment_ids,
+        distance_bias=bias, cache=tokens, cache_length=shared.cache_length, dropout_rng=rngs[4])
     x_BTD = self._add(x_BTD, branch_BTD, rngs[0])
     if self.causal:
       attention = self._attention('cross_attention', False)
@@ -285,10 +281,7 @@ class Trunk(nn.Module):
     cfg = self.config
     num_layers = cfg.decoder_layers if self.causal else cfg.num_layers
     if not cfg.bias_per_layer:
-      T = x_BTD.shape[1]
-      num_keys = T if layers is None else jax.tree.leaves(layers)[0].shape[-2]
-      bias = _relative_bias(cfg, self.causal)(T, num_keys, shared.cache_length)
-      shared = shared._replace(bias=bias)
+      shared = shared._replace(distance_bias=_relative_bias(cfg, self.causal)())
     first = last = rngs = drop_rng = None
     if dropout_rng is not None:
       first, last, rest, drop_rng = jax.random.split(dropout_rng, 4)

@@ -226,7 +226,7 @@ class TransformerXL(nn.Module):
       rng, rest, drop_rng = jax.random.split(dropout_rng, 3)
       rngs = jax.random.split(rest, cfg.num_layers) if cfg.drops_branches else None
     token_rng, place_rng, last_rng = (None,) * 3 if rng is None else jax.random.split(rng, 3)
-    distance_S = jnp.arange(M + T - 1, -1, -1)
+    distance_S = jnp.arange(M + T)
     if cfg.clamp_length is not None:
       distance_S = jnp.minimum(distance_S, cfg.clamp_length)
     sinusoids_SD = linear.dropout(sinusoids(distance_S, cfg.d_model), cfg.dropout_rate, place_rng)

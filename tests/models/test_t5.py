@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.layers.relative_bias import relative_buckets, RelativeBias
+from lm.layers.relative_bias import alibi, of_one_query, relative_buckets, RelativeBias
 from lm.models.t5 import T5Config
 
 S, T = 11, 7
@@ -265,21 +265,28 @@ def test_buckets_are_t5s():
   assert relative_buckets(np.array(list(causal)), 32, 128, False).tolist() == list(causal.values())
 
 
-def test_the_bias_is_looked_up_by_distance_with_and_without_an_offset():
+def test_the_bias_is_looked_up_by_distance():
   table = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+  places = jnp.array([0, 7, 12], jnp.int32)
 
   @jax.jit
-  def bias(table, offset):
-    apply = functools.partial(RelativeBias(3, 8, 10, True, 1.0).apply,
-                              {'params': {'embedding': table}})
-    return apply(14, 14), apply(5, 14), apply(2, 14, offset)
+  def of_places(table):
+    distance_bias = RelativeBias(3, 8, 10, True, 1.0).apply({'params': {'embedding': table}})
+    return distance_bias, of_one_query(distance_bias, places, 14)
 
-  square, wide, moved = bias(table, jnp.array([0, 7, 12], jnp.int32))
+  distance_bias, moved = of_places(table)
   distance = np.arange(14) - np.arange(14)[:, None]
   want = np.asarray(table)[relative_buckets(distance, 8, 10, True)].transpose(2, 0, 1)
-  np.testing.assert_array_equal(square[0], want)
-  np.testing.assert_array_equal(wide[0], want[:, :5])
-  np.testing.assert_array_equal(moved, [want[:, start:start + 2] for start in (0, 7, 12)])
+  np.testing.assert_array_equal(distance_bias[:, np.clip(distance, -10, 10) + 10], want)
+  np.testing.assert_array_equal(moved[:, :, 0], want[:, places].swapaxes(0, 1))
+
+
+@pytest.mark.parametrize('num_heads', [8, 12])
+def test_alibi_falls_with_the_distance_by_the_papers_slopes(num_heads):
+  bias = np.asarray(alibi(num_heads, 5))
+  slopes = [2.0**-i for i in range(1, 9)] + [2.0**-(i / 2) for i in (1, 3, 5, 7)]
+  np.testing.assert_allclose(bias[:, 4], -np.array(slopes[:num_heads]), rtol=1e-6)
+  np.testing.assert_allclose(bias, bias[:, 4:5] * abs(np.arange(-5, 6)), rtol=1e-6)
 
 
 def test_flops_a_token_are_those_of_both_sides_for_each_token_of_the_input():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.layers.relative_attention import RelativeAttention, relative_shift, sinusoids
+from lm.layers.relative_attention import RelativeAttention, sinusoids
 from lm.models.transformer_xl import Memory, TransformerXLConfig
 from lm.parallel.rules import Rules
 from lm.training.losses import Prediction
@@ -182,7 +182,7 @@ def test_relative_attention_is_the_formula_of_the_paper(memory_length):
   rng, module = np.random.default_rng(5), RelativeAttention(8, 2, 3, 0.1, Rules())
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   x, memory, biases = draw(B, 4, D), draw(B, memory_length, D), draw(2, N, H)
-  places = sinusoids(jnp.arange(S - 1, -1, -1), D)
+  places = sinusoids(jnp.arange(S), D)
   boxed = jax.eval_shape(module.init, jax.random.key(0), x, places, biases, memory)['params']
   params = jax.tree.map(lambda p: draw(*p.shape), nn.meta.unbox(boxed))
   got = jax.jit(module.apply)({'params': params}, x, places, biases,
@@ -205,14 +205,6 @@ def test_relative_attention_is_the_formula_of_the_paper(memory_length):
         probs = np.exp(scores) / np.exp(scores).sum()
         out[b, t, n] = probs @ (y[b, :len(scores)] @ w['value'][:, n])
   np.testing.assert_allclose(got, np.einsum('btnh,nhd->btd', out, w['out']), atol=2e-5)
-
-
-def test_the_shift_takes_each_key_to_its_distance():
-  queries, keys = 3, 5
-  distance = jnp.broadcast_to(jnp.arange(keys - 1.0, -1, -1), (1, 1, queries, keys))
-  got = relative_shift(distance)[0, 0]
-  want = (keys - queries + np.arange(queries))[:, None] - np.arange(keys)
-  np.testing.assert_array_equal(np.where(want >= 0, got, 0), np.maximum(want, 0))
 
 
 def test_distances_beyond_the_clamp_count_as_it():
