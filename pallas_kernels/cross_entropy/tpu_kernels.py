@@ -180,7 +180,7 @@ def over_vocabulary(options, hidden_MD, embedding_VD, bias_V, targets_M, *, bloc
       out_shape=[jax.ShapeDtypeStruct((8, len(hidden_MD)), jnp.float32),
                  gradient if wants_mean else None, gradient if has_flat else None],
       scratch_shapes=[state], compiler_params=_parameters(blocks), interpret=interpret,
-      name='over_vocabulary')(targets_M[None], hidden_MD, embedding_VD, bias_1V)
+      name='cross_entropy_over_vocabulary')(targets_M[None], hidden_MD, embedding_VD, bias_1V)
   return (Statistics(*stats_8M[:4, :T]), *(x if x is None else x[:T] for x in (mean_MD, flat_MD)))
 
 
@@ -253,7 +253,7 @@ def over_tokens(options, hidden_MD, embedding_VD, bias_V, targets_M, lse_M, weig
       out_shape=[jax.ShapeDtypeStruct((size, D), embedding_VD.dtype),
                  None if bias_V is None else jax.ShapeDtypeStruct((1, size), jnp.float32)],
       scratch_shapes=[state], compiler_params=_parameters(blocks), interpret=interpret,
-      name='over_tokens')(targets_M[None], stats_8M, hidden_MD, embedding_VD,
+      name='cross_entropy_over_tokens')(targets_M[None], stats_8M, hidden_MD, embedding_VD,
                           None if bias_V is None else bias_V[None])
   return dembedding_VD, None if bias_V is None else dbias_1V[0].astype(bias_V.dtype)
 

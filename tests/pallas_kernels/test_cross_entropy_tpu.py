@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 import pytest
 
-from pallas_kernels import chips, tpu_compiler
+from pallas_kernels import chips
 from pallas_kernels.cross_entropy import (block_sizes, cross_entropy, token_losses, tpu,
                                           tpu_kernels)
 from pallas_kernels.cross_entropy.block_sizes import Blocks
@@ -165,26 +165,3 @@ def test_blocks_fit_their_generation_at_any_width(chip):
       assert (blocks.vocab if name == 'embedding' else blocks.tokens) % blocks.rows == 0
       assert not any(size % 128 for size in blocks[:3])
       assert block_sizes.vmem_bytes(name, blocks, D, 2, 2) <= blocks.vmem_bytes
-
-
-def reports(monkeypatch, chip, *names):
-  pytest.importorskip('libtpu', reason='the tpu extra is not installed')
-  monkeypatch.setenv('PYTHONPATH', str(HERE))
-  return tpu_compiler.reports('cross_entropy_cases:cases', list(names),
-                              tpu_compiler.TOPOLOGIES[chip])
-
-
-@pytest.mark.supports('kernels', 'cross entropy compiled for every generation')
-@pytest.mark.parametrize('chip', tpu_compiler.TOPOLOGIES)
-def test_kernels_compile_for_every_generation(monkeypatch, chip):
-  exact = ['float32'] if chip == 'v5e' else []  # by passes over parts: slow to compile
-  for name, report in reports(monkeypatch, chip, 'all options', 'losses', *exact).items():
-    assert not report.refusal and report.kernels, (name, report.refusal)
-
-
-def test_a_head_of_128k_rows_costs_its_products_and_no_memory(monkeypatch):
-  """8192 tokens of 2048 dimensions, parameters in float32: 4 products of the peak and a tenth."""
-  report = reports(monkeypatch, 'v5e', '128k')['128k']
-  product = 2 * 8192 * 2048 * 131072 / tpu_compiler.FLOPS_PER_CYCLE['v5e']
-  assert 2 * product < report.cycles <= 1.1 * 4 * product
-  assert report.temp_bytes <= 64 * 2**20

@@ -1,6 +1,5 @@
 """Products of groups of rows: values, gradients, visits, and what the TPU compiler says of them."""
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +7,10 @@ from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 import pytest
 
-from pallas_kernels import chips, tpu_compiler
+from pallas_kernels import chips
 from pallas_kernels.grouped_matmul import block_sizes, grouped_matmul, tpu
 from pallas_kernels.grouped_matmul.block_sizes import Blocks
 
-HERE = pathlib.Path(__file__).parent
 TOLERANCE = {'float32': 1e-5, 'bfloat16': 1e-2}
 SMALL = Blocks(rows=32, columns=128, chunk=128)
 # sizes of the groups, M, K, N, dtypes of x and of w
@@ -133,15 +131,3 @@ def test_blocks_fit_their_generation(chip):
       assert not blocks.rows % 32 and not blocks.columns % 128
       assert block_sizes.vmem_bytes(name, blocks, K, 2) <= blocks.vmem_bytes
       assert name == 'weights' or not K % blocks.chunk
-
-
-@pytest.mark.supports('kernels', 'grouped products, compiled for every generation')
-@pytest.mark.parametrize('chip', tpu_compiler.TOPOLOGIES)
-def test_the_tpu_compiler_takes_products_and_gradients(chip, monkeypatch):
-  pytest.importorskip('libtpu', reason='the tpu extra is not installed')
-  monkeypatch.setenv('PYTHONPATH', str(HERE))
-  names = [f'{chip} {name}' for name in ('experts', 'float32')]
-  reports = tpu_compiler.reports('grouped_matmul_cases:cases', names, tpu_compiler.TOPOLOGIES[chip])
-  assert not [x.refusal for x in reports.values() if x.refusal]
-  for report in reports.values():  # the product, dx and dw
-    assert sum('grouped_matmul' in kernel for kernel in report.kernels) == 3, report.kernels

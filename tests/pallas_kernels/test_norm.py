@@ -1,6 +1,5 @@
 """`norm`'s kernels are the reference, in one pass over memory."""
 import functools
-import pathlib
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
@@ -8,14 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import tpu_compiler
-from pallas_kernels.glu import bench as glu_bench
 from pallas_kernels.norm import bench, norm, tpu
 from pallas_kernels.norm.block_sizes import block_sizes
 from pallas_kernels.measure import traffic
 from pallas_kernels.norm.reference import Options
 from pallas_kernels.norm.specs import SPECS
-from pallas_kernels.rotary import bench as rotary_bench
 
 KINDS = ['layernorm', 'rmsnorm']
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
@@ -156,24 +152,3 @@ def test_arguments_that_do_not_fit_are_one_sentence(changes, message):
   fitting = dict(x=jnp.ones((2, 16)), scale=jnp.ones(16), kind='rmsnorm', epsilon=0.0)
   with pytest.raises(ValueError, match=message):
     norm(**{**fitting, **changes})
-
-
-def compiler_cases():
-  """Of this kernel, glu and rotary: the most VMEM, and each kind of tail and of head."""
-  both = jnp.float32, jnp.bfloat16
-  norms = [(32, LARGE_D, 'layernorm'), (50, 410, 'rmsnorm')]
-  glus = [(512, 28672, 'swiglu'), (50, 1400, 'geglu_exact')]
-  rotaries = [(1, 512, 64, 8, 128), (2, 50, 9, 3, 64), (1, 1, 4, 1, 256), (1, 8, 3, 1, 32)]
-  cases = ([bench.case(*shape, 'tpu', True, True, dtype) for shape, dtype in zip(norms, both)]
-           + [glu_bench.case(*shape, 'tpu', True, dtype) for shape, dtype in zip(glus, both)]
-           + [rotary_bench.case(*shape, 'tpu', dtype) for shape, dtype in zip(rotaries, 2 * both)])
-  return {str(i): case for i, case in enumerate(cases)}
-
-
-@pytest.mark.parametrize('generation', tpu_compiler.TOPOLOGIES)
-def test_this_kernel_glu_and_rotary_compile(generation, monkeypatch):
-  pytest.importorskip('libtpu', reason='the tpu extra is not installed')
-  monkeypatch.setenv('PYTHONPATH', str(pathlib.Path(__file__).parent))
-  reports = tpu_compiler.reports('test_norm:compiler_cases', list(compiler_cases()),
-                                 tpu_compiler.TOPOLOGIES[generation])
-  assert {name: report.refusal for name, report in reports.items()} == dict.fromkeys(reports, '')

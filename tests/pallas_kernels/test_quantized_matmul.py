@@ -1,6 +1,5 @@
 """Products with quantised weights: values, refusals, and what the TPU compiler says of them."""
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +7,10 @@ from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 import pytest
 
-from pallas_kernels import chips, tpu_compiler
+from pallas_kernels import chips
 from pallas_kernels.quantized_matmul import block_sizes, quantize, quantized_matmul, tpu
 from pallas_kernels.quantized_matmul.block_sizes import Blocks
 
-HERE = pathlib.Path(__file__).parent
 TOLERANCE = {'float32': 1e-5, 'bfloat16': 1e-2}
 # dtype of x, bits, group_size, M, K, N
 CASES = {
@@ -146,17 +144,3 @@ def test_blocks_fit_their_generation_at_any_size(chip):
       assert not blocks.inner % 32 or blocks.inner == M
       need = block_sizes.vmem_bytes(blocks, K, groups, x_dtype, jnp.int8)
       assert need <= blocks.vmem_bytes == 15 * chips.VMEM_MIB[chip] * 2**16
-
-
-@pytest.mark.supports('kernels', 'quantised products, compiled for every generation')
-@pytest.mark.parametrize('chip', tpu_compiler.TOPOLOGIES)
-def test_the_tpu_compiler_takes_what_is_not_refused(chip, monkeypatch):
-  pytest.importorskip('libtpu', reason='the tpu extra is not installed')
-  monkeypatch.setenv('PYTHONPATH', str(HERE))
-  names = ['int8', 'int4 in groups of 32', 'prompt', 'float32 with tails', 'int8 by int4']
-  reports = tpu_compiler.reports('quantized_matmul_cases:cases',
-                                 [f'{chip} {name}' for name in names],
-                                 tpu_compiler.TOPOLOGIES[chip])
-  assert not [x.refusal for x in reports.values() if x.refusal]
-  is_kernel = [any('quantized_matmul' in kernel for kernel in x.kernels) for x in reports.values()]
-  assert is_kernel == [True] * 4 + [chip != 'v4']  # left to XLA: v4 does not multiply int8

@@ -1,0 +1,58 @@
+"""The TPU compiler takes every kernel for every generation, and schedules what was promised."""
+import pathlib
+
+import pytest
+
+from pallas_kernels import tpu_compiler
+from pallas_kernels.tpu_compiler import FLOPS_PER_CYCLE, TOPOLOGIES
+
+HERE = pathlib.Path(__file__).parent
+
+# case: how many kernels of which name it has
+KERNELS = {
+    'flash_attention|{chip}|bert_base|both': (2, 'flash_attention'),
+    'grouped_matmul: experts': (3, 'grouped_matmul'),
+    'grouped_matmul: float32': (3, 'grouped_matmul'),
+    'quantized_matmul: int8': (1, 'quantized_matmul'),
+    'quantized_matmul: int4 in groups of 32': (1, 'quantized_matmul'),
+    'quantized_matmul: prompt': (1, 'quantized_matmul'),
+    'quantized_matmul: float32 with tails': (1, 'quantized_matmul'),
+    'quantized_matmul: int8 by int4': (1, 'quantized_matmul'),
+    'cross_entropy: all options': (2, 'cross_entropy'),
+    'cross_entropy: losses': (1, 'cross_entropy'),
+    **{f'elementwise: norm {i}': (2, 'norm') for i in range(2)},
+    **{f'elementwise: glu {i}': (2, 'glu') for i in range(2)},
+    **{f'elementwise: rotary {i}': (1, 'rotary') for i in range(4)},
+}
+# Left to XLA: v4 does not multiply int8.
+REFUSED = {('v4', 'quantized_matmul: int8 by int4')}
+
+
+@pytest.fixture
+def compile_for(monkeypatch):
+  pytest.importorskip('libtpu', reason='the tpu extra is not installed')
+  monkeypatch.setenv('PYTHONPATH', str(HERE), prepend=':')
+  return lambda chip, names: tpu_compiler.reports('compiled_cases:cases', names, TOPOLOGIES[chip])
+
+
+@pytest.mark.supports('kernels', 'all compiled for v4, v5e, v5p, v6e and tpu7x')
+@pytest.mark.parametrize('chip', TOPOLOGIES)
+def test_every_generation_takes_every_kernel(compile_for, chip):
+  reports = compile_for(chip, [name.format(chip=chip) for name in KERNELS])
+  assert {name: report.refusal for name, report in reports.items()} == dict.fromkeys(reports, '')
+  for case, (count, kernel) in KERNELS.items():
+    found = [name for name in reports[case.format(chip=chip)].kernels if kernel in name]
+    assert len(found) == (0 if (chip, case) in REFUSED else count), (case, found)
+
+
+@pytest.mark.supports('kernels', 'attention at 64 % of the peak of a v5e, the head of 128k rows at '
+                      '92 %, by the schedule')
+def test_the_schedules_of_a_v5e_meet_their_goals(compile_for):
+  attention, head, exact = 'flash_attention|v5e|llama2_7b|forward', 'cross_entropy: 128k', (
+      'cross_entropy: float32')  # by passes over parts: slow to compile
+  reports = compile_for('v5e', [attention, head, exact])
+  assert not any(report.refusal for report in reports.values()), reports
+  assert reports[attention].cycles <= 410_000
+  product = 2 * 8192 * 2048 * 131072 / FLOPS_PER_CYCLE['v5e']
+  assert 2 * product < reports[head].cycles <= 1.1 * 4 * product
+  assert reports[head].temp_bytes <= 64 * 2**20
