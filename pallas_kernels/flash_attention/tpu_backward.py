@@ -69,7 +69,8 @@ def _kernel_of_bias(layout, *refs):
 
 
 def backward(layout: tpu_blocks.Layout, visits, offset, arrays: dict[str, jax.Array],
-             dbias: jax.Array | None, *, interpret: bool, vmem_bytes: int) -> dict[str, jax.Array]:
+             dbias: jax.Array | None, *, interpret: bool | pltpu.InterpretParams, vmem_bytes: int
+             ) -> dict[str, jax.Array]:
   """Returns 'dquery', 'dkey', 'dvalue' and, where there is one, 'dbias', and those of
   `tpu_positions.gradients`.
 

@@ -147,7 +147,7 @@ def _state(layout):
 
 
 def forward(layout: tpu_blocks.Layout, visits, offset, arrays: dict[str, jax.Array], *,
-            interpret: bool, vmem_bytes: int):
+            interpret: bool | pltpu.InterpretParams, vmem_bytes: int):
   """Returns out, like arrays['query'], and the log-sum-exp, float32 [B, N, 1, T].
 
   Args:

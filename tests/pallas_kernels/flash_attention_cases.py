@@ -12,6 +12,7 @@ from pallas_kernels.flash_attention import dropout, gpu, tpu
 from pallas_kernels.flash_attention.reference import (MASKED, NO_KEY, Masking, Options, Terms,
                                                       places, visible)
 
+einsum = functools.partial(np.einsum, optimize=True)
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
 
 
@@ -43,7 +44,7 @@ def float64(call: Call):
   (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
   wide = lambda x: np.repeat(x, N // K, axis=2)
   narrow = lambda x: x.reshape(B, S, K, N // K, H).sum(3)
-  scores = np.einsum('btnh,bsnh->bnts', query, wide(key)) * options.scale
+  scores = einsum('btnh,bsnh->bnts', query, wide(key)) * options.scale
   slope = np.full(scores.shape, options.scale)
   if options.softcap is not None:
     bent = np.tanh(scores / options.softcap)
@@ -60,17 +61,17 @@ def float64(call: Call):
   if options.dropout_rate:
     factors = exact(dropout.factors(options.dropout_rate, masking.dropout_seeds,
                                     places(options, T, masking), jnp.arange(S)))
-  out = np.einsum('bnts,bsnh->btnh', probs * factors, wide(value))
-  dprobs = np.einsum('btnh,bsnh->bnts', g, wide(value)) * factors
-  delta = np.einsum('btnh,btnh->bnt', g, out)[..., None] - dlse.reshape(B, N, T, 1)
+  out = einsum('bnts,bsnh->btnh', probs * factors, wide(value))
+  dprobs = einsum('btnh,bsnh->bnts', g, wide(value)) * factors
+  delta = einsum('btnh,btnh->bnt', g, out)[..., None] - dlse.reshape(B, N, T, 1)
   dscores = probs * (dprobs - delta)
   dbias = None
   if terms.bias is not None:
     dbias = dscores if terms.bias.shape[0] == B else dscores.sum(0, keepdims=True)
   dsinks = None if terms.sinks is None else -(np.exp(sinks - lse) * delta).sum((0, 2, 3))
-  dquery = np.einsum('bnts,bsnh->btnh', dscores * slope, wide(key))
-  dkey = narrow(np.einsum('bnts,btnh->bsnh', dscores * slope, query))
-  dvalue = narrow(np.einsum('bnts,btnh->bsnh', probs * factors, g))
+  dquery = einsum('bnts,bsnh->btnh', dscores * slope, wide(key))
+  dkey = narrow(einsum('bnts,btnh->bsnh', dscores * slope, query))
+  dvalue = narrow(einsum('bnts,btnh->bsnh', probs * factors, g))
   return out, lse.reshape(B, K, N // K, T), dquery, dkey, dvalue, Terms(dbias, dsinks)
 
 
@@ -108,14 +109,14 @@ def packed(seed, B, T):
 
 @st.composite
 def calls(draw, lengths, heads, blocks=(None,)):
-  """Calls of every option, of whose queries most see several keys: else gradients are rounding."""
+  """Calls of every option, with `heads` of (key-value heads, head dim). Of their queries most see
+  several keys: else gradients are rounding."""
   pick = lambda *values: draw(st.sampled_from(values))
-  B, K, G = pick(1, 2), pick(1, 2), pick(1, 2)
-  T, S, H = pick(*lengths), pick(*lengths), pick(*heads)
+  B, (K, H), G, T, S = pick(1, 2), pick(*heads), pick(1, 2), pick(*lengths), pick(*lengths)
   dtype, seed, N = pick(jnp.float32, jnp.bfloat16), draw(st.integers(0, 99)), K * G
   offset = pick(0, max(0, S - T), -40, 'of each row')
   rate = pick(0.0, 0.3)
-  options = Options(draw(st.booleans()), pick(None, 60), pick(H**-0.5, 0.2), pick(None, 2.0),
+  options = Options(pick(True, False), pick(None, 60), pick(H**-0.5, 0.2), pick(None, 2.0),
                     pick(None, 90), 0 if isinstance(offset, str) else offset, rate)
   rows = jnp.asarray(np.random.default_rng(seed).integers(0, max(1, S - T + 1), B), jnp.int32)
   ids = [packed(seed + i, B, length) for i, length in enumerate((T, S))]
