@@ -147,7 +147,7 @@ def test_what_the_kernels_do_not_take_is_refused_and_left_to_xla():
     ({'scale': jnp.ones(15)}, r'scale has shape \(15,\), it must be \(16,\)'),
     ({'bias': jnp.ones(1)}, r'bias has shape \(1,\)'), ({'kind': 'batchnorm'}, "kind='batchnorm'"),
     ({'residual': jnp.ones((2, 16), jnp.bfloat16)}, 'residual is bfloat16'),
-    ({'implementation': 'gpu'}, "implementation='gpu'")])
+    ({'implementation': 'cuda'}, "implementation='cuda'")])
 def test_arguments_that_do_not_fit_are_one_sentence(changes, message):
   fitting = dict(x=jnp.ones((2, 16)), scale=jnp.ones(16), kind='rmsnorm', epsilon=0.0)
   with pytest.raises(ValueError, match=message):
