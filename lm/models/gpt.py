@@ -19,6 +19,7 @@ from lm.layers.mlp import MLP, Activation, is_gated
 from lm.layers.moe import MoE, MoEConfig
 from lm.layers.norms import Norm
 from lm.layers.positions import RopeScaling
+from lm.layers.relative_bias import alibi
 from lm.layers.stack import Remat, Stack, unstack
 from lm.parallel.rules import Rules, constrain
 
@@ -45,6 +46,7 @@ class GPTConfig:
   qk_norm: norms each head's query and key (Qwen 3, Gemma 3).
   attention_pattern: layers in turn are G, global, or L, local: they keep to the `window`.
   window: tokens back that a local layer sees, its own included.
+  positions: 'alibi' is a bias by distance (arXiv:2108.12409, section 3), for any length.
   rope_theta: base of rotary positions; rope_theta_local: of local layers, where it differs, and
     these are never stretched (Gemma 3); rope_scaling: how far the others are.
   attention_scale: of the scores; None is d_head**-0.5.
@@ -72,7 +74,7 @@ class GPTConfig:
   norm_epsilon: float = 1e-5
   norm_unit_offset: bool = False
   branch_norm: bool = False
-  positions: Literal['learned', 'rotary'] = 'learned'
+  positions: Literal['learned', 'rotary', 'alibi'] = 'learned'
   rope_theta: float = 10000.0
   rope_theta_local: Optional[float] = None
   rope_scaling: Optional[RopeScaling] = None
@@ -200,7 +202,7 @@ class Block(nn.Module):
   def __call__(self, x_BTD: Float[Array, 'B T D'], shared, per_layer):
     """Returns x [B, T, D], and this layer's cache and penalties."""
     cfg = self.config
-    rotations, segment_ids, prefix, cache_length = shared
+    rotations, distance_bias, segment_ids, prefix, cache_length = shared
     cache, rng, is_local = per_layer
     rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
     out_std = cfg.init_std / (2 * cfg.num_layers)**0.5  # GPT-2: L blocks add 2L branches
@@ -213,7 +215,8 @@ class Block(nn.Module):
         implementation=cfg.attention_implementation, name='attention')
 
     branch_BTD, cache = attention(norm(name='attention_norm')(x_BTD),
-                                  rotation=_choose(rotations, is_local), segment_ids=segment_ids,
+                                  rotation=_choose(rotations, is_local),
+                                  distance_bias=distance_bias, segment_ids=segment_ids,
                                   prefix=prefix, cache=cache, cache_length=cache_length,
                                   is_local=is_local, dropout_rng=rngs[2])
     if cfg.branch_norm:
@@ -309,7 +312,9 @@ class GPT(nn.Module):
       x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, first)
       rngs = jax.random.split(rest, cfg.num_layers) if cfg.drops_branches else None
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'length', 'act_embed')
-    shared = self._rotations(positions), segment_ids, prefix, length_B
+    num_keys = T if cache is None else jax.tree.leaves(cache.layers)[0].shape[-2]
+    distance_bias = alibi(cfg.num_heads, num_keys) if cfg.positions == 'alibi' else None
+    shared = self._rotations(positions), distance_bias, segment_ids, prefix, length_B
     per_layer = None if cache is None else cache.layers, rngs, cfg.local_layers
     x_BTD, outputs = self.blocks(x_BTD, shared, per_layer, drop_rng)
     layers, penalties = outputs if cfg.scanned else map(list, zip(*outputs))
@@ -322,7 +327,7 @@ class GPT(nn.Module):
   def _rotations(self, positions):
     """Of global layers and, where theirs differs, of local ones."""
     cfg = self.config
-    if cfg.positions == 'learned':
+    if cfg.positions != 'rotary':
       return None, None
     rotate = functools.partial(positions_lib.rotation, positions, cfg.head_dim)
     whole = rotate(cfg.rope_theta, cfg.rope_scaling)

@@ -117,8 +117,9 @@ def test_scan_and_remat_change_neither_the_parameters_nor_the_gradients(tiny_con
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
 
 
-def test_cached_decoding_is_the_full_forward_pass(tiny_config):
-  config = tiny_config()
+@pytest.mark.parametrize('positions', ['learned', 'rotary', 'alibi'])
+def test_cached_decoding_is_the_full_forward_pass(tiny_configs, positions):
+  config = tiny_configs['gpt2'](positions=positions, num_kv_heads=2)
   params, ids = init(config), tokens(config)
   want = forward(config, params, ids)
   cache, parts = config.init_cache(2, T + 3), []
@@ -158,6 +159,18 @@ def test_rotary_scores_depend_on_distance_only(tiny_configs):
   moved = np.broadcast_to(np.arange(T, dtype=np.int32) + 17, ids.shape)
   np.testing.assert_allclose(forward(config, params, ids, moved), forward(config, params, ids),
                              atol=5e-5)
+
+
+@pytest.mark.supports('layers', 'ALiBi')
+def test_alibi_knows_the_distance_of_tokens_and_no_position(tiny_configs):
+  config = tiny_configs['gpt2'](positions='alibi', max_length=4, num_layers=1)
+  params, ids = init(config), tokens(config)
+  turned = np.roll(ids, 1, axis=1)
+  segments = np.broadcast_to(np.arange(T, dtype=np.int32) > 0, ids.shape).astype(np.int32)
+  got = forward(config, params, turned, segment_ids=segments)[:, 1:]
+  np.testing.assert_allclose(got, forward(config, params, ids)[:, :-1], atol=3e-5)
+  swapped = np.concatenate([ids[:, 1::-1], ids[:, 2:]], 1)  # whose order one layer would not know
+  assert np.abs(forward(config, params, swapped) - forward(config, params, ids))[:, -1].max() > 1e-3
 
 
 @pytest.mark.parametrize('changes, present, absent', [
