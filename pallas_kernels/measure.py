@@ -81,6 +81,7 @@ class Program(NamedTuple):
   moved: bytes; None is each argument and each result once.
   share: of the cycles that are counted, those that run.
   waits: whether memory bounds it: then what its kernels move is counted by `traffic`.
+  trips: how often loops run whose trip count is no constant.
   """
   function: Callable
   args: tuple
@@ -88,6 +89,7 @@ class Program(NamedTuple):
   moved: int | None = None
   share: float = 1.0
   waits: bool = False
+  trips: float = 1.0
 
 
 class _Programs(dict):

@@ -23,10 +23,10 @@ FLOPS_PER_CYCLE = {'v4': 131072, 'v5e': 131072, 'v5p': 262144, 'v6e': 524288}
 _ENVIRONMENT = {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'JAX_ENABLE_COMPILATION_CACHE':
                 'false', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 _BUNDLE = re.compile(r'\s*(?:0x[0-9a-f]+|0)\s')
-_LABEL = re.compile(r'\s*0x[0-9a-f]+ LB:')
+_LABEL = re.compile(r'\s*0x[0-9a-f]+ LB:(?:.*/\* Start region (\d+))?')
 _TEST = re.compile(
     r'%(\w+) = scmp\.ge\.s32\.totalorder (?:\(%\w+\), )?%\w+, (\d+) /\* loop exit test \*/')
-_BRANCH = re.compile(r'sbr\.rel \(!?%(\w+)\)')
+_BRANCH = re.compile(r'sbr\.rel \(!?%(\w+)\)(?: target = \$region(\d+))?')
 _FATAL = re.compile(r'F\d{4} ')
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 
@@ -51,24 +51,29 @@ class Report:
     return sum(self.kernels.values())
 
 
-def count_cycles(bundles: str) -> int:
+def count_cycles(bundles: str, trips: float = 1.0) -> int:
   """Counts the bundles of a `final_bundles` dump, each as often as the loops around it run.
 
   A loop runs from its `LB:` label to the branch on its exit test, which states the trip count; a
-  loop whose test is no constant counts once.
+  loop whose test is no constant runs `trips` times, and one within such a loop once a turn.
   """
   lines = [line for line in bundles.splitlines() if _BUNDLE.match(line)]
-  weights, starts, trips = [1] * len(lines), [], {}
+  weights, starts, tests, unstated = [1] * len(lines), [], {}, set()
   for i, line in enumerate(lines):
-    if _LABEL.match(line):
-      starts.append(i)
-    trips.update((name, int(count)) for name, count in _TEST.findall(line))
+    if label := _LABEL.match(line):
+      starts.append((i, label[1]))
+    tests.update((name, int(count)) for name, count in _TEST.findall(line))
     branch = _BRANCH.search(line)
-    if branch and branch[1] in trips and starts:
-      count = trips.pop(branch[1])
-      for k in range(starts.pop(), i + 1):
+    if not branch or not starts:
+      continue
+    if branch[1] in tests or branch[2] and branch[2] == starts[-1][1]:
+      inside = set(range(starts.pop()[0], i + 1))
+      if branch[1] not in tests:
+        inside, unstated = inside - unstated, unstated | inside
+      count = tests.pop(branch[1], trips)
+      for k in inside:
         weights[k] *= count
-  return sum(weights)
+  return round(sum(weights))
 
 
 def reports(cases: str, names: list[str], topology: str) -> dict[str, Report]:
@@ -77,7 +82,8 @@ def reports(cases: str, names: list[str], topology: str) -> dict[str, Report]:
   Args:
     cases: 'package.module:function'; called in the child, the function returns
       {name: (function, arguments, ...)}, arguments a tuple of trees of `jax.ShapeDtypeStruct`,
-      which may have shardings over devices of a topology.
+      which may have shardings over devices of a topology. The `trips` of a case, if it has any,
+      are those of loops that state none.
     names: which of them.
     topology: such as 'v5e:2x2'.
 
@@ -135,7 +141,7 @@ def compile_here(function: Callable, arguments, topology: str):
     return jax.jit(function).lower(*placed).compile()
 
 
-def _answer(function, arguments, topology, dump: pathlib.Path) -> dict:
+def _answer(function, arguments, topology, dump: pathlib.Path, trips) -> dict:
   """The fields of a `Report`; the dump's folder is emptied first."""
   for path in dump.iterdir():
     path.unlink()
@@ -147,7 +153,7 @@ def _answer(function, arguments, topology, dump: pathlib.Path) -> dict:
   for path in sorted(dump.glob('*-final_bundles.txt')):
     name, text = path.name.split('-', 1)[1].rsplit('-', 2)[0], path.read_text()
     if name[0] != '<' and name != 'TLP' and ('vmatmul' in text or 'dma' in text):
-      kernels[name] = count_cycles(text)
+      kernels[name] = count_cycles(text, trips)
   return {'kernels': kernels, 'temp_bytes': compiled.memory_analysis().temp_size_in_bytes,
           'estimate': sum(map(int, _ESTIMATE.findall(compiled.as_text())))}
 
@@ -163,7 +169,8 @@ def _child(request: str):
     module, function = cases.split(':')
     made = getattr(importlib.import_module(module), function)()
     for name in names:
-      fields = _answer(*made[name][:2], topology, pathlib.Path(folder))
+      case = made[name]
+      fields = _answer(*case[:2], topology, pathlib.Path(folder), getattr(case, 'trips', 1.0))
       print('RESULT ' + json.dumps([name, fields]), flush=True)
 
 

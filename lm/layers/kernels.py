@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lm.parallel.rules import Rules, axes_of, per_device
-from pallas_kernels.flash_attention import decode_attention, flash_attention
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.flash_attention import flash_attention
 
 # As `flash_attention`'s: None is the fastest that takes the case on the platform of the program.
 Implementation = Optional[Literal['pallas', 'reference']]

@@ -152,46 +152,8 @@ def _resolve(implementation, options, query, key, terms) -> str | tuple[str, ...
   return () if refusal else (kernel,)
 
 
-def decode_attention(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, *,
-                     window: int | None = None, scale: float | None = None,
-                     softcap: float | None = None, bias: jax.Array | None = None) -> jax.Array:
-  """`flash_attention` of one query a row over a cache; not to be differentiated.
-
-  Args:
-    query: [B, 1, N, H].
-    key: [B, K, S, H], heads first, so that no token moves the cache.
-    value: [B, K, S, H].
-    lengths: int32 [B], at least 1: the keys of each row that stand; the others are not seen.
-    window: the last keys of those that are seen; None is all.
-    scale: None is 1 / sqrt(H).
-    softcap: as of `flash_attention`.
-    bias: [1 or B, N, 1, S].
-
-  Returns:
-    [B, 1, N, H] in the dtype of `query`.
-
-  Raises:
-    ValueError: a bias that does not fit, or a window or softcap that is not positive.
-  """
-  B, _, N, H = query.shape
-  K, S = key.shape[1:3]
-  options = _options(True, window, scale, softcap, bias, (B, N, 1, S), H)
-  query_BKGH = query.reshape(B, K, N // K, H)
-  scores_BKGS = jnp.einsum('bkgh,bksh->bkgs', query_BKGH, key, preferred_element_type=jnp.float32)
-  scores_BKGS = reference.softcapped(scores_BKGS * options.scale, softcap)
-  if bias is not None:
-    scores_BKGS += bias.astype(jnp.float32).reshape(-1, K, N // K, S)
-  seen_BS = jnp.arange(S) < lengths[:, None]
-  if window is not None:
-    seen_BS &= jnp.arange(S) >= lengths[:, None] - window
-  scores_BKGS = jnp.where(seen_BS[:, None, None], scores_BKGS, reference.MASKED)
-  probs_BKGS = jax.nn.softmax(scores_BKGS).astype(query.dtype)
-  out_BKGH = jnp.einsum('bkgs,bksh->bkgh', probs_BKGS, value, preferred_element_type=jnp.float32)
-  return out_BKGH.astype(query.dtype).reshape(B, 1, N, H)
-
-
 def _options(causal, window, scale, softcap, bias, shape, H, **more) -> Options:
-  """Checks what both functions take; `shape` is that of the scores, (B, N, T, S)."""
+  """Checks the options; `shape` is that of the scores, (B, N, T, S)."""
   if window is not None and window < 1:
     raise ValueError(f'window={window} must be at least 1 (its own place alone), or None for all')
   if softcap is not None and softcap <= 0:

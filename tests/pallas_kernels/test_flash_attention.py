@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.flash_attention import decode_attention, dropout, flash_attention
+from pallas_kernels.flash_attention import dropout, flash_attention
 
 IMPLEMENTATIONS = ['reference', 'cpu']
 
@@ -281,30 +281,6 @@ def test_wrong_arguments_are_named():
     flash_attention(query[:, :, :2], key, value, query_segment_ids=ids)
   with pytest.raises(ValueError, match="implementation='cuda'"):
     flash_attention(query[:, :, :2], key, value, implementation='cuda')
-
-
-@pytest.mark.parametrize('dtype, atol', [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)])
-@pytest.mark.parametrize('N, K', [(4, 4), (4, 2), (6, 1)])
-def test_decoding_over_a_cache_is_attention_of_its_last_query(N, K, dtype, atol):
-  query, key, value, _ = operands(3, 1, 40, N, K, 8, dtype)
-  offset = jnp.array([0, 7, 39])
-  heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-  out = decode_attention(query, heads_first(key), heads_first(value), offset + 1)
-  assert out.dtype == dtype
-  np.testing.assert_allclose(exact(out), naive(query, key, value, query_offset=offset), atol=atol)
-
-
-@pytest.mark.parametrize('window', [None, 3])
-@pytest.mark.parametrize('rows', [1, 3])
-def test_decoding_takes_the_options_of_attention(window, rows):
-  query, key, value, _ = operands(3, 1, 40, 4, 2, 8)
-  offset, options = jnp.array([0, 7, 39]), {'window': window, 'scale': 0.9, 'softcap': 1.5}
-  bias = random_bias(rows, 4, 1, 40)
-  heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-  out = decode_attention(query, heads_first(key), heads_first(value), offset + 1, bias=bias,
-                         **options)
-  want = naive(query, key, value, bias, query_offset=offset, **options)
-  np.testing.assert_allclose(exact(out), want, atol=1e-6)
 
 
 @pytest.mark.parametrize('changes, named', [

@@ -23,6 +23,16 @@ def test_a_bundle_counts_as_often_as_the_loops_around_it_run():
   assert tpu_compiler.count_cycles(BUNDLES) == 1 + 3 * (2 + inner + 2) + 1
 
 
+def test_loops_whose_trips_are_not_stated_run_as_often_as_is_said():
+  loop = ['0x1 LB: { %a = vld } /* Start region 7 */',
+          '0x2 : { %e = sbr.rel (!%p1) target = $region7 }']
+  around = ['0x0 LB: { %a = vld } /* Start region 6 */', *loop,
+            '0x3 : { %e = sbr.rel (!%p2) target = $region6 }']
+  assert tpu_compiler.count_cycles('\n'.join(loop)) == 2
+  assert tpu_compiler.count_cycles('\n'.join(loop), trips=2.5) == 5
+  assert tpu_compiler.count_cycles('\n'.join(around), trips=10.0) == 4 * 10
+
+
 @pytest.mark.supports('kernels', 'compiled for v4, v5e, v5p, v6e and tpu7x without a TPU')
 def test_the_compiler_counts_a_kernel_and_says_what_it_refuses(monkeypatch):
   pytest.importorskip('libtpu', reason='the tpu extra is not installed')
