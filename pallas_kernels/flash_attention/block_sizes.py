@@ -35,6 +35,11 @@ TABLE |= {
 TABLE['tpu7x'] = TABLE['v6e']
 
 
+# With terms of the scores by distance, whose cost is by 128 queries of a block and head: more tiles
+# take minutes to compile, and no fewer cycles.
+BY_DISTANCE = Blocks(512, 512, 1)
+
+
 def vmem_bytes(name: str, blocks: Blocks, T: int, head: int, share: int, itemsize: int,
                bias_itemsize: int, kept: int = 0) -> int:
   """VMEM that a pass needs: its blocks twice, since the next are on their way, its sums, three
@@ -78,7 +83,7 @@ def find(name: str, chip: str, T: int, S: int, head: int, share: int, itemsize: 
                        f'{head}; it takes the blocks of {nearest[1]} keys and heads of '
                        f'{nearest[0]}. Tune by: python -m pallas_kernels.flash_attention.bench '
                        '--tune')
-  queries, keys, tiles = tuned[nearest]
+  queries, keys, tiles = BY_DISTANCE if kept else tuned[nearest]
   while True:
     blocks = Blocks(_even(T, queries), _even(S, keys), tiles)
     padded = -(-T // blocks.queries) * blocks.queries
