@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import chips, gpu_compiler
-from pallas_kernels.quantized_matmul import gpu, quantize, quantized_matmul
+from pallas_kernels.quantized_matmul import quantize, quantized_matmul
 from pallas_kernels.quantized_matmul.specs import SPECS
 
 GROUPED = [name for name, spec in SPECS.items() if spec.group_size]
