@@ -9,13 +9,32 @@ from pallas_kernels.cross_entropy import bench as cross_entropy_bench, tpu as cr
 from pallas_kernels.cross_entropy.block_sizes import Blocks
 from pallas_kernels.cross_entropy.reference import Options
 from pallas_kernels.cross_entropy.specs import SPECS, Spec
+from pallas_kernels.flash_attention import reference as attention, tpu as flash_attention
 from pallas_kernels.glu import bench as glu_bench
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.norm import bench as norm_bench
 from pallas_kernels.quantized_matmul import quantized_matmul
 from pallas_kernels.rotary import bench as rotary_bench
+from pallas_kernels.tpu_compiler import TOPOLOGIES
 
 shape = jax.ShapeDtypeStruct
+
+
+def attentions():
+  """Many options at once in the blocks of each TPU, of heads that share a tile and of padded."""
+  T, N = 256, 2
+  options = attention.Options(True, None, 0.1, None, chunk=150, query_offset=-50, dropout_rate=0.1)
+
+  def both(chip, query, key, value, g, sinks, ids, seeds):
+    args = (query, key, value, attention.Terms(sinks=sinks),
+            attention.Masking(None, ids, ids, None, seeds))
+    out, lse = flash_attention.forward(options, *args, chip=chip)
+    return out, flash_attention.backward(options, *args, out, lse, g, lse, chip=chip)
+
+  rest = shape((N,), jnp.float32), shape((1, T), jnp.int32), shape((1, N), jnp.uint32)
+  return {f'{chip}, {H}': (functools.partial(both, chip),
+                           (shape((1, T, N, H), jnp.bfloat16),) * 4 + rest)
+          for chip in TOPOLOGIES for H in (64, 96)}
 
 
 def cross_entropies():
@@ -90,7 +109,8 @@ class Cases(dict):
 
 def cases():
   """All of them."""
-  rooms = {'cross_entropy': cross_entropies(), 'grouped_matmul': grouped_products(),
-           'quantized_matmul': quantized_products(), 'elementwise': elementwise()}
+  rooms = {'flash_attention': attentions(), 'cross_entropy': cross_entropies(),
+           'grouped_matmul': grouped_products(), 'quantized_matmul': quantized_products(),
+           'elementwise': elementwise()}
   return Cases({f'{room}: {name}': case for room, made in rooms.items()
                 for name, case in made.items()})

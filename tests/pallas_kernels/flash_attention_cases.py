@@ -1,4 +1,4 @@
-"""Attention in float64, calls of it that hypothesis draws, and calls for the TPU compiler."""
+"""Attention in float64, and calls of it that hypothesis draws."""
 import functools
 from typing import Any, NamedTuple
 
@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import tpu_compiler
 from pallas_kernels.flash_attention import dropout, gpu, tpu
 from pallas_kernels.flash_attention.reference import (MASKED, NO_KEY, Masking, Options, Terms,
                                                       places, visible)
@@ -132,31 +131,3 @@ def calls(draw, lengths, heads, blocks=(None,)):
       ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))))
   return Call(options, query, key, value, terms, masking, g, random(seed, B, K, G, T),
               pick(*blocks))
-
-
-def cases() -> dict[str, Any]:
-  """{'chip option pass': (function, arguments)}: each option alone, and 'all' together."""
-  T = 512
-  alone = {'chunk': {'chunk': 300}, 'query_offset': {'query_offset': -100},
-           'dropout': {'dropout_rate': 0.1}, 'sinks': {}, 'ids': {}}
-  wanted = {name: ([name], fields) for name, fields in alone.items()}
-  wanted['all'] = list(alone), functools.reduce(dict.__or__, alone.values())
-  made = {}
-  for chip in tpu_compiler.TOPOLOGIES:
-    for H in (64, 96):
-      for name, (names, fields) in wanted.items():
-        made |= _compiled(f'{chip} {name} {H}', chip, T, H, names, fields)
-  return made
-
-
-def _compiled(name, chip, T, H, names, fields):
-  shape, N = jax.ShapeDtypeStruct, 4
-  options = Options(True, None, 0.1, None, **fields)
-  x, lse, ids = shape((1, T, N, H), jnp.bfloat16), shape((1, N, 1, T), jnp.float32), None
-  ids = shape((1, T), jnp.int32) if 'ids' in names else None
-  terms = Terms(sinks=shape((N,), jnp.float32) if 'sinks' in names else None)
-  masking = Masking(None, ids, ids, None, shape((1, N), jnp.uint32) if 'dropout' in names else None)
-  forward = functools.partial(tpu.forward, options, chip=chip)
-  backward = functools.partial(tpu.backward, options, chip=chip)
-  return {f'{name} forward': (forward, (x, x, x, terms, masking)),
-          f'{name} backward': (backward, (x, x, x, terms, masking, x, lse, x, lse))}

@@ -11,6 +11,8 @@ HERE = pathlib.Path(__file__).parent
 # case: how many kernels of which name it has
 KERNELS = {
     'flash_attention|{chip}|bert_base|both': (2, 'flash_attention'),
+    'flash_attention: {chip}, 64': (2, 'flash_attention'),
+    'flash_attention: {chip}, 96': (2, 'flash_attention'),
     'grouped_matmul: experts': (3, 'grouped_matmul'),
     'grouped_matmul: float32': (3, 'grouped_matmul'),
     'quantized_matmul: int8': (1, 'quantized_matmul'),
