@@ -4,10 +4,14 @@ import pathlib
 import pytest
 
 from pallas_kernels import tpu_compiler
+from pallas_kernels.decode_attention.bench import moved as decoded_bytes
+from pallas_kernels.decode_attention.specs import SPECS
+from pallas_kernels.measure import BYTES_PER_CYCLE
 from pallas_kernels.tpu_compiler import FLOPS_PER_CYCLE, TOPOLOGIES
 
 HERE = pathlib.Path(__file__).parent
 
+DECODING = 'llama3_8b 8 x 4k, 4 tokens', 'gemma_2b 64 x 32k paged int8', 'gpt2 64 x 1k'
 # case: how many kernels of which name it has
 KERNELS = {
     'flash_attention|{chip}|bert_base|both': (2, 'flash_attention'),
@@ -22,6 +26,7 @@ KERNELS = {
     'quantized_matmul: int8 by int4': (1, 'quantized_matmul'),
     'cross_entropy: all options': (2, 'cross_entropy'),
     'cross_entropy: losses': (1, 'cross_entropy'),
+    **{f'decode_attention|{{chip}}|{spec}|kernel': (1, 'decode_attention') for spec in DECODING},
     **{f'elementwise: norm {i}': (2, 'norm') for i in range(2)},
     **{f'elementwise: glu {i}': (2, 'glu') for i in range(2)},
     **{f'elementwise: rotary {i}': (1, 'rotary') for i in range(4)},
@@ -58,3 +63,11 @@ def test_the_schedules_of_a_v5e_meet_their_goals(compile_for):
   product = 2 * 8192 * 2048 * 131072 / FLOPS_PER_CYCLE['v5e']
   assert 2 * product < reports[head].cycles <= 1.1 * 4 * product
   assert reports[head].temp_bytes <= 64 * 2**20
+
+
+@pytest.mark.supports('kernels', 'decoding faster than the cache can be read, by the schedule')
+def test_decoding_waits_for_the_memory_of_a_v5e(compile_for):
+  reports = compile_for('v5e', [f'decode_attention|v5e|{spec}|kernel' for spec in DECODING])
+  for spec, report in zip(DECODING, reports.values()):
+    assert report.cycles <= decoded_bytes(SPECS[spec]) / BYTES_PER_CYCLE['v5e'], spec
+    assert report.temp_bytes < 2**24, spec  # the cache is read where it lies
