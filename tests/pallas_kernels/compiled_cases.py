@@ -9,7 +9,8 @@ from pallas_kernels.cross_entropy import bench as cross_entropy_bench, tpu as cr
 from pallas_kernels.cross_entropy.block_sizes import Blocks
 from pallas_kernels.cross_entropy.reference import Options
 from pallas_kernels.cross_entropy.specs import SPECS, Spec
-from pallas_kernels.flash_attention import reference as attention, tpu as flash_attention
+from pallas_kernels.flash_attention import (flash_attention, reference as attention,
+                                            tpu as attention_tpu)
 from pallas_kernels.glu import bench as glu_bench
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.norm import bench as norm_bench
@@ -28,8 +29,8 @@ def attentions():
   def both(chip, query, key, value, g, sinks, ids, seeds):
     args = (query, key, value, attention.Terms(sinks=sinks),
             attention.Masking(None, ids, ids, None, seeds))
-    out, lse = flash_attention.forward(options, *args, chip=chip)
-    return out, flash_attention.backward(options, *args, out, lse, g, lse, chip=chip)
+    out, lse = attention_tpu.forward(options, *args, chip=chip)
+    return out, attention_tpu.backward(options, *args, out, lse, g, lse, chip=chip)
 
   rest = shape((N,), jnp.float32), shape((1, T), jnp.int32), shape((1, N), jnp.uint32)
   return {f'{chip}, {H}': (functools.partial(both, chip),
@@ -55,6 +56,24 @@ def cross_entropies():
       'losses': (functools.partial(cross_entropy.losses, options, wants_best=True, blocks=small),
                  cross_entropy_bench.arguments(tiny)[:4]),
       '128k': gradients(SPECS['128k'], medium)}
+
+
+def by_distance():
+  """Attention whose scores know distances, with all gradients: small, and of 2048 tokens."""
+  def both(arrays):
+    attend = lambda arrays: flash_attention(**arrays, implementation='tpu')
+    out, vjp = jax.vjp(attend, arrays)
+    return out, vjp(out)
+
+  def case(T, *names):
+    tokens = shape((1, T, 2, 64), jnp.bfloat16)
+    arrays = {'query': tokens, 'key': tokens, 'value': tokens, 'relative_query': tokens,
+              'relative_key': shape((T, 2, 64), jnp.bfloat16),
+              'distance_bias': shape((2, 257), jnp.float32)}
+    return both, ({name: arrays[name] for name in ('query', 'key', 'value', *names)},)
+
+  return {'by distance': case(256, 'distance_bias', 'relative_query', 'relative_key'),
+          'long': case(2048, 'distance_bias')}
 
 
 def grouped_products():
@@ -109,7 +128,7 @@ class Cases(dict):
 
 def cases():
   """All of them."""
-  rooms = {'flash_attention': attentions(), 'cross_entropy': cross_entropies(),
+  rooms = {'flash_attention': attentions() | by_distance(), 'cross_entropy': cross_entropies(),
            'grouped_matmul': grouped_products(), 'quantized_matmul': quantized_products(),
            'elementwise': elementwise()}
   return Cases({f'{room}: {name}': case for room, made in rooms.items()

@@ -17,6 +17,7 @@ KERNELS = {
     'flash_attention|{chip}|bert_base|both': (2, 'flash_attention'),
     'flash_attention: {chip}, 64': (2, 'flash_attention'),
     'flash_attention: {chip}, 96': (2, 'flash_attention'),
+    'flash_attention: by distance': (2, 'flash_attention'),
     'grouped_matmul: experts': (3, 'grouped_matmul'),
     'grouped_matmul: float32': (3, 'grouped_matmul'),
     'quantized_matmul: int8': (1, 'quantized_matmul'),
@@ -71,3 +72,9 @@ def test_decoding_waits_for_the_memory_of_a_v5e(compile_for):
   for spec, report in zip(DECODING, reports.values()):
     assert report.cycles <= decoded_bytes(SPECS[spec]) / BYTES_PER_CYCLE['v5e'], spec
     assert report.temp_bytes < 2**24, spec  # the cache is read where it lies
+
+
+@pytest.mark.supports('kernels', 'no array by query and key with scores by distance')
+def test_scores_by_distance_are_in_no_array_by_query_and_key(compile_for):
+  report, = compile_for('v5e', ['flash_attention: long']).values()
+  assert len(report.kernels) >= 2 and report.temp_bytes < 2 * 2048 * 2048 * 2 / 4
