@@ -1,8 +1,8 @@
 """The parts that models share: parameters and activations in, activations out.
 
 `linear.py` products and embeddings; `norms.py`; `positions.py` rotary positions, `relative_bias.py`
-T5's and `relative_attention.py` Transformer-XL's; `attention.py` projections, cache and the call of
-the attention kernel; `mlp.py` and `moe.py`, experts in its place; `stack.py` a stack of equal
+T5's and ALiBi's, and `relative_attention.py` Transformer-XL's; `attention.py` projections and cache;
+`kernels.py` the attention kernels on a mesh; `mlp.py` and `moe.py`, experts in its place; `stack.py` a stack of equal
 blocks, scanned or unrolled, rematerialised or not; `heads.py` what stands on a trunk, `adaptive.py`
 a vocabulary in clusters. A layer names logical axes, never mesh axes.
 

@@ -34,9 +34,8 @@ TABLE |= {
 }
 TABLE['tpu7x'] = TABLE['v6e']
 
-
 # With terms of the scores by distance, whose cost is by 128 queries of a block and head: more tiles
-# take minutes to compile, and no fewer cycles.
+# take minutes to compile, and two of them no fewer cycles at T5's 512 tokens.
 BY_DISTANCE = Blocks(512, 512, 1)
 
 
