@@ -6,7 +6,6 @@ one group, exact in bfloat16, and its scales weigh the float32 sums. Few rows wa
 then the contraction is cut over programs too, whose parts are added afterwards.
 """
 import functools
-from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -14,16 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul.gpu import Blocks
+
 PROGRAMS = 264  # two for each SM of an H100
-
-
-class Blocks(NamedTuple):
-  """A program's rows and columns, the contraction of a step, warps, and steps loaded ahead."""
-  rows: int
-  columns: int
-  chunk: int
-  warps: int
-  stages: int
 
 
 def refusal(x_MK, values_KN, scales_PN, dtype) -> str | None:
