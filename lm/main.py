@@ -1,6 +1,7 @@
 """`lm <command>`: flags in, one call out."""
 import argparse
 import json
+import os
 import pathlib
 import signal
 import sys
@@ -13,7 +14,7 @@ COMMANDS = {
     'evaluate': 'score the held-out files with the last checkpoint of a run',
     'generate': 'continue prompts with the last checkpoint of a run',
     'cache': 'train the vocabulary and build the token cache, without training',
-    'compile': 'what the train step needs of TPUs that are not there: memory, time, money',
+    'compile': 'what the train step needs of chips that are not there: memory, time, money',
     'doctor': "check the invariants of the codebase on this config's model and mesh",
     'convert': "make a run of other people's weights (--from), or the reverse (--to)",
     'explain': 'show every value of a config and the file and line it came from',
@@ -34,6 +35,8 @@ def _parser() -> argparse.ArgumentParser:
                            'itself on TPU VMs, GKE and Slurm, as are the next two')
       command.add_argument('--num_processes', type=int, help='of this run, on all hosts')
       command.add_argument('--process_id', type=int, help='which of them this is')
+      command.add_argument('--compiled', metavar='FILE', help='of `lm compile --save`: the step '
+                           'starts from it where program, versions and devices are the same')
     if name == 'generate':
       command.add_argument('--prompt', action='append', required=True, help='repeatable')
       command.add_argument('--max_new_tokens', type=int)
@@ -42,11 +45,14 @@ def _parser() -> argparse.ArgumentParser:
       command.add_argument('--top_p', type=float)
       command.add_argument('--seed', type=int, default=0)
     if name == 'compile':
-      command.add_argument('--topology', required=True, help='chips and grid, such as v5e:16x16')
+      command.add_argument('--topology', required=True, help='chips and grid, such as v5e:16x16; '
+                           'hosts and GPUs, h100:4x8; cpu:8')
       command.add_argument('--num_slices', type=int, default=1, help='as often as this')
       command.add_argument('--option', action='append', default=[], metavar='NAME=VALUE',
                            help="the compiler's, besides the run's; repeatable")
       command.add_argument('--tokens', type=float, help='of the training; 20 a parameter')
+      command.add_argument('--save', metavar='FILE', help='keep the executable here, for `lm train '
+                           '--compiled=FILE`')
     if name == 'convert':
       command.add_argument('--from', dest='source', metavar='DIR_OR_FILE',
                            help='directory of Hugging Face, or .safetensors, .gguf, .bin file')
@@ -126,7 +132,7 @@ def _train(experiment: Any, args: argparse.Namespace) -> dict[str, Any]:
   from lm.parallel import distributed
   hosts = distributed.initialize(args.coordinator, args.num_processes, args.process_id)
   with hosts.ending_together():
-    result = run.train(experiment, args.run_dir, hosts)
+    result = run.train(experiment, args.run_dir, hosts, args.compiled)
     hosts.shut_down()
   if hosts.is_main:
     _tell_training(result, args.run_dir)
@@ -173,6 +179,9 @@ def main(argv: list[str] | None = None) -> int:
   except HostError as error:
     print(f'error: {error}', file=sys.stderr)
     return 75
+  except BrokenPipeError:  # of `lm ... | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
   except OSError as error:
     if error.filename != args.json:
       raise

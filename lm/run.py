@@ -106,15 +106,19 @@ def open_experiment(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]
   return experiment
 
 
-def train(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts()) -> dict[str, Any]:
+def train(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(),
+          compiled: str | None = None) -> dict[str, Any]:
   """Prepares the data, trains, evaluates on the held-out files, samples, and writes the report.
 
   Called again on the same directory it goes on where it stopped, and does again only what is
-  missing. Of several hosts all train, and host 0 does the rest.
+  missing. Of several hosts all train, and host 0 does the rest. `compiled` is the file of a train
+  step (`lm compile --save`).
   """
   directory = pathlib.Path(run_dir)
+  if compiled and not pathlib.Path(compiled).is_file():
+    raise UserError(f'--compiled={compiled} is no file; make one with `lm compile --save`')
   with _claim(directory, hosts):
-    prepared, result = _fit(experiment, directory, hosts)
+    prepared, result = _fit(experiment, directory, hosts, compiled)
     if hosts.is_main:
       if result['stopped_by'] is None:
         _finish(experiment, directory, prepared)
@@ -129,8 +133,8 @@ def fit(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts()) -> dict[st
     return _fit(experiment, pathlib.Path(run_dir), hosts)[1]
 
 
-def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts
-         ) -> tuple[Data, dict[str, Any]]:
+def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts,
+         compiled: str | None = None) -> tuple[Data, dict[str, Any]]:
   hosts.prove_same({'the digest of the configuration': digest(config.text()), **program_facts()})
   if hosts.is_main:
     _save_config(directory)
@@ -138,7 +142,7 @@ def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts
   hosts.prove_same({'the digest of the data': _data_digest(prepared.info)})
   if hosts.is_main and not (directory / 'vocabulary').exists():
     prepared.vocabulary.save(directory / 'vocabulary')
-  result = _trainer(experiment, prepared, directory, hosts).run()
+  result = _trainer(experiment, prepared, directory, hosts).run(compiled and pathlib.Path(compiled))
   if hosts.is_main:  # whose file it is, with the losses of the steps before this start
     result['losses'] = [row['loss'] for row in monitor.read_rows(directory / monitor.METRICS)
                         if row['split'] == 'train']

@@ -37,13 +37,14 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
   with tempfile.TemporaryDirectory() as folder:
     request = {'gin_files': args.gin_file, 'bindings': bindings, 'run_dir': args.run_dir,
                'topology': args.topology, 'num_slices': args.num_slices, 'folder': folder,
-               'options': _options(args.option)}
+               'options': _options(args.option), 'save': args.save}
     facts = _ask(request | {'kernels': False}, 'facts.json')
     if 'needed_bytes' in facts:
       raise UserError(remedies.explain(experiment, facts, topology))
     text = pathlib.Path(folder, 'program.hlo').read_text()
     module = Module(text)
-    kernels = _ask(request | {'kernels': True}, 'kernels.json') if module.kernels() else {}
+    has_cycles = topology.chip.clock_hz and module.kernels()
+    kernels = _ask(request | {'kernels': True}, 'kernels.json') if has_cycles else {}
   result = compile_report.make(module, facts, kernels, topology, args.tokens)
   rows = compile_report.rows(result)
   width = max(len(name) for name, _ in rows)
@@ -55,6 +56,8 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
     (directory / 'compile.json').write_text(json.dumps(result, indent=1) + '\n')
     (directory / 'compile.html').write_text(page(result))
     print(f'report: {directory / "compile.html"}')
+  if args.save:
+    print(f'executable: {args.save}, for `lm train --compiled={args.save}`')
   return result
 
 

@@ -1,10 +1,11 @@
-"""The process that `lm compile` starts: it alone loads the TPU's compiler, which some programs end.
+"""The process that `lm compile` starts: it alone loads the compiler, which some programs end.
 
 Reads a request as JSON, and writes facts.json and program.hlo (or the cycles of kernels) into its
 folder.
 """
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import sys
@@ -18,6 +19,7 @@ from lm import run
 from lm.data.packing import Packed
 from lm.data.vocabularies import ByteVocabulary
 from lm.errors import UserError
+from lm.parallel import executable
 from lm.parallel.topology import Topology
 from lm.training.state import abstract_state
 from lm.training.step import jit_train_step
@@ -76,7 +78,8 @@ def _bytes(tree):
              for x in jax.tree.leaves(tree))
 
 
-def _compile(step: Step, options: dict[str, str], folder: pathlib.Path) -> dict[str, Any]:
+def _compile(step: Step, options: dict[str, str], folder: pathlib.Path, save: str | None
+             ) -> dict[str, Any]:
   start = time.perf_counter()
   with jax.set_mesh(step.mesh):
     lowered = step.trace().lower()
@@ -90,9 +93,22 @@ def _compile(step: Step, options: dict[str, str], folder: pathlib.Path) -> dict[
                       ) from error
     scale = 1024**' KMGT'.index(too_much[2] or ' ')
     return facts | {'needed_bytes': int(float(too_much[1]) * scale)}
+  peak = _peak_bytes(compiled.memory_analysis(), step.topology.chip.platform)
+  if peak > step.topology.chip.hbm_bytes:  # the compilers of GPUs and CPUs only warn
+    return facts | {'needed_bytes': peak}
   (folder / 'program.hlo').write_text(compiled.as_text())
+  if save:
+    executable.save(pathlib.Path(save), lowered, compiled, step.mesh.devices.flat)
   return facts | {'compile_seconds': time.perf_counter() - start - facts['trace_seconds'],
-                  'peak_bytes': compiled.memory_analysis().peak_memory_in_bytes}
+                  'peak_bytes': peak}
+
+
+def _peak_bytes(memory: Any, platform: str) -> int:
+  """As the compiler states it; that of CPUs states parts alone."""
+  if platform != 'cpu':
+    return memory.peak_memory_in_bytes
+  return (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+          - memory.alias_size_in_bytes)
 
 
 def _count(step: Step, folder: pathlib.Path) -> dict[str, int]:
@@ -121,13 +137,17 @@ def main(request: str) -> None:
   asked = json.loads(request)
   folder = pathlib.Path(asked['folder'])
   dump = folder / 'bundles'
+  topology = Topology.parse(asked['topology'], asked['num_slices'])
   if asked['kernels']:
     dump.mkdir()
     tpu_compiler.dump_into(dump)
+  if topology.chip.platform == 'cuda':  # nothing can be timed without the card
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_autotune_level=0'
   try:
     experiment = run.open_experiment(asked['gin_files'], asked['bindings'], asked['run_dir'])
-    step = Step(experiment, Topology.parse(asked['topology'], asked['num_slices']))
-    answer = _count(step, dump) if asked['kernels'] else _compile(step, asked['options'], folder)
+    step = Step(experiment, topology)
+    answer = (_count(step, dump) if asked['kernels'] else
+              _compile(step, asked['options'], folder, asked['save']))
   except UserError as error:
     answer = {'error': str(error)}
   name = 'kernels.json' if asked['kernels'] else 'facts.json'

@@ -1,4 +1,5 @@
 """Products with parameters: every weight matrix of a model goes through here."""
+from collections.abc import Callable
 import functools
 import math
 from typing import Any
@@ -16,6 +17,13 @@ from pallas_kernels.matmul import matmul
 def normal(std: float, *axes: str | None):
   """Normal initialiser of the given standard deviation, whose axes have these logical names."""
   return nn.with_partitioning(nn.initializers.normal(std), axes)
+
+
+def product(rules: Rules) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """`matmul`; where the compiler cuts it over devices, its plain form: that of a CPU's matrix unit
+  fixes the order in memory, which the compiler does not cut."""
+  is_cut = rules.mesh is not None and rules.mesh.size > 1
+  return functools.partial(matmul, implementation='reference') if is_cut else matmul
 
 
 class Linear(nn.Module):
@@ -38,9 +46,9 @@ class Linear(nn.Module):
     kernel = self.param('kernel', normal(self.std, *self.axes), self.inputs + self.outputs)
     size_in, size_out = math.prod(self.inputs), math.prod(self.outputs)
     rows = x.shape[:x.ndim - len(self.inputs)]
-    multiply, axes = matmul, self._matrix_axes()
+    multiply, axes = product(self.rules), self._matrix_axes()
     if axes is not None and gather.is_gathered(self.rules, axes):
-      multiply = functools.partial(gather.product, matmul, self.rules, axes)
+      multiply = functools.partial(gather.product, multiply, self.rules, axes)
     y = multiply(x.reshape(*rows, size_in), kernel.reshape(size_in, size_out))
     if self.use_bias:
       zeros = nn.with_partitioning(nn.initializers.zeros, self.axes[len(self.inputs):])

@@ -1,7 +1,9 @@
 """What a compiled train step will need: memory, time and money, from the compiler's own figures.
 
 Nothing here was ever compared with a chip: cycles are the compiler's estimates, those of kernels
-the bundles that it scheduled, bandwidths from data sheets. Hence ranges.
+the bundles that it scheduled, bandwidths from data sheets. Hence ranges. Where the compiler states
+no cycles (GPUs, CPUs), computing takes at least what products or memory take at the data sheet's
+rates, and at most both.
 """
 from collections.abc import Mapping
 import json
@@ -9,11 +11,12 @@ import math
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from lm.parallel.hlo import Collective, Module
 from lm.parallel.topology import Topology
 
 PRICES = pathlib.Path(__file__).with_name('prices.json')
-DCN_BANDWIDTH = 6.25e9  # bytes a second of one chip to another slice: a host's 200 Gbit/s over 4
 MOST_BUFFERS = 20
 
 
@@ -33,10 +36,15 @@ def make(module: Module, facts: Mapping[str, Any], kernels: Mapping[str, int], t
   by_loop = module.estimated_cycles()
   called = [(name, kernels.get(name), times) for name, _, times in module.kernels()]
   kernel_cycles = sum((cycles or 0) * times for name, cycles, times in called)
-  compute = (sum(by_loop.values()) + kernel_cycles) / chip.clock_hz
   network = sum(x.times * wire_seconds(x, mesh, topology) for x in collectives)
-  low, high = max(compute, network), compute + network
-  model_flops = facts['flops_per_token'] * facts['tokens']
+  model_flops, flops = facts['flops_per_token'] * facts['tokens'], module.flops()
+  products, traffic = max(flops, model_flops / devices) / chip.peak_flops, module.traffic()
+  memory_seconds = traffic / chip.hbm_bandwidth
+  if chip.clock_hz:
+    least = most = (sum(by_loop.values()) + kernel_cycles) / chip.clock_hz
+  else:
+    least, most = max(products, memory_seconds), products + memory_seconds
+  low, high = max(least, network), most + network
   share = lambda seconds: model_flops / (devices * chip.peak_flops * seconds)
   result = {
       'topology': {'name': topology.name, 'slices': topology.num_slices, 'devices': devices,
@@ -54,9 +62,9 @@ def make(module: Module, facts: Mapping[str, Any], kernels: Mapping[str, int], t
       'kernel_cycles': kernel_cycles,
       'collectives': [_describe(x, mesh, topology) for x in collectives],
       'collective_bytes': _totals(collectives),
-      'model_flops': model_flops, 'compiled_flops': module.flops() * devices,
-      'roofline_seconds': {'products': model_flops / devices / chip.peak_flops,
-                           'compiled': compute, 'network': network},
+      'model_flops': model_flops, 'compiled_flops': flops * devices, 'hbm_traffic_bytes': traffic,
+      'roofline_seconds': {'products': products, 'memory': memory_seconds, 'network': network,
+                           'compiled': most},
       'step_seconds': [low, high], 'mfu': [share(high), share(low)],
       'tokens_per_second': [facts['tokens'] / high, facts['tokens'] / low],
       **{key: facts[key] for key in ('trace_seconds', 'compile_seconds') if key in facts},
@@ -73,16 +81,21 @@ def memory(facts: Mapping[str, Any], activations: int) -> dict[str, int]:
 
 def wire_seconds(collective: Collective, mesh: Mapping[str, int], topology: Topology) -> float:
   """Seconds that one collective needs of the network, if it uses every direction of it well."""
-  size = math.prod(mesh[axis] for axis in collective.axes if axis in mesh)
-  share = {'all-gather': 1 - 1 / size, 'all-to-all': 1 - 1 / size, 'ragged-all-to-all': 1,
-           'all-reduce': 2 - 2 / size, 'reduce-scatter': size - 1, 'collective-permute': 1}
-  bandwidth = DCN_BANDWIDTH
-  if 'slice' not in collective.axes:
-    sides, used = sorted(topology.sides, reverse=True), 1
+  axes = tuple(mesh) if '?' in collective.axes else collective.axes
+  size = math.prod(mesh[axis] for axis in axes)
+  share = {'all-gather': 1 - 1 / size, 'all-to-all': 1 - 1 / size,
+           'all-reduce': 2 - 2 / size, 'reduce-scatter': size - 1}
+  ids = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
+  group = ids[tuple(slice(None) if axis in axes else 0 for axis in mesh)].ravel()
+  domains = len(set((group // topology.domain).tolist()))
+  sides, used = sorted(topology.sides, reverse=True), 1
+  if topology.chip.platform == 'tpu':
     while used < len(sides) and math.prod(sides[:used]) < size:
       used += 1
-    bandwidth = topology.chip.link_bandwidth * used
-  return collective.bytes * share[collective.op] / bandwidth
+  bandwidth = topology.chip.link_bandwidth * used
+  if domains > 1:  # all devices of the group in a slice, or a host, send a part of the same
+    bandwidth = min(bandwidth, topology.chip.network_bandwidth * size / domains)
+  return collective.bytes * share.get(collective.op, 1) / bandwidth
 
 
 def training(result: Mapping[str, Any], topology: Topology, num_tokens: float | None
@@ -122,12 +135,17 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
            ('HBM a device', f'{mib(result["hbm_peak_bytes"])} at the peak, of '
                             f'{mib(result["hbm_limit_bytes"])}')]
   lines += [(f'  {kind}', mib(size)) for kind, size in result['hbm_bytes'].items()]
-  lines += [('cycles', f'{result["estimated_cycles"]:,} estimated by the compiler, and '
-                       f'{result["kernel_cycles"]:,} of kernels, if they never wait'),
+  if result['estimated_cycles']:
+    lines.append(('cycles', f'{result["estimated_cycles"]:,} estimated by the compiler, and '
+                            f'{result["kernel_cycles"]:,} of kernels, if they never wait'))
+  roofline = ', '.join(f'{name} {1e3 * seconds:,.3g} ms'
+                       for name, seconds in result['roofline_seconds'].items())
+  lines += [('roofline', f'{roofline}, each alone'),
+            ('HBM traffic', mib(result['hbm_traffic_bytes'])),
             ('FLOPs', f'{result["model_flops"]:.3e} of the model, {result["compiled_flops"]:.3e} '
                       'compiled (recomputed ones too, kernels aside)')]
   lines += [(f'  {op}', mib(size)) for op, size in result['collective_bytes'].items()]
-  lines += [('step', span(result['step_seconds'], '{:.3f}') + ' s, estimated'),
+  lines += [('step', span([1e3 * x for x in result['step_seconds']], '{:,.5g}') + ' ms, estimated'),
             ('MFU', span([100 * x for x in result['mfu']], '{:.1f}') + ' %'),
             ('tokens/s', span(result['tokens_per_second'], '{:,.0f}')),
             ('training', f'{result["training_tokens"]:.3g} tokens in '

@@ -21,6 +21,11 @@ _NAME = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = (.*)')
 _OPCODE = re.compile(r'(?:^|[ )])([a-z][\w\-]*)\(')
 _CALLED = re.compile(r'(?:calls|to_apply|async_execution_thread_calls)=%?([\w.\-]+)')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_MOVES_NOTHING = ('parameter', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'constant', 'call',
+                  'conditional', 'after-all', 'partition-id', 'async-start', 'async-done',
+                  'call-start', 'call-done')
+_TAKES_A_PART = ('slice', 'dynamic-slice', 'gather')
+_PALLAS = ('tpu_custom_call', '__gpu$xla.gpu.triton')
 _LIMIT = 2**62  # the compiler's word for "unknown"
 
 
@@ -83,6 +88,12 @@ def num_bytes(shape: str) -> int:
              for dtype, sizes in _ARRAY.findall(shape) if dtype in BITS)
 
 
+def hbm_bytes(shape: str) -> int:
+  """`num_bytes` of those arrays whose layout names no other memory, as S(1), a TPU's VMEM."""
+  return sum(num_bytes(array) for array in re.findall(r'\w+\[[0-9,]*\](?:\{[^}]*\})?', shape)
+             if 'S(' not in array)
+
+
 def num_elements(shape: str) -> int:
   """Elements of an array."""
   return math.prod(int(n) for n in _ARRAY.search(shape)[2].split(',') if n)
@@ -96,7 +107,8 @@ class Module:
 
   def __init__(self, text: str):
     self.computations: dict[str, list[Instruction]] = {}
-    self.entry, self._tables = '', _tables(text)
+    self.entry, self._tables, self._scopes = '', _tables(text), {}
+    self._apart = set(re.findall(r' call-start\(.*to_apply=%?([\w.\-]+)', text))
     current = None
     for line in text.splitlines():
       head = _HEAD.match(line)
@@ -119,16 +131,19 @@ class Module:
     for instruction in self.computations.get(name, ()):
       yield Call(instruction, times, loop, path)
       if instruction.opcode == 'while':
-        body, condition = (instruction.match(rf'{word}=%?([\w.\-]+)')
-                           for word in ('body', 'condition'))
-        yield from self._calls(body, times * self.trips(condition, body), body, ())
-      elif instruction.opcode in ('fusion', 'call', 'async-start'):
+        body, trips = self.loop(instruction)
+        yield from self._calls(body, times * trips, body, ())
+      elif instruction.opcode in ('fusion', 'call', 'async-start', 'call-start'):
         for called in _CALLED.findall(instruction.rest):
           yield from self._calls(called, times, loop, (*path, called))
 
-  def trips(self, condition: str, body: str) -> int:
-    """Turns of a loop: the constant of its condition, by the step of the counter that is compared;
-    1 where neither is a constant."""
+  def loop(self, instruction: Instruction) -> tuple[str, int]:
+    """The body of a `while`, and its turns: as the compiler states them, else the constant of its
+    condition, by the step of the counter that is compared; 1 where neither is a constant."""
+    body, condition = (instruction.match(rf'{word}=%?([\w.\-]+)')
+                       for word in ('body', 'condition'))
+    if stated := instruction.match(r'"known_trip_count":\{"n":"(\d+)"'):
+      return body, int(stated)
     limit, index, waiting = 1, None, [condition]
     for name in waiting:
       for instruction in self.computations.get(name, ()):
@@ -137,7 +152,7 @@ class Module:
           limit = max(limit, int(value[1]))
         if instruction.opcode == 'get-tuple-element' and name == condition and index is None:
           index = int(instruction.match(r'index=(\d+)'))
-    return max(1, limit // self._step(body, index))
+    return body, max(1, limit // self._step(body, index))
 
   def _step(self, body, index):
     found = {x.name: x for x in self.computations.get(body, ())}
@@ -162,12 +177,22 @@ class Module:
     """(name, shape of the result, times) of each call of a Pallas kernel."""
     return [(re.sub(r'(\.\d+|\.clone)+$', '', call.instruction.name), call.instruction.shape,
              call.times) for call in self.calls()
-            if call.instruction.match(r'custom_call_target="([^"]*)"') == 'tpu_custom_call']
+            if call.instruction.match(r'custom_call_target="([^"]*)"') in _PALLAS]
 
   def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
-    """What the devices of a mesh, {axis: size}, exchange; a collective in pieces is one."""
+    """What the devices of a mesh, {axis: size}, exchange; a collective in pieces is one.
+
+    Between slices the hosts do it (`recv` of the Megascale runtime), along the axis `slice`.
+    """
     found = {}
     for call in self.calls():
+      if kind := call.instruction.match(r'_xla_megascale_transfer_type="(\w+)"'):
+        if call.instruction.opcode == 'recv':
+          array = _ARRAY.search(call.instruction.shape)[0]
+          found[call.loop, call.instruction.name] = Collective(
+              kind.lower().replace('_', '-'), num_bytes(array), call.times, ('slice',), True,
+              call.instruction.match(r'_xla_host_transfer_rendezvous="([^"]*)"'))
+        continue
       op = call.instruction.opcode.removesuffix('-start')
       if op not in COLLECTIVES:
         continue
@@ -182,9 +207,9 @@ class Module:
     return sorted(found.values(), key=lambda x: -x.bytes * x.times)
 
   def _runs_beside(self, name):
-    """Whether a computation starts a collective and goes on."""
-    return any('AsyncCollective' in x.rest for x in self.computations[name]
-               if x.opcode == 'custom-call')
+    """Whether a computation starts a collective and goes on, or is another core's (tpu7x)."""
+    return any(x.opcode == 'custom-call' and 'AsyncCollective' in x.rest
+               for x in self.computations[name]) or name in self._apart
 
   def flops(self) -> int:
     """FLOPs of all products of two matrices, those of kernels aside."""
@@ -192,11 +217,14 @@ class Module:
                if call.instruction.opcode in ('convolution', 'dot'))
 
   def _flops(self, call):
-    """2 M N K, from the sizes M K, K N and M N of operands and result; batches are few."""
+    """2 B M N K, from the sizes B M K, B K N and B M N of operands and result."""
     scope = {x.name: x for x in self.computations[call.path[-1] if call.path else call.loop]}
-    names = re.findall(r'%([\w.\-]+)', call.instruction.rest.split(')')[0])[:2]
-    sizes = [num_elements(x.shape) for x in (*(scope[name] for name in names), call.instruction)]
-    return 2 * math.isqrt(math.prod(sizes))
+    operands = [scope[name] for name in _operands(call.instruction)[:2]]
+    sizes = [num_elements(x.shape) for x in (*operands, call.instruction)]
+    batched = call.instruction.match(r'lhs_batch_dims=\{([\d,]*)\}')
+    lengths = _ARRAY.search(operands[0].shape)[2].split(',')
+    batch = math.prod(int(lengths[int(i)]) for i in (batched or '').split(',') if i)
+    return 2 * math.isqrt(math.prod(sizes) // batch)
 
   def stacked_bytes(self) -> int:
     """Bytes that loops of the forward pass keep for the backward pass, a row for each turn."""
@@ -205,14 +233,67 @@ class Module:
       loop = call.instruction
       if loop.opcode != 'while' or call.loop != self.entry or 'transpose(' in loop.op_name:
         continue
-      body, condition = (loop.match(rf'{word}=%?([\w.\-]+)') for word in ('body', 'condition'))
-      trips = self.trips(condition, body)
-      written = {x.name: x for x in self.computations[body] if 'dynamic-update-slice' in x.name}
+      body, trips = self.loop(loop)
+      written = {x.name: x for x in self.computations[body]
+                 if re.search('dynamic.update.slice', x.name)}
       root = next(x for x in self.computations[body] if x.is_root)
       total += sum(num_bytes(written[name].shape)
                    for name in re.findall(r'%([\w.\-]+)', root.rest)
                    if name in written and re.match(rf'\w+\[{trips},', written[name].shape))
     return total
+
+  def traffic(self) -> int:
+    """Bytes that all instructions read from HBM and write to it: whole operands and results, but of
+    a slice only what is taken, and of an update in place only what is written."""
+    fused = {name for body in self.computations.values() for x in body if x.opcode == 'fusion'
+             for name in _CALLED.findall(x.rest)}
+    return sum(call.times * self._moved(call) for call in self.calls()
+               if call.instruction.opcode not in _MOVES_NOTHING and fused.isdisjoint(call.path))
+
+  def _moved(self, call):
+    instruction, scope = call.instruction, self._scope(call.path[-1] if call.path else call.loop)
+    operands = [scope[name].shape for name in _operands(instruction) if name in scope]
+    read, written = [hbm_bytes(shape) for shape in operands], hbm_bytes(instruction.shape)
+    if instruction.opcode.endswith('-start'):  # its result is that of the -done, and its operands
+      written = 0
+    elif instruction.opcode.endswith('-done'):
+      read = []
+    elif instruction.opcode in _TAKES_A_PART:
+      read = [written]
+    elif instruction.opcode == 'dynamic-update-slice':
+      read, written = [0, read[1]], read[1]
+    elif instruction.opcode == 'fusion':
+      body = self.computations[_CALLED.findall(instruction.rest)[0]]
+      read = [min(size, self._read(body, i)) for i, size in enumerate(read)]
+      written = min(written, self._written(body))
+    return sum(read) + written
+
+  def _scope(self, name):
+    if name not in self._scopes:
+      self._scopes[name] = {x.name: x for x in self.computations[name]}
+    return self._scopes[name]
+
+  def _read(self, body, index):
+    """Bytes that a fused computation needs of an operand, if all its uses take parts of it."""
+    name = next((x.name for x in body if x.opcode == 'parameter' and
+                 x.rest.startswith(f'{index})')), None)
+    total = 0
+    for user in (x for x in body if name in _operands(x)):
+      if user.opcode in _TAKES_A_PART:
+        total += num_bytes(user.shape)
+      elif user.opcode != 'dynamic-update-slice' or _operands(user)[0] != name:
+        return math.inf
+    return total
+
+  def _written(self, body):
+    """Bytes that a fused computation writes, if it updates its result in place."""
+    scope = {x.name: x for x in body}
+    root = next(x for x in body if x.is_root)
+    while root.opcode in ('bitcast', 'convert', 'copy') and _operands(root)[0] in scope:
+      root = scope[_operands(root)[0]]
+    if root.opcode != 'dynamic-update-slice' or _operands(root)[1] not in scope:
+      return math.inf
+    return num_bytes(scope[_operands(root)[1]].shape)
 
   def _scattered_shape(self, call):
     """Of the part that each device keeps of a sum over all."""
@@ -240,6 +321,10 @@ class Module:
         if 'S(' not in shape:  # another memory than HBM
           found[call.instruction.name, shape] = (num_bytes(shape), call.instruction, call.loop)
     return sorted(found.values(), key=lambda x: -x[0])
+
+
+def _operands(instruction):
+  return re.findall(r'%([\w.\-]+)', instruction.rest.split(')')[0])
 
 
 def _tables(text):

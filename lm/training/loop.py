@@ -17,6 +17,7 @@ import optax
 
 from lm.data.loader import Loader
 from lm.errors import UserError
+from lm.parallel import executable
 from lm.parallel.distributed import Hosts, digest
 from lm.parallel.rules import Rules, axes_of
 from lm.training import meters, monitor, watchdog
@@ -87,11 +88,14 @@ class Trainer:
   log: Callable[[str], None]
   hosts: Hosts = Hosts()
 
-  def run(self) -> dict[str, Any]:
+  def run(self, compiled: pathlib.Path | None = None) -> dict[str, Any]:
     """Trains from the last good checkpoint to `num_steps`, or until a signal asks to stop.
 
     Every step is a pure function of the state and its number, so a run that was killed repeats, bit
     for bit, what it would have done.
+
+    Args:
+      compiled: a file of `executable.save`, from which the step starts if it is the same program.
 
     Returns:
       `final_loss, losses, steps, tokens_per_second, mfu, first_step_seconds, peak_rss_bytes,
@@ -111,7 +115,7 @@ class Trainer:
       bar = monitor.ProgressBar(total, start) if shown else monitor.Silent()
       with contextlib.closing(writer), contextlib.closing(bar), watchdog.Watchdog(
           self.run_dir, self.hosts, self.config.stuck_after_seconds) as watch:
-        return self._steps(state, checkpointer, writer, bar, watch)
+        return self._steps(state, checkpointer, writer, bar, watch, compiled)
 
   def _check_rows(self):
     rows = self.config.batch_size // self.config.num_microbatches
@@ -151,13 +155,13 @@ class Trainer:
 
   def _steps(self, state: TrainState, checkpointer: Checkpointer,
              writer: monitor.MetricsWriter | monitor.Silent,
-             bar: monitor.ProgressBar | monitor.Silent, watch: watchdog.Watchdog
-             ) -> dict[str, Any]:
+             bar: monitor.ProgressBar | monitor.Silent, watch: watchdog.Watchdog,
+             compiled: pathlib.Path | None) -> dict[str, Any]:
     config = self.config
     start, tokens_per_step = int(state.step), config.batch_size * config.sequence_length
     step_fn = self._same_on_all_hosts(jit_train_step(
         self.module, self.loss, self.optimizer, self.rules, state, config.num_microbatches,
-        config.tpu_options))
+        config.tpu_options), compiled)
     validate = functools.partial(self._validation, self._jit_evaluation(), watch)
     rates = np.asarray(jax.vmap(self.schedule)(jnp.arange(config.num_steps)))
     timer, losses, stopped_by = meters.StepTimer(), [], []
@@ -223,7 +227,8 @@ class Trainer:
       return jax.make_array_from_callback((size, *rows.shape[1:]), sharding, held)
     return {name: of(rows) for name, rows in batch.items()}
 
-  def _same_on_all_hosts(self, function: Callable) -> Callable:
+  def _same_on_all_hosts(self, function: Callable, compiled: pathlib.Path | None = None
+                         ) -> Callable:
     """A jitted function that runs for the first time when every host has compiled the same program:
     a collective that meets another one hangs, and one that waits for a compiler gives up."""
     programs = []
@@ -232,10 +237,18 @@ class Trainer:
       if not programs:
         lowered = function.lower(*args)
         self.hosts.prove_same({'the digest of a program': digest(lowered.as_text())})
-        programs.append(lowered.compile())
+        programs.append(self._loaded(lowered, compiled) or lowered.compile())
         self.hosts.wait_for_all('the compiler')
       return programs[0](*args)
-    return function if self.hosts.count == 1 else call
+    return function if self.hosts.count == 1 and compiled is None else call
+
+  def _loaded(self, lowered: jax.stages.Lowered, path: pathlib.Path | None
+              ) -> jax.stages.Compiled | None:
+    if path is None:
+      return None
+    program, why_not = executable.load(path, lowered, self.rules.mesh.devices.flat)
+    self.log(f'{why_not}; compiles' if why_not else f'starts from the executable in {path}')
+    return program
 
   def _check_finite(self, step: int, loss: float, checkpointer: Checkpointer):
     if not math.isfinite(loss):

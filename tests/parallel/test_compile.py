@@ -1,6 +1,10 @@
-"""`lm compile` of a small model for 16 TPUs that are not there, and what it says of too large
-ones."""
+"""`lm compile` of a small model for 16 TPUs that are not there, what it says of too large ones, and
+`lm train` from what it saves."""
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -68,6 +72,40 @@ def test_kernels_loops_and_floating_point_operations_are_counted(report):
   assert 0 < low <= high and 0 < result['mfu'][0] <= result['mfu'][1] < 1
   assert any('lm/' in x['source'] for x in result['largest_buffers'])
   assert '<table>' in (directory / 'compile.html').read_text()
+
+
+TRAINED = [
+    '--gin_file=gin/models/gpt_small_cpu.gin', '--gin_file=gin/optim/adamw.gin',
+    '--gin_file=gin/objectives/causal_lm.gin', '--gin_file=gin/runs/pretrain.gin',
+    "--gin.vocabularies.VocabularyConfig.kind='byte'", '--gin.VOCAB_SIZE=259',
+    '--gin.gpt.GPTConfig.d_model=32', '--gin.gpt.GPTConfig.num_layers=2',
+    '--gin.gpt.GPTConfig.d_ff=48', '--gin.SEQUENCE_LENGTH=32', '--gin.BATCH_SIZE=4',
+    '--gin.NUM_STEPS=3', '--gin.loop.TrainConfig.eval_batches=1']
+
+
+@pytest.mark.supports('precision and parallelism', 'training from a step compiled elsewhere')
+def test_a_run_starts_from_the_saved_executable_of_its_own_program_alone(tmp_path):
+  (tmp_path / 'a.txt').write_text('a text of some length ' * 200)
+  (tmp_path / 'b.txt').write_text('another of some length ' * 200)
+  data = [*TRAINED, f"--gin.FILES='{tmp_path}/*.txt'", f"--gin.CACHE_DIR='{tmp_path}/cache'"]
+  saved = tmp_path / 'step'
+  assert main.main(['compile', *data, '--topology=cpu:2', f'--save={saved}']) == 0
+  env = os.environ | {'XLA_FLAGS': os.environ.get('XLA_FLAGS', '') +
+                      ' --xla_force_host_platform_device_count=2', 'JAX_PLATFORMS': 'cpu'}
+
+  def train(name, *flags):
+    child = subprocess.run(
+        [sys.executable, '-m', 'lm.main', 'train', *data, f'--run_dir={tmp_path / name}', *flags],
+        env=env, capture_output=True, text=True, check=True,
+        cwd=pathlib.Path(__file__).resolve().parents[2])
+    rows = map(json.loads, (tmp_path / name / 'metrics.jsonl').read_text().splitlines())
+    return child.stderr, [row['loss'] for row in rows]
+
+  said, losses = train('loaded', f'--compiled={saved}')
+  assert f'starts from the executable in {saved}' in said
+  said, other = train('other', f'--compiled={saved}', '--gin.LEARNING_RATE=0.5')
+  assert 'the digest of the program is' in said and said.count('; compiles') == 1
+  assert train('alone')[1] == losses != other
 
 
 def experiment(**changes):

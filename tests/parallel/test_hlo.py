@@ -1,4 +1,6 @@
 """What is read from the text of an optimised module, on one small enough to count by hand."""
+import jax
+import jax.numpy as jnp
 import pytest
 
 from lm.errors import UserError
@@ -67,7 +69,6 @@ MODULE = hlo.Module(TEXT)
 
 
 def test_cycles_and_products_are_multiplied_through_loops():
-  assert MODULE.trips('condition', 'body') == 6  # 12 by steps of 2
   assert MODULE.estimated_cycles() == {'body': 600, 'main': 7}
   assert MODULE.flops() == 6 * 2 * 64 * 8 * 4
 
@@ -99,6 +100,46 @@ def test_kernels_are_counted_and_buffers_have_their_source():
   assert sources['last'] == 'stack.py:78' and sources['product'] == ''
 
 
+def test_bytes_and_products_are_those_that_xla_counts_where_it_counts_loops_too():
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+  args = shape(64, 256), shape(6, 256, 256), shape(512, 256)
+
+  def function(turn, x, w, kept):
+    x, _ = turn(lambda x, w: (jnp.tanh(x @ w), None), x, w)
+    heads = x.reshape(4, 16, 256)
+    return (jax.lax.dynamic_update_slice(kept, x[:1], (3, 0)),  # in place: one row is written
+            jnp.einsum('bqd,bkd->bqk', heads, heads),
+            jax.lax.dynamic_slice(w, (5, 7, 0), (1, 2, 9)))
+
+  def unrolled(body, x, w):
+    for i in range(6):
+      x, _ = body(x, w[i])
+    return x, None
+
+  compiled = [jax.jit(lambda *args, turn=turn: function(turn, *args), donate_argnums=2).lower(
+      *args).compile() for turn in (jax.lax.scan, unrolled)]
+  by_xla = compiled[1].cost_analysis()
+  modules = [hlo.Module(x.as_text()) for x in compiled]
+  flops = 6 * 2 * 64 * 256**2 + 2 * 4 * 16**2 * 256
+  assert modules[0].flops() == modules[1].flops() == flops
+  assert flops <= by_xla['flops'] < 1.01 * flops  # XLA's holds what is no product, too
+  assert modules[1].traffic() == pytest.approx(by_xla['bytes accessed'], rel=1e-3)
+  assert modules[0].traffic() == pytest.approx(by_xla['bytes accessed'], rel=0.1)
+
+
+def test_what_slices_and_other_cores_exchange_is_a_collective():
+  text = TEXT.replace('ROOT %last =', """%recv.3 = (f32[8,8]{1,0}, u32[], token[]) recv(%token), \
+channel_id=9, x={_xla_host_transfer_rendezvous="sum.1",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %apart = ((f32[64,8]), f32[16,8]) call-start(%a), to_apply=%all-reduce-scatter
+  ROOT %last =""")
+  found = hlo.Module(text).collectives(MESH)
+  between = [x for x in found if 'slice' in x.axes]
+  assert [(x.op, x.bytes, x.axes, x.overlapped) for x in between] == [
+      ('all-reduce', 8 * 8 * 4, ('slice',), True)]
+  scattered = [(x.times, x.overlapped) for x in found if x.op == 'reduce-scatter']
+  assert (1, True) in scattered
+
+
 def test_time_is_a_range_and_the_network_counts():
   facts = {'mesh': MESH, 'parameters': 1000, 'parameter_bytes': 1000, 'optimizer_bytes': 2000,
            'peak_bytes': 9000, 'tokens': 64, 'flops_per_token': 6000}
@@ -113,6 +154,22 @@ def test_time_is_a_range_and_the_network_counts():
   assert high == pytest.approx(compute + network)
   assert result['mfu'][1] == pytest.approx(64 * 6000 / 4 / topology.chip.peak_flops / low)
   assert result['training_tokens'] == 20_000 and result['training_money'][0] > 0
+
+
+def test_gpus_are_timed_by_products_and_memory_and_hosts_are_slower_than_their_inside():
+  facts = {'mesh': MESH, 'parameters': 1000, 'parameter_bytes': 1000, 'optimizer_bytes': 2000,
+           'peak_bytes': 9000, 'tokens': 64, 'flops_per_token': 6000}
+  one, two = (compile_report.make(MODULE, facts, {}, Topology.parse(name), None)
+              for name in ('h100:4', 'h100:2x2'))
+  roofline = one['roofline_seconds']
+  assert roofline['memory'] == MODULE.traffic() / 3352e9
+  low, high = one['step_seconds']
+  assert low == max(roofline['products'], roofline['memory'], roofline['network'])
+  assert high == pytest.approx(sum(roofline[x] for x in ('products', 'memory', 'network')))
+  gathered = 6 * 64 * 8 * 2 * .75  # both hosts, by two cards of each
+  scattered = 6 * 16 * 8 * 4  # along `data`, which is from host to host
+  assert roofline['network'] == pytest.approx((gathered + scattered) / 450e9)
+  assert two['roofline_seconds']['network'] == pytest.approx(gathered / 100e9 + scattered / 50e9)
 
 
 @pytest.mark.parametrize('name', ['v5e', 'v5litepod-16', 'v7:2x2', 'v5e:2x'])
