@@ -1,5 +1,6 @@
 """`lm <command>`: flags in, one call out."""
 import argparse
+from collections.abc import Callable
 import json
 import os
 import pathlib
@@ -30,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--gin_file', action='append', default=[], help='repeatable')
     command.add_argument('--run_dir', help='directory of the run')
     command.add_argument('--json', metavar='FILE', help='write the result here')
-    if name == 'train':
+    if name in ('train', 'evaluate'):
       command.add_argument('--coordinator', metavar='HOST:PORT', help='of process 0; found by '
                            'itself on TPU VMs, GKE and Slurm, as are the next two')
       command.add_argument('--num_processes', type=int, help='of this run, on all hosts')
@@ -115,10 +116,7 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
   if args.command == 'train':
     return _train(experiment, args)
   if args.command == 'evaluate':
-    result = run.evaluate(experiment, args.run_dir)
-    for name, metrics in result.items():
-      _tell_evaluation(name, metrics)
-    return result
+    return _evaluate(experiment, args)
   result = run.generate(experiment, args.run_dir, args.prompt, _sampling(args, experiment.sampling),
                         args.seed)
   for completion in result['completions']:
@@ -127,18 +125,34 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
 
 
 def _train(experiment: Any, args: argparse.Namespace) -> dict[str, Any]:
-  """Trains together with the other processes of the run; process 0 tells what came of it."""
   from lm import run
+  result, is_main = _together(args, lambda hosts: run.train(
+      experiment, args.run_dir, hosts, args.compiled))
+  if is_main:
+    _tell_training(result, args.run_dir)
+  return result
+
+
+def _evaluate(experiment: Any, args: argparse.Namespace) -> dict[str, Any]:
+  from lm import run
+  result, is_main = _together(
+      args, lambda hosts: run.evaluate(experiment, args.run_dir, hosts=hosts))
+  for name, metrics in result.items() if is_main else ():
+    _tell_evaluation(name, metrics)
+  return result
+
+
+def _together(args: argparse.Namespace, function: Callable[[Any], dict[str, Any]]
+              ) -> tuple[dict[str, Any], bool]:
+  """Calls it together with the other processes of the run; returns also whether this is process 0,
+  which alone tells what came of it and writes --json."""
   from lm.parallel import distributed
   hosts = distributed.initialize(args.coordinator, args.num_processes, args.process_id)
   with hosts.ending_together():
-    result = run.train(experiment, args.run_dir, hosts, args.compiled)
+    result = function(hosts)
     hosts.shut_down()
-  if hosts.is_main:
-    _tell_training(result, args.run_dir)
-  else:
-    args.json = None  # of several processes, one writes it
-  return result
+  args.json = args.json if hosts.is_main else None
+  return result, hosts.is_main
 
 
 def _tell_training(result: dict[str, Any], run_dir: str):

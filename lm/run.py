@@ -22,6 +22,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.sharding import Mesh
 
 from lm import config, doctor
 from lm.data import objectives, vocabularies
@@ -40,7 +41,7 @@ from lm.models.t5 import T5Config
 from lm.models.transformer_xl import TransformerXLConfig
 from lm.parallel.distributed import Hosts, digest, program_facts
 from lm.parallel.mesh import MeshConfig
-from lm.parallel.rules import Rules
+from lm.parallel.rules import Rules, axes_of
 from lm.training import checkpoint, losses, meters, monitor
 from lm.training.loop import TrainConfig, Trainer
 from lm.training.optimizers import AdamW, Muon
@@ -80,9 +81,28 @@ class Experiment:
       if size > self.model.vocab_size:
         raise ValueError(f'the model has vocab_size={self.model.vocab_size} and the vocabulary '
                          f'{size} ids; bind both to VOCAB_SIZE')
+
   def bound_rules(self) -> Rules:
     """The rules on this machine's mesh."""
-    return self.rules.on(self.mesh.build())
+    return self.rules_on(self.mesh.build())
+
+  def rules_on(self, mesh: Mesh) -> Rules:
+    """The rules on a mesh.
+
+    Raises:
+      UserError: its devices do not divide the length of a row, or of a memory.
+    """
+    rules = self.rules.on(mesh)
+    shards, axes = rules.shards('length'), ', '.join(axes_of(rules.length))
+    lengths = {'sequence_length': self.train.sequence_length,
+               'memory_length': getattr(self.model, 'memory_length', 0)}
+    for name, length in lengths.items():
+      if length % shards:
+        below = length // shards * shards
+        near = [str(n) for n in (below, below + shards) if n]
+        raise UserError(f'{name}={length} does not divide over the {shards} devices of mesh axis '
+                        f'{axes}; the nearest that does is {" or ".join(near)}')
+    return rules
 
 
 def open_experiment(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]],
@@ -111,17 +131,17 @@ def train(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(),
   """Prepares the data, trains, evaluates on the held-out files, samples, and writes the report.
 
   Called again on the same directory it goes on where it stopped, and does again only what is
-  missing. Of several hosts all train, and host 0 does the rest. `compiled` is the file of a train
-  step (`lm compile --save`).
+  missing. Of several hosts all train and evaluate, and host 0 samples and writes. `compiled` is the
+  file of a train step (`lm compile --save`).
   """
   directory = pathlib.Path(run_dir)
   if compiled and not pathlib.Path(compiled).is_file():
     raise UserError(f'--compiled={compiled} is no file; make one with `lm compile --save`')
   with _claim(directory, hosts):
     prepared, result = _fit(experiment, directory, hosts, compiled)
+    if result['stopped_by'] is None:
+      _finish(experiment, directory, prepared, hosts)
     if hosts.is_main:
-      if result['stopped_by'] is None:
-        _finish(experiment, directory, prepared)
       result['report'] = str(report.write_report(directory))
     hosts.wait_for_all('the report')
     return result
@@ -195,35 +215,42 @@ def _data_digest(info: dict[str, Any]) -> str:
   return f'{info["digests"]["texts"]}-{info["vocabulary"]["digest"][:16]}'
 
 
-def _finish(experiment: Experiment, directory: pathlib.Path, prepared: Data):
+def _finish(experiment: Experiment, directory: pathlib.Path, prepared: Data, hosts: Hosts):
   """Evaluates and samples the last checkpoint, unless that stands already."""
-  step = checkpoint.list_steps(directory / 'checkpoints')[-1]
-  path = directory / 'evaluation.json'
-  if not path.exists() or json.loads(path.read_text())['step'] != step:
-    evaluate(experiment, str(directory), prepared)
-    if experiment.prompts:
-      completions = generate(experiment, str(directory), experiment.prompts, experiment.sampling)
-      _write_json(directory / 'samples.json', completions['completions'])
+  def stands() -> bool:
+    step = checkpoint.list_steps(directory / 'checkpoints')[-1]
+    path = directory / 'evaluation.json'
+    return path.exists() and json.loads(path.read_text())['step'] == step
+
+  if hosts.ask_main('whether an evaluation stands', stands):
+    return
+  evaluate(experiment, str(directory), prepared, hosts)
+  if experiment.prompts and hosts.is_main:
+    completions = generate(experiment, str(directory), experiment.prompts, experiment.sampling)
+    _write_json(directory / 'samples.json', completions['completions'])
 
 
-def evaluate(experiment: Experiment, run_dir: str,
-             prepared: Data | None = None) -> dict[str, Any]:
+def evaluate(experiment: Experiment, run_dir: str, prepared: Data | None = None,
+             hosts: Hosts = Hosts()) -> dict[str, Any]:
   """Scores the held-out files with a run's last good checkpoint, and writes evaluation.json.
 
   Models of next tokens are measured in bits a byte of whole files, the others, and mixtures, by
-  what their objective asks, on all held-out text.
+  what their objective asks, on all held-out text. All hosts compute, over the run's mesh; a process
+  alone whose devices do not fit it takes one of them.
   """
-  prepared = prepared or experiment.task.prepare()
-  step, module, params = _load(experiment, run_dir)
+  prepared = prepared or hosts.main_first('the data', experiment.task.prepare)
+  step, module, params = _load_on_mesh(experiment, run_dir, hosts)
   is_text = isinstance(prepared, Prepared)
   if is_text and isinstance(_objective(experiment, prepared), objectives.CausalLM):
     documents = prepared.cache('validation')
     result = evaluator.evaluate(module, params, [documents[i] for i in range(len(documents))],
-                                experiment.train.sequence_length, experiment.train.batch_size)
+                                experiment.train.sequence_length, experiment.train.batch_size,
+                                hosts=hosts)
   else:
     loader = _loader(experiment, prepared, 'validation', seed=0)
-    result = evaluator.held_out(module, experiment.loss, params, loader)
-  _write_json(pathlib.Path(run_dir) / 'evaluation.json', {'step': step, **result})
+    result = evaluator.held_out(module, experiment.loss, params, loader, hosts=hosts)
+  if hosts.is_main:
+    _write_json(pathlib.Path(run_dir) / 'evaluation.json', {'step': step, **result})
   return {experiment.task.name: {'step': step, **result}}
 
 
@@ -247,13 +274,30 @@ def check_invariants(experiment: Experiment) -> dict[str, Any]:
       objective=_objective(experiment, prepared), loss=experiment.loss)
 
 
-def _load(experiment: Experiment, run_dir: str) -> tuple[int, nn.Module, Any]:
-  """The step, the module, and the parameters of a run's last good checkpoint."""
-  module = experiment.model.build()
-  abstract = abstract_params(module, jax.local_devices()[0])
+def _load(experiment: Experiment, run_dir: str, rules: Rules | None = None
+          ) -> tuple[int, nn.Module, Any]:
+  """The step, the module, and the parameters of a run's last good checkpoint, sharded by `rules` or
+  on one device."""
+  module = experiment.model.build(rules or Rules())
+  abstract = abstract_params(module, rules or jax.local_devices()[0])
   step, params = checkpoint.restore_params(pathlib.Path(run_dir) / 'checkpoints', abstract,
                                            log=lambda text: print(text, file=sys.stderr))
   return step, module, params
+
+
+def _load_on_mesh(experiment: Experiment, run_dir: str, hosts: Hosts) -> tuple[int, nn.Module, Any]:
+  """`_load` on the run's mesh or, where a process alone has not its devices, on one device."""
+  try:
+    rules = experiment.bound_rules()
+    abstract_params(experiment.model.build(rules), rules)
+  except UserError as error:
+    if hosts.count > 1:
+      raise
+    print(f'evaluates on one device: {error}', file=sys.stderr)
+    rules = experiment.rules_on(MeshConfig(data=1).build(jax.devices()[:1]))
+  loaded = _load(experiment, run_dir, rules)
+  hosts.prove_same({'the step of the checkpoint': str(loaded[0])})
+  return loaded
 
 
 @contextlib.contextmanager

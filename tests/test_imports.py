@@ -9,8 +9,9 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted(str(path.relative_to(REPOSITORY)) for folder in ('lm', 'pallas_kernels')
                for path in (REPOSITORY / folder).rglob('*.py'))
 
-RECEIVE_A_MODEL = ['lm/training/step.py', 'lm/training/loop.py', 'lm/evaluation/*',
-                   'lm/inference/*', 'lm/run.py', 'lm/doctor*.py']
+RECEIVE_A_MODEL = ['lm/training/step.py', 'lm/training/loop.py',
+                   'lm/training/validation.py', 'lm/evaluation/*', 'lm/inference/*', 'lm/run.py',
+                   'lm/doctor*.py']
 
 # A package: the only files that may import it.
 ONLY = {

@@ -48,7 +48,7 @@ class Step:
     settings = experiment.train
     self.experiment, self.topology = experiment, topology
     self.mesh = experiment.mesh.build(topology.devices())
-    self.rules = experiment.rules.on(self.mesh)
+    self.rules = experiment.rules_on(self.mesh)
     self.module = experiment.model.build(self.rules)
     self.optimizer = experiment.optimizer.build(settings.num_steps)
     self.state = abstract_state(self.module, self.optimizer, self.rules, settings.batch_size,

@@ -1,5 +1,5 @@
 """Parameters in, numbers out.
 
-`evaluator.py` scores held-out documents in bits per byte beside gzip and xz; `report.py` draws a
-run's curves and tables into one self-contained `report.html`.
+`evaluator.py` scores held-out documents in bits per byte beside gzip and xz, on all hosts;
+`report.py` draws a run's curves and tables into one self-contained `report.html`.
 """

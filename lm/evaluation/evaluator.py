@@ -1,6 +1,5 @@
 """What a model makes of held-out text: its objective's metrics, or bits per byte of whole documents
 beside what general compressors need for the same bytes."""
-import functools
 import gzip
 import lzma
 import math
@@ -12,8 +11,10 @@ import jax
 import numpy as np
 import tqdm
 
+from lm.parallel.batches import GlobalBatch
+from lm.parallel.distributed import Hosts
 from lm.training.losses import token_nats
-from lm.training.step import evaluate_batch
+from lm.training.validation import HeldOut
 
 
 def windows(tokens: np.ndarray, length: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -38,64 +39,53 @@ def windows(tokens: np.ndarray, length: int) -> Iterator[tuple[int, np.ndarray, 
 
 
 def document_nats(module: nn.Module, params: Any, documents: Sequence[np.ndarray], length: int,
-                  batch_size: int, progress: bool = True) -> np.ndarray:
-  """Negative log-likelihood of each document, in nats: float64 [documents]."""
-  @jax.jit
-  def score(params, inputs_BT, targets_BT):
-    batch = {'decoder_input_tokens': inputs_BT}
-    outputs, _ = module.apply({'params': params}, batch, method='outputs')
-    return token_nats(outputs['tokens'], targets_BT)[0]
+                  batch_size: int, progress: bool = True, hosts: Hosts = Hosts()) -> np.ndarray:
+  """Negative log-likelihood of each document, in nats: float64 [documents].
 
+  All `hosts` call it; each brings the windows that its devices score, and gets every result.
+  """
+  def score(params, batch):
+    outputs, _ = module.apply({'params': params}, batch, method='outputs')
+    return token_nats(outputs['tokens'], batch['decoder_target_tokens'])[0]
+
+  mesh = module.rules.mesh
+  over_mesh = {} if mesh is None else {'out_shardings': module.rules.sharding()}
+  score = hosts.same_program(jax.jit(score, **over_mesh))
+  where = GlobalBatch(module.rules, batch_size)
   cuts = [(i, cut) for i, tokens in enumerate(documents) for cut in windows(tokens, length)]
   nats = np.zeros(len(documents))
   for first in tqdm.trange(0, len(cuts), batch_size, desc='evaluate', unit=' batches',
-                           disable=not progress):
+                           disable=not (progress and hosts.is_main)):
     rows = cuts[first:first + batch_size]
     inputs, targets = np.zeros((2, batch_size, length), np.int32)
     for row, (_, (_, inputs_T, targets_T)) in enumerate(rows):
       inputs[row, :len(inputs_T)], targets[row, :len(targets_T)] = inputs_T, targets_T
-    losses_BT = np.asarray(score(params, inputs, targets), np.float64)
+    batch = where.place({'decoder_input_tokens': inputs[where.own],
+                         'decoder_target_tokens': targets[where.own]})
+    losses_BT = np.asarray(score(params, batch), np.float64)
     for losses_T, (document, (scored, inputs_T, _)) in zip(losses_BT, rows):
       nats[document] += losses_T[scored:len(inputs_T)].sum()
   return nats
 
 
-def held_out(module: nn.Module, loss: Any, params: Any, loader: Any,
-             progress: bool = True) -> dict[str, float]:
-  """The metrics of a loss over one epoch of a loader.
-
-  Returns:
-    The mean of each metric; of tokens also `unigram_entropy`, in nats: the loss of who knows how
-    often each target occurs here, and nothing else.
-  """
-  score = jax.jit(functools.partial(evaluate_batch, module, loss))
-  carry, sums, counts = module.config.init_carry(loader.batch_size), {}, {}
-  for step in tqdm.trange(max(1, int(loader.steps_per_epoch)), desc='evaluate', unit=' batches',
-                          disable=not progress):
-    batch = loader.batch(step)
-    metrics, carry = score(params, batch, carry)
-    for name, pair in metrics.items():
-      sums[name] = sums.get(name, 0) + np.array(jax.device_get(pair), np.float64)
-    for name in ('masked', 'decoder'):
-      if f'{name}_target_tokens' in batch:
-        targets, weights = batch[f'{name}_target_tokens'], batch[f'{name}_loss_weights']
-        counts[name] = counts.get(name, 0) + np.bincount(
-            targets.ravel(), weights.ravel(), module.config.vocab_size)
-  means = {name: float(total / max(weight, 1)) for name, (total, weight) in sums.items()}
-  for count in counts.values():
-    share = count[count > 0] / count.sum()
-    means['unigram_entropy'] = float(-(share * np.log(share)).sum())
-  return means
+def held_out(module: nn.Module, loss: Any, params: Any, loader: Any, progress: bool = True,
+             hosts: Hosts = Hosts()) -> dict[str, float]:
+  """The metrics of a loss over one epoch of a loader, and `unigram_entropy`; see `HeldOut`."""
+  score = HeldOut(module, loss, loader, hosts, with_unigrams=True)
+  with tqdm.tqdm(total=score.num_batches, desc='evaluate', unit=' batches',
+                 disable=not (progress and hosts.is_main)) as bar:
+    return score(params, bar.update)
 
 
 def evaluate(module: nn.Module, params: Any, documents: Sequence[dict[str, Any]], length: int,
-             batch_size: int, progress: bool = True) -> dict[str, Any]:
+             batch_size: int, progress: bool = True, hosts: Hosts = Hosts()) -> dict[str, Any]:
   """Compares the model with `gzip -9` and `xz -9`, file by file.
 
   Args:
     documents: each with `name`, `text` and `tokens` (the last one is the end of document, which the
       model pays for too).
     length: tokens of a window; batch_size: windows at a time.
+    hosts: who compute together, all with the same arguments.
 
   Returns:
     `bits_per_byte`, `loss` (nats a token), `perplexity`, `tokens`, `bytes`, `gzip_bits_per_byte`
@@ -104,7 +94,7 @@ def evaluate(module: nn.Module, params: Any, documents: Sequence[dict[str, Any]]
     gzip, xz.
   """
   nats = document_nats(module, params, [d['tokens'] for d in documents], length, batch_size,
-                       progress)
+                       progress, hosts)
   texts = [d['text'].encode() for d in documents]
   files = []
   for document, text, own in zip(documents, texts, nats):

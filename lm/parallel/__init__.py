@@ -6,7 +6,8 @@ share (`ring.py`). A layer names logical axes only, so a strategy is changed in 
 in a layer.
 
 Several hosts: `distributed.py` joins them and lets them agree, over the line of `line.py`, which
-also finds who is missing or gone; `relay.py` keeps JAX from aborting before that is said.
+also finds who is missing or gone; `relay.py` keeps JAX from aborting before that is said;
+`batches.py` lays the rows that each of them reads together.
 
 `gather.py` gathers parameters where they are used and scatters their gradients. What `lm compile`
 says of chips that are not there: `topology.py` has their figures and devices, `hlo.py` reads the

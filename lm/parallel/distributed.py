@@ -86,6 +86,24 @@ class Hosts:
                         f'{self._names(i for i, value in enumerate(values) if value == usual)}; '
                         'all hosts must run the same program, so install and start the same there')
 
+  def same_program(self, function: Callable, load: Callable | None = None) -> Callable:
+    """A jitted function that runs for the first time when every host has compiled the same program:
+    a collective that meets another one hangs, and one that waits for a compiler gives up.
+
+    Args:
+      load: finds the executable of what is lowered, or None where there is none.
+    """
+    programs = []
+
+    def call(*args):
+      if not programs:
+        lowered = function.lower(*args)
+        self.prove_same({'the digest of a program': digest(lowered.as_text())})
+        programs.append(load and load(lowered) or lowered.compile())
+        self.wait_for_all('the compiler')
+      return programs[0](*args)
+    return function if self.count == 1 and load is None else call
+
   def _names(self, indices: Any) -> str:
     indices = list(indices)
     more = f' and {len(indices) - 4} more' if len(indices) > 4 else ''

@@ -1,7 +1,6 @@
 """The training loop: from the last good checkpoint to the last step, whatever happens between."""
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import pathlib
@@ -18,12 +17,14 @@ import optax
 from lm.data.loader import Loader
 from lm.errors import UserError
 from lm.parallel import executable
-from lm.parallel.distributed import Hosts, digest
+from lm.parallel.batches import GlobalBatch
+from lm.parallel.distributed import Hosts
 from lm.parallel.rules import Rules, axes_of
 from lm.training import meters, monitor, watchdog
 from lm.training.checkpoint import Checkpointer, restore_params
 from lm.training.state import TrainState, abstract_state, init_state
-from lm.training.step import Loss, evaluate_batch, jit_train_step
+from lm.training.step import Loss, jit_train_step
+from lm.training.validation import HeldOut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,20 +160,24 @@ class Trainer:
              compiled: pathlib.Path | None) -> dict[str, Any]:
     config = self.config
     start, tokens_per_step = int(state.step), config.batch_size * config.sequence_length
-    step_fn = self._same_on_all_hosts(jit_train_step(
+    step_fn = self.hosts.same_program(jit_train_step(
         self.module, self.loss, self.optimizer, self.rules, state, config.num_microbatches,
-        config.tpu_options), compiled)
-    validate = functools.partial(self._validation, self._jit_evaluation(), watch)
+        config.tpu_options), compiled and (lambda lowered: self._loaded(lowered, compiled)))
+    held_out = HeldOut(self.module, self.loss, self.validation_data, self.hosts,
+                       config.eval_batches)
+    validate = lambda step, params: held_out(params, lambda: watch.beat(step + 1))
+    rows = GlobalBatch(self.rules, config.batch_size)
     rates = np.asarray(jax.vmap(self.schedule)(jnp.arange(config.num_steps)))
     timer, losses, stopped_by = meters.StepTimer(), [], []
     watch.beat(start + 1)
     # Where a signal asked to stop before it was.
     if self._due(start) and not self.hosts.ask_main('evaluated', lambda: self._evaluated(start)):
       writer.write(start, 'validation', validate(start, state.params))
-    with _signals() as received, self._batches(start) as batches:
+    with _signals() as received, self.train_data.iterate(
+        start, config.num_steps - start, rows.own) as batches:
       for step in range(start + 1, config.num_steps + 1):
         with timer.waiting_for_data():
-          batch = self._to_devices(next(batches))
+          batch = rows.place(next(batches))
         state, metrics = step_fn(state, batch)
         # While devices compute, all hosts say that they have begun, and agree whether to stop.
         asked = self.hosts.gather(watchdog.step_key(step), received[:1])
@@ -204,48 +209,7 @@ class Trainer:
             'data_wait_share': total.get('data_wait_share'),
             'stopped_by': stopped_by[0] if stopped_by else None, 'losses': losses}
 
-  def _batches(self, start: int):
-    """This host's rows of the batches from `start` on."""
-    return self.train_data.iterate(start, self.config.num_steps - start, self._host_rows())
-
-  def _host_rows(self) -> slice:
-    """The rows that this host's devices hold, from the first to the last."""
-    size = self.config.batch_size
-    held = self.rules.sharding('batch').addressable_devices_indices_map((size,)).values()
-    rows = [range(size)[rows] for rows, in held]
-    return slice(min(r.start for r in rows), max(r.stop for r in rows))
-
-  def _to_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Lays the rows of all hosts together: [batch_size, ...] arrays over all devices."""
-    sharding, size = self.rules.sharding('batch'), self.config.batch_size
-    first = self._host_rows().start
-
-    def of(rows: np.ndarray) -> jax.Array:
-      def held(index):
-        wanted = range(size)[index[0]]
-        return rows[wanted.start - first:wanted.stop - first]
-      return jax.make_array_from_callback((size, *rows.shape[1:]), sharding, held)
-    return {name: of(rows) for name, rows in batch.items()}
-
-  def _same_on_all_hosts(self, function: Callable, compiled: pathlib.Path | None = None
-                         ) -> Callable:
-    """A jitted function that runs for the first time when every host has compiled the same program:
-    a collective that meets another one hangs, and one that waits for a compiler gives up."""
-    programs = []
-
-    def call(*args):
-      if not programs:
-        lowered = function.lower(*args)
-        self.hosts.prove_same({'the digest of a program': digest(lowered.as_text())})
-        programs.append(self._loaded(lowered, compiled) or lowered.compile())
-        self.hosts.wait_for_all('the compiler')
-      return programs[0](*args)
-    return function if self.hosts.count == 1 and compiled is None else call
-
-  def _loaded(self, lowered: jax.stages.Lowered, path: pathlib.Path | None
-              ) -> jax.stages.Compiled | None:
-    if path is None:
-      return None
+  def _loaded(self, lowered: jax.stages.Lowered, path: pathlib.Path) -> jax.stages.Compiled | None:
     program, why_not = executable.load(path, lowered, self.rules.mesh.devices.flat)
     self.log(f'{why_not}; compiles' if why_not else f'starts from the executable in {path}')
     return program
@@ -277,27 +241,6 @@ class Trainer:
   def _evaluated(self, step: int) -> bool:
     rows = monitor.read_rows(self.run_dir / monitor.METRICS)
     return any(row['step'] == step and row['split'] == 'validation' for row in rows)
-
-  def _jit_evaluation(self) -> Callable:
-    """`evaluate_batch` with metrics that every host can read."""
-    return self._same_on_all_hosts(jax.jit(
-        functools.partial(evaluate_batch, self.module, self.loss),
-        out_shardings=(self.rules.sharding(), self.rules.sharding('batch'))))
-
-  def _validation(self, eval_fn: Callable, watch: watchdog.Watchdog, step: int, params: Any
-                  ) -> dict[str, float]:
-    """Mean metrics of the first `eval_batches` batches of the held-out text, the same every
-    time."""
-    count = min(self.config.eval_batches, max(1, int(self.validation_data.steps_per_epoch)))
-    init_carry = functools.partial(self.module.config.init_carry, self.config.batch_size)
-    carry, sums = jax.jit(init_carry, out_shardings=self.rules.sharding('batch'))(), {}
-    for i in range(count):
-      batch = self._to_devices(self.validation_data.batch(i, self._host_rows()))
-      metrics, carry = eval_fn(params, batch, carry)
-      for name, pair in metrics.items():
-        sums[name] = sums.get(name, 0) + np.array(jax.device_get(pair), np.float64)
-      watch.beat(step + 1)
-    return {name: float(total / max(weight, 1)) for name, (total, weight) in sums.items()}
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 Batch = Mapping[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -89,6 +89,16 @@ class Prediction(_Loss):
       sums['penalties'] = sum(total for total, _ in outputs['penalties'].values())
     return sums
 
+  def of_rows(self, batch: Batch, counts_B: Bool[Array, ' B']) -> Batch:
+    """The batch, where only these rows have weight in `metrics`."""
+    names = [name for name in batch if name.endswith('_loss_weights')] + [
+        name for name in ('decoder_span_ids',) if name in batch]
+    weights = {name: batch[name] for name in names} | {
+        _LABELS[name][1]: _label_weights(name, batch) for name in _LABELS
+        if _LABELS[name][0] in batch}
+    return batch | {name: jnp.where(counts_B.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+                    for name, x in weights.items()}
+
   def metrics(self, outputs: Mapping[str, Any], batch: Batch) -> dict[str, tuple]:
     """(sum, weight) of what validation shows: the plain losses and how many are right."""
     metrics = {}
@@ -117,6 +127,14 @@ def _prefix(batch):
 def _targets(batch):
   name = _prefix(batch)
   return batch[f'{name}_target_tokens'], batch[f'{name}_loss_weights'].astype(jnp.float32)
+
+
+def target_counts(batch: Batch, vocab_size: int) -> Float[Array, ' V']:
+  """The weight of each target token; of a batch without any, nothing."""
+  if not vocab_size or not _prefix(batch):
+    return jnp.zeros(0)
+  targets_BT, weights_BT = _targets(batch)
+  return jnp.zeros(vocab_size).at[targets_BT].add(weights_BT)
 
 
 def token_nats(scores, targets_BT):

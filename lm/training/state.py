@@ -49,17 +49,12 @@ def abstract_state(module: nn.Module, optimizer: optax.GradientTransformation, r
       mesh axis, or do not divide over it.
   """
   boxed, state = jax.eval_shape(lambda: _init(module, optimizer, batch_size, 0))
-  specs = jax.tree_util.tree_map_with_path(_axis_names, boxed,
-                                           is_leaf=lambda x: isinstance(x, nn.Partitioned))
-  shardings = jax.tree_util.tree_map_with_path(
-      lambda path, x, names: _fitting(rules.sharding(*names), path, x.shape), state.params, specs)
+  shardings = _param_shardings(boxed, rules)
   replicated = NamedSharding(rules.mesh, PartitionSpec())
   opt_rules = rules if rules.embed else dataclasses.replace(rules, embed=rules.opt_embed).on(
       rules.mesh)
-  of_state = jax.tree_util.tree_map_with_path(
-      lambda path, x, names: _fitting(opt_rules.sharding(*names), path, x.shape), state.params,
-      specs)
-  opt_shardings = _like_params(state.opt_state, state.params, of_state, replicated)
+  opt_shardings = _like_params(state.opt_state, state.params, _param_shardings(boxed, opt_rules),
+                               replicated)
   if offload_optimizer:
     opt_shardings = jax.tree.map(
         lambda x, sharding: sharding.with_memory_kind('pinned_host') if x.ndim else sharding,
@@ -68,6 +63,15 @@ def abstract_state(module: nn.Module, optimizer: optax.GradientTransformation, r
   all_shardings = TrainState(replicated, shardings, opt_shardings, replicated, carry)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state,
                       all_shardings)
+
+
+def _param_shardings(boxed: Any, rules: Rules) -> Any:
+  """Of each parameter, by the logical names of its axes."""
+  is_leaf = lambda x: isinstance(x, nn.Partitioned)
+  names = jax.tree_util.tree_map_with_path(_axis_names, boxed, is_leaf=is_leaf)
+  return jax.tree_util.tree_map_with_path(
+      lambda path, x, names: _fitting(rules.sharding(*names), path, x.shape),
+      nn.meta.unbox(boxed), names)
 
 
 def _axis_names(path: tuple, boxed: Any) -> tuple[str | None, ...]:
@@ -92,13 +96,17 @@ def _fitting(sharding: NamedSharding, path: tuple, shape: tuple[int, ...]) -> Na
   return sharding
 
 
-def abstract_params(module: nn.Module, device: jax.Device) -> Any:
-  """Shapes and dtypes of the parameters alone, on one device: what evaluation and inference
-  need."""
+def abstract_params(module: nn.Module, where: jax.Device | Rules) -> Any:
+  """Shapes and dtypes of the parameters alone, on one device or as rules shard them: what
+  evaluation and inference need."""
   boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), method='initialize')['params'])
-  sharding = SingleDeviceSharding(device)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                      nn.meta.unbox(boxed))
+  params = nn.meta.unbox(boxed)
+  if isinstance(where, Rules):
+    shardings = _param_shardings(boxed, where)
+  else:
+    shardings = jax.tree.map(lambda _: SingleDeviceSharding(where), params)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params,
+                      shardings)
 
 
 def _like_params(opt_state: Any, params: Any, shardings: Any, otherwise: NamedSharding) -> Any:

@@ -37,6 +37,9 @@ class Loss(Protocol):
   def metrics(self, outputs: Mapping[str, Any], batch: Batch) -> dict[str, tuple]:
     """(sum, weight) of what validation shows."""
 
+  def of_rows(self, batch: Batch, counts_B: jax.Array) -> Batch:
+    """The batch, where only these rows have weight in `metrics`; not of a `whole_batch` loss."""
+
 
 def _outputs(module, params, batch, rng, carry):
   return module.apply({'params': params}, batch, rng, carry, method='outputs')

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 
+from lm.data.loader import Loader
 from lm.models.gpt import GPTConfig
 from lm.parallel.mesh import MeshConfig
 from lm.parallel.rules import Rules
@@ -12,6 +13,7 @@ from lm.training import state as state_lib
 from lm.training import step as step_lib
 from lm.training.losses import Prediction
 from lm.training.optimizers import AdamW, Schedule
+from lm.training.validation import HeldOut
 
 CONFIG = GPTConfig(vocab_size=40, max_length=16, d_model=16, num_layers=2, num_heads=4, d_ff=24,
                    num_kv_heads=2, norm='rmsnorm', positions='rotary', activation='swiglu',
@@ -73,6 +75,24 @@ def run(name, start, axes, devices, microbatches, changes, initialise):
           'donated': all(x.is_deleted() for x in jax.tree.leaves(before.params))}
 
 
+class Rows:
+  """Five rows of an epoch, and others behind them."""
+  rows = packed_batch()
+
+  def __len__(self):
+    return 5
+
+  def __getitem__(self, row):
+    return {name: x[row] for name, x in self.rows.items()}
+
+
+def held_out(params, axes, devices, batch_size):
+  """The loss of the five rows."""
+  rules = Rules().on(MeshConfig(**axes).build(jax.devices()[:devices]))
+  loader = Loader.of_rows(Rows(), batch_size)
+  return HeldOut(CONFIG.build(rules), Prediction(), loader)(params)['loss']
+
+
 def difference(tree, other):
   """The largest difference of two trees, as a share of each leaf's largest value."""
   shares = jax.tree.map(lambda x, y: np.abs(x - y).max() / np.abs(y).max(), tree, other)
@@ -92,6 +112,9 @@ def main():
                  'same_weight': result['weight'] == one['weight'],
                  'same_init': bool(jax.tree.all(equal)), 'bytes_per_device': result['held'],
                  'same_shardings': bool(result['same']), 'donated': bool(result['donated'])}
+  params = results['one']['init'].params
+  out['held_out'] = [held_out(params, dict(data=2, fsdp=4), 8, 3), held_out(
+      params, dict(data=1), 1, 5)]
   print(json.dumps(out))
 
 

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from lm import run
+from lm.data.tasks import TextTask
 from lm.errors import UserError
+from lm.models.transformer_xl import TransformerXLConfig
 from lm.parallel.mesh import MeshConfig
 from lm.parallel.rules import Rules, constrain
 from lm.training import state as state_lib
+from lm.training.loop import TrainConfig
 from lm.training.optimizers import AdamW
 
 CHILD = pathlib.Path(__file__).with_name('sharded_steps.py')
@@ -43,6 +47,11 @@ def test_bfloat16_on_a_mesh_differs_by_its_rounding_only(steps):
   assert facts['loss'] == pytest.approx(facts['one_loss'], rel=1e-3)
   assert facts['gradient_difference'] < 0.03
   assert facts['loss'] != steps['both']['loss']  # else it ran in float32
+
+
+def test_held_out_rows_that_do_not_divide_over_devices_or_batches_count_once(steps):
+  on_mesh, on_one = steps['held_out']
+  assert on_mesh == pytest.approx(on_one, rel=1e-6)
 
 
 @pytest.mark.parametrize('name', BORN_THERE)
@@ -178,6 +187,23 @@ def test_a_parameter_that_does_not_divide_over_the_mesh_is_named(tiny_configs):
   message = r'has shape .*, and 16 does not divide over the 3 devices of mesh axis fsdp'
   with pytest.raises(UserError, match=message):
     state_lib.abstract_state(tiny_configs['gpt2']().build(rules), AdamW().build(10), rules)
+
+
+@pytest.mark.parametrize('lengths, sentence', [
+    (dict(sequence_length=30), 'sequence_length=30 does not divide over the 4 devices of mesh axis '
+                               'sequence; the nearest that does is 28 or 32'),
+    (dict(sequence_length=2), 'over the 4 devices .* the nearest that does is 4$'),
+    (dict(sequence_length=8, memory_length=13), '^memory_length=13 does not divide over the 4')])
+def test_a_length_that_does_not_divide_over_its_devices_is_refused(lengths, sentence):
+  model = TransformerXLConfig(vocab_size=2**17, max_length=32,
+                              memory_length=lengths.get('memory_length', 16))
+  train = TrainConfig(sequence_length=lengths['sequence_length'])
+  experiment = run.Experiment(TextTask(), model, AdamW(), train)
+  with pytest.raises(UserError, match=sentence):
+    experiment.rules_on(mesh(sequence=4))
+  with_room = dataclasses.replace(experiment, train=TrainConfig(sequence_length=32))
+  if 'memory_length' not in lengths:
+    assert with_room.rules_on(mesh(sequence=4)).shards('length') == 4
 
 
 def test_rules_are_a_value():

@@ -149,7 +149,10 @@ def same_losses(run: pathlib.Path, reference: pathlib.Path):
 def test_two_processes_train_as_one_process_with_their_devices(one, two):
   same_losses(two, one)
   assert len(losses(two)) == 12 and (two / 'report.html').exists()
-  assert json.loads((two / 'evaluation.json').read_text())['step'] == 12
+  ours, theirs = (json.loads((run / 'evaluation.json').read_text()) for run in (two, one))
+  assert ours['step'] == 12 and ours['tokens'] == theirs['tokens']
+  for found, wanted in ((ours, theirs), *zip(ours['files'], theirs['files'], strict=True)):
+    assert found['bits_per_byte'] == pytest.approx(wanted['bits_per_byte'], rel=2e-6)
 
 
 def stopped_after(run: pathlib.Path, step: int, copy: pathlib.Path) -> pathlib.Path:
