@@ -7,11 +7,13 @@ from typing import Optional
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from lm.layers.linear import Linear, normal
 from lm.layers.mlp import Activation, activate, is_gated
+from lm.parallel.exchange import ragged_all_to_all
 from lm.parallel.rules import Rules, axes_of
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.matmul import matmul
@@ -124,9 +126,9 @@ class MoE(nn.Module):
   def _on_mesh(self, x_BTD, experts, places, gates, kernels):
     """Calls `_mixture` on each device's experts and the tokens that may go to them.
 
-    Devices that hold different experts and have different rows gather each other's tokens, and each
-    gets the sums of its own back. That is what a dropless all-to-all moves whose shapes do not
-    depend on the data: in the worst case every token goes to every device.
+    Where devices hold different experts and have different rows, tokens go to their experts and
+    back. With a capacity, whose queues are of whole rows, or no more devices than a token has
+    experts, they gather all tokens, and each gets the sums of its own: that moves no more then.
     """
     rules, is_dropless = self.rules, self.config.capacity_factor is None
     mixture = functools.partial(_mixture, self.activation, is_dropless,
@@ -144,9 +146,16 @@ class MoE(nn.Module):
       length = ()  # the queue of an expert is of the whole row
     gathered = tuple(axis for axis in held if axis in rows)
     summed = hidden + tuple(axis for axis in held if axis not in rows)
+    exchanges = (gathered == held and is_dropless
+                 and rules.shards('expert') > self.config.num_selected)
 
     def part(tokens, kernels):
       first = jax.lax.axis_index(held) * kernels[0].shape[0] if held else 0
+      if exchanges:
+        x_BTD, experts, _, gates = tokens
+        y_BTD = _exchanged(self.activation, held, rules.shards('expert'), x_BTD, experts, gates,
+                           kernels)
+        return jax.lax.psum(y_BTD, summed) if summed else y_BTD
       if gathered:
         tokens = jax.tree.map(lambda x: jax.lax.all_gather(x, gathered, tiled=True), tokens)
       y_BTD = mixture(first, *tokens, *kernels)
@@ -183,11 +192,41 @@ def _mixture(activation, is_dropless, capacity, first, x_BTD, experts, places, g
   if not is_dropless:
     return _queued(activation, capacity, x_BTD, experts, places, gates, kernels)
   flat = lambda x: x.reshape(-1, x.shape[-1])
+  return _of_experts(activation, flat(x_BTD), flat(experts), flat(gates), kernels).reshape(
+      x_BTD.shape)
+
+
+def _exchanged(activation, axes, num_devices, x_BTD, experts, gates, kernels):
+  """The sum over the experts of all devices of these axes, which have different tokens.
+
+  The choices of all tokens, sorted by expert, go to the devices that have these by a ragged
+  all-to-all, and what comes of them goes back by another. None is dropped: each device has room for
+  all that can come.
+  """
+  (*_, D), P, E = x_BTD.shape, experts.shape[-1], kernels[0].shape[0]
+  here, M = jax.lax.axis_index(axes), math.prod(x_BTD.shape[:-1])
+  most = M * min(P, E)  # choices of one device that can go to another
+  order, inverse, counts = _sort(experts, num_devices * E)
+  x = _spread(P, x_BTD.reshape(M, D), order, inverse)
+  x = jnp.where((jnp.arange(M * P) < counts.sum())[:, None], x, 0)
+  everyone = jax.lax.all_gather(counts, axes).reshape(num_devices, num_devices, E)
+  sizes, own = everyone.sum(-1), everyone[:, here]  # [from, to], [from, expert]
+  x = ragged_all_to_all(x, sizes, num_devices * most, most, axes)
+  # From each device its choices of this one's first expert, then of the second: which is each row?
+  expert = jnp.repeat(jnp.tile(jnp.arange(E), num_devices), own.ravel(), total_repeat_length=len(x))
+  has_come = (jnp.arange(len(x)) < own.sum())[:, None]
+  x, expert = jnp.where(has_come, x, 0), jnp.where(has_come, expert[:, None], E)
+  y = _of_experts(activation, x, expert, has_come.astype(gates.dtype), kernels)
+  y = ragged_all_to_all(jnp.where(has_come, y, 0), sizes.T, M * P, most, axes)
+  y_MD = _combine(y, counts.sum(), gates.reshape(M, P), order, inverse)
+  return y_MD.astype(x_BTD.dtype).reshape(x_BTD.shape)
+
+
+def _of_experts(activation, x_MD, experts, gates, kernels):
+  """[M, D]: the sum of each row's experts [M, P] times their gates."""
   # XLA:CPU computes ragged_dot for all experts too, and takes 4 to 6 times as long for it.
-  y_MD = by_platform(functools.partial(_all_experts, activation),
-                     functools.partial(_sorted, activation),
-                     flat(x_BTD), flat(experts), flat(gates), kernels)
-  return y_MD.reshape(x_BTD.shape)
+  return by_platform(functools.partial(_all_experts, activation),
+                     functools.partial(_sorted, activation), x_MD, experts, gates, kernels)
 
 
 def _all_experts(activation, x_MD, experts, gates, kernels):
@@ -201,14 +240,45 @@ def _all_experts(activation, x_MD, experts, gates, kernels):
 
 def _sorted(activation, x_MD, experts, gates, kernels):
   """Tokens in the order of their experts, so that each kernel meets one range of rows."""
-  order = jnp.argsort(experts.reshape(-1))
-  sizes = (experts.reshape(-1, 1) == jnp.arange(kernels[0].shape[0])).sum(0, dtype=jnp.int32)
+  order, inverse, sizes = _sort(experts, kernels[0].shape[0])
   product = lambda x, w: grouped_matmul(x, w, sizes)
-  tokens, gates = order // experts.shape[1], gates.reshape(-1)[order][:, None]
-  x = jnp.where(gates > 0, x_MD[tokens], 0)  # the last rows are of no expert
+  x = _spread(experts.shape[1], x_MD, order, inverse)
+  x = jnp.where((jnp.arange(len(order)) < sizes.sum())[:, None], x, 0)  # the last have no expert
   y = product(activate(activation, *(product(x, w) for w in kernels[:-1])), kernels[-1])
-  y = jnp.where(gates > 0, y * gates, 0)
-  return jnp.zeros(x_MD.shape, jnp.float32).at[tokens].add(y).astype(x_MD.dtype)
+  return _combine(y, sizes.sum(), gates, order, inverse).astype(x_MD.dtype)
+
+
+def _sort(experts, num_experts):
+  """The order of choices [M, P] by expert, its inverse, and the choices of each expert."""
+  order = jnp.argsort(experts.reshape(-1))
+  sizes = (experts.reshape(-1, 1) == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
+  return order, jnp.argsort(order), sizes
+
+
+def _combine(y, count, gates, order, inverse):
+  """What came of sorted choices, of which `count` have an expert, times their gates [M, P], summed
+  for each token: float32."""
+  y = jnp.where((jnp.arange(len(y)) < count)[:, None], y, 0)
+  y_MPD = _spread(1, y, inverse, order).reshape(*gates.shape, -1)
+  return jnp.einsum('mpd,mp->md', y_MPD, gates, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _spread(copies, x, order, inverse):
+  """Row i of the result is row order[i] // copies of x; order is a permutation. Its gradient is a
+  gather too, where autodiff would scatter row by row."""
+  del inverse
+  return x[order // copies]
+
+
+def _spread_backward(copies, residuals, g):
+  order, inverse = residuals
+  no_gradient = (np.zeros(x.shape, jax.dtypes.float0) for x in (order, inverse))
+  return g[inverse].reshape(-1, copies, g.shape[-1]).sum(1), *no_gradient
+
+
+_spread.defvjp(lambda copies, x, order, inverse: (_spread(copies, x, order, inverse),
+                                                  (order, inverse)), _spread_backward)
 
 
 def _queued(activation, capacity, x_BTD, experts, places, gates, kernels):

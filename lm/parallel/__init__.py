@@ -9,7 +9,8 @@ Several hosts: `distributed.py` joins them and lets them agree, over the line of
 also finds who is missing or gone; `relay.py` keeps JAX from aborting before that is said;
 `batches.py` lays the rows that each of them reads together.
 
-`gather.py` gathers parameters where they are used and scatters their gradients. What `lm compile`
+`gather.py` gathers parameters where they are used and scatters their gradients; `exchange.py` sends
+rows to the devices that want them. What `lm compile`
 says of chips that are not there: `topology.py` has their figures and devices, `hlo.py` reads the
 compiled program, `compile_report.py` adds it up in time and money (`prices.json` is the user's to
 edit), `remedies.py` knows what would fit where the memory does not suffice.

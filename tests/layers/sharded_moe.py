@@ -12,6 +12,7 @@ from lm.parallel.rules import Rules
 # capacity factor, mesh axes, rules
 RUNS = {
     'expert None': (None, dict(data=2, expert=4), {}),
+    'few None': (None, dict(data=4, expert=2), {}),
     'expert apart None': (None, dict(data=2, expert=4), dict(batch='data')),
     'fsdp 0.7': (0.7, dict(data=2, fsdp=2, expert=2), {}),
     'sequence 0.7': (0.7, dict(data=2, sequence=2, expert=2), {}),

@@ -202,9 +202,10 @@ def differences(child_with_devices):
   return types.MappingProxyType(child_with_devices(CHILD))
 
 
-@pytest.mark.supports('precision and parallelism', 'expert meshes')
-@pytest.mark.parametrize('case', ['expert None', 'expert apart None', 'fsdp 0.7', 'sequence 0.7',
-                                  'sequence None', 'hidden None'])
+@pytest.mark.supports('precision and parallelism', 'expert meshes',
+                      'dropless experts by ragged all-to-all')
+@pytest.mark.parametrize('case', ['expert None', 'few None', 'expert apart None', 'fsdp 0.7',
+                                  'sequence 0.7', 'sequence None', 'hidden None'])
 def test_experts_on_many_devices_are_those_of_one(differences, case):
   assert differences[case] < 2e-5
 

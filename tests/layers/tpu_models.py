@@ -14,7 +14,7 @@ from pallas_kernels.tpu_compiler import TOPOLOGIES
 BATCH, LENGTH = 4, 256
 CONFIG = GPTConfig(
     vocab_size=128, max_length=LENGTH, d_model=128, num_layers=1, num_heads=4, num_kv_heads=2,
-    moe=MoEConfig(num_experts=4, num_selected=2, d_ff=128), positions='rotary', activation='swiglu')
+    moe=MoEConfig(num_experts=4, num_selected=1, d_ff=128), positions='rotary', activation='swiglu')
 
 
 def rules():
