@@ -24,8 +24,12 @@ def by_platform(cpu: Callable, default: Callable, *args, tpu: Callable | None = 
   is one, for a TPU or an NVIDIA GPU, and `default(*args)` for any other platform.
 
   The choice is made at lowering, so a program compiled ahead of time for a TPU on a CPU machine
-  gets the TPU's form.
+  gets the TPU's form. Where the mesh in use is one of TPUs it is made at once: tracing the other
+  forms takes most of the time of tracing a train step.
   """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is not None and device.platform == 'tpu':
+    return (tpu or default)(*args)
   forms = {'cpu': cpu, 'default': default, 'tpu': tpu, 'cuda': cuda}
   return jax.lax.platform_dependent(
       *args, **{name: form for name, form in forms.items() if form is not None})

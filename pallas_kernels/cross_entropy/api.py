@@ -15,7 +15,8 @@ _KERNELS = {'tpu': tpu, 'gpu': gpu}
 def cross_entropy(hidden: jax.Array, embedding: jax.Array, targets: jax.Array,
                   loss_weights: jax.Array, *, bias: jax.Array | None = None,
                   softcap: float | None = None, z_loss: float = 0.0, label_smoothing: float = 0.0,
-                  implementation: str | None = None, axis_name: str | None = None) -> jax.Array:
+                  implementation: str | None = None,
+                  axis_name: str | tuple[str, ...] | None = None) -> jax.Array:
   """Sums weight * loss over tokens, with logits[v] = hidden . embedding[v] + bias[v] and
 
     loss = lse - (1 - label_smoothing) * logits[target] - label_smoothing * mean_v(logits[v])
@@ -79,7 +80,8 @@ def cross_entropy(hidden: jax.Array, embedding: jax.Array, targets: jax.Array,
 
 def token_losses(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, *,
                  bias: jax.Array | None = None, softcap: float | None = None,
-                 implementation: str | None = None, axis_name: str | None = None
+                 implementation: str | None = None,
+                 axis_name: str | tuple[str, ...] | None = None
                  ) -> tuple[jax.Array, jax.Array]:
   """Scores tokens one by one, by the losses of `cross_entropy`; not to be differentiated.
 
