@@ -16,6 +16,7 @@ COMMANDS = {
     'generate': 'continue prompts with the last checkpoint of a run',
     'cache': 'train the vocabulary and build the token cache, without training',
     'compile': 'what the train step needs of chips that are not there: memory, time, money',
+    'plan': 'how to spread the train step over TPUs that are not there: time, memory, money',
     'doctor': "check the invariants of the codebase on this config's model and mesh",
     'convert': "make a run of other people's weights (--from), or the reverse (--to)",
     'explain': 'show every value of a config and the file and line it came from',
@@ -45,15 +46,20 @@ def _parser() -> argparse.ArgumentParser:
       command.add_argument('--top_k', type=int)
       command.add_argument('--top_p', type=float)
       command.add_argument('--seed', type=int, default=0)
-    if name == 'compile':
+    if name in ('compile', 'plan'):
       command.add_argument('--topology', required=True, help='chips and grid, such as v5e:16x16; '
                            'hosts and GPUs, h100:4x8; cpu:8')
       command.add_argument('--num_slices', type=int, default=1, help='as often as this')
+      command.add_argument('--tokens', type=float, help='of the training; 20 a parameter')
+    if name == 'compile':
       command.add_argument('--option', action='append', default=[], metavar='NAME=VALUE',
                            help="the compiler's, besides the run's; repeatable")
-      command.add_argument('--tokens', type=float, help='of the training; 20 a parameter')
       command.add_argument('--save', metavar='FILE', help='keep the executable here, for `lm train '
                            '--compiled=FILE`')
+    if name == 'plan':
+      command.add_argument('--compile', type=int, default=2, metavar='N', help='the N best of them')
+      command.add_argument('--keep', type=int, default=8, metavar='N', help='ways in the table')
+      command.add_argument('--out', metavar='FILE', help='the gin file; else plan.gin in --run_dir')
     if name == 'convert':
       command.add_argument('--from', dest='source', metavar='DIR_OR_FILE',
                            help='directory of Hugging Face, or .safetensors, .gguf, .bin file')
@@ -95,6 +101,9 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
   if args.command == 'compile':
     from lm.commands import compile as compile_command
     return compile_command.execute(args, bindings)
+  if args.command == 'plan':
+    from lm.commands import plan
+    return plan.execute(args, bindings)
   from lm import config, run  # late, so that `lm --help` does not wait for JAX
   experiment = run.open_experiment(args.gin_file, bindings, args.run_dir)
   if args.command == 'explain':

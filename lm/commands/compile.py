@@ -6,6 +6,7 @@ No data is read: the vocabulary has the size that the model has. The compiler wo
 its own, which some programs end.
 """
 import argparse
+from collections.abc import Iterable, Sequence
 import html
 import json
 import os
@@ -34,18 +35,7 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
   """
   topology = Topology.parse(args.topology, args.num_slices)
   experiment = run.open_experiment(args.gin_file, bindings, args.run_dir)
-  with tempfile.TemporaryDirectory() as folder:
-    request = {'gin_files': args.gin_file, 'bindings': bindings, 'run_dir': args.run_dir,
-               'topology': args.topology, 'num_slices': args.num_slices, 'folder': folder,
-               'options': _options(args.option), 'save': args.save}
-    facts = _ask(request | {'kernels': False}, 'facts.json')
-    if 'needed_bytes' in facts:
-      raise UserError(remedies.explain(experiment, facts, topology))
-    text = pathlib.Path(folder, 'program.hlo').read_text()
-    module = Module(text)
-    has_cycles = topology.chip.clock_hz and module.kernels()
-    kernels = _ask(request | {'kernels': True}, 'kernels.json') if has_cycles else {}
-  result = compile_report.make(module, facts, kernels, topology, args.tokens)
+  result = report(args, bindings, experiment, topology, _options(args.option), args.save)
   rows = compile_report.rows(result)
   width = max(len(name) for name, _ in rows)
   print('\n'.join(f'{name:{width}}  {value}' for name, value in rows))
@@ -61,6 +51,31 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
   return result
 
 
+def report(args: argparse.Namespace, bindings: list[tuple[str, str]], experiment: run.Experiment,
+           topology: Topology, options: dict[str, str], save: str | None = None) -> dict[str, Any]:
+  """What a compiled step needs, from the process that compiles it.
+
+  Args:
+    args: of them `gin_file`, `run_dir`, `topology`, `num_slices` and `tokens`, with `bindings` what
+      the experiment is made of.
+
+  Raises:
+    UserError: the compiler refuses the step, or it needs more memory than a device has.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    request = {'gin_files': args.gin_file, 'bindings': bindings, 'run_dir': args.run_dir,
+               'topology': args.topology, 'num_slices': args.num_slices, 'folder': folder,
+               'options': options, 'save': save}
+    facts = ask(request | {'kernels': False}, 'facts.json')
+    if 'needed_bytes' in facts:
+      raise UserError(remedies.explain(experiment, facts, topology))
+    text = pathlib.Path(folder, 'program.hlo').read_text()
+    module = Module(text)
+    has_cycles = topology.chip.clock_hz and module.kernels()
+    kernels = ask(request | {'kernels': True}, 'kernels.json') if has_cycles else {}
+  return compile_report.make(module, facts, kernels, topology, args.tokens)
+
+
 def _options(flags: list[str]) -> dict[str, str]:
   options = {}
   for flag in flags:
@@ -71,7 +86,7 @@ def _options(flags: list[str]) -> dict[str, str]:
   return options
 
 
-def _ask(request: dict[str, Any], name: str) -> dict[str, Any]:
+def ask(request: dict[str, Any], name: str) -> dict[str, Any]:
   """The child's answer.
 
   Raises:
@@ -93,16 +108,16 @@ def _ask(request: dict[str, Any], name: str) -> dict[str, Any]:
 def page(result: dict[str, Any]) -> str:
   """The report as one HTML file that loads nothing."""
   title = f'{result["topology"]["name"]}: {result["parameters"]:,} parameters'
-  tables = [_table('Summary', ('', ''), compile_report.rows(result))]
-  tables.append(_table('Largest buffers', ('MiB', 'shape', 'made by', 'operation'), [
+  tables = [table('Summary', ('', ''), compile_report.rows(result))]
+  tables.append(table('Largest buffers', ('MiB', 'shape', 'made by', 'operation'), [
       (f'{x["bytes"] / 2**20:,.1f}', x['shape'], x['source'], x['operation'][-100:])
       for x in result['largest_buffers']]))
-  tables.append(_table(
+  tables.append(table(
       'Collectives', ('operation', 'MiB', 'times', 'axes', 'overlapped', 'ms', 'of'), [
           (x['op'], f'{x["bytes"] / 2**20:,.2f}', x['times'], ' '.join(x['axes']),
            'yes' if x['overlapped'] else 'no', f'{1e3 * x["seconds"]:.2f}', x['operation'][-80:])
           for x in result['collectives']]))
-  tables.append(_table('Cycles', ('loop or kernel', 'cycles'), [
+  tables.append(table('Cycles', ('loop or kernel', 'cycles'), [
       *((name, f'{cycles:,}') for name, cycles in result['estimated_cycles_by_loop'].items()),
       *((f'{x["name"]} x {x["times"]}', f'{x["cycles"] or 0:,} each') for x in result['kernels'])]))
   note = ("The compiler's own estimates: they were never compared with a chip. Of two figures the "
@@ -113,7 +128,8 @@ def page(result: dict[str, Any]) -> str:
           '\n</body></html>\n')
 
 
-def _table(title, heads, rows):
+def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+  """A table of a report, as HTML."""
   row = lambda tag, cells: ''.join(f'<{tag}>{html.escape(str(x).strip())}</{tag}>' for x in cells)
   body = ''.join(f'<tr>{row("td", cells)}</tr>' for cells in rows)
   return (f'<h2>{title}</h2><div class="wide"><table><thead><tr>{row("th", heads)}</tr></thead>'

@@ -14,4 +14,8 @@ rows to the devices that want them. What `lm compile`
 says of chips that are not there: `topology.py` has their figures and devices, `hlo.py` reads the
 compiled program, `compile_report.py` adds it up in time and money (`prices.json` is the user's to
 edit), `remedies.py` knows what would fit where the memory does not suffice.
+
+What `lm plan` says without compiling is read from a traced step: `plan_program.py` gives each array
+its sharding, `plan_memory.py` says when it is in memory, `plan_cost.py` adds up work and traffic.
+MEMORY.md compares the memory with the compiler's.
 """
