@@ -246,6 +246,10 @@ class TransformerXL(nn.Module):
       memory = Memory(hidden, jnp.minimum(memory.filled + T, M))
     return linear.dropout(x_BTD, cfg.dropout_rate, last_rng), memory
 
+  def carry_shardings(self) -> Memory:
+    """Of the memory: devices that share the length of a row share that of its memory."""
+    return Memory(self.rules.sharding('batch', None, 'length', None), self.rules.sharding('batch'))
+
   def _embed(self, tokens_BT):
     cfg = self.config
     x_BTD = self.adaptive(tokens_BT, cfg.dtype) if cfg.cutoffs else linear.embed(

@@ -40,8 +40,8 @@ def abstract_state(module: nn.Module, optimizer: optax.GradientTransformation, r
   """Shapes, dtypes and shardings of the state, without computing any of it.
 
   Optimiser state of a parameter's shape takes the parameter's sharding, but for `opt_embed` where
-  `embed` is replicated (ZeRO-1, arXiv:1910.02054); the rest is replicated, but the carry of
-  `batch_size` rows goes with its rows. With `offload_optimizer` its arrays are in the memory of the
+  `embed` is replicated (ZeRO-1, arXiv:1910.02054); the rest is replicated, but for the
+  carry of `batch_size` rows. With `offload_optimizer` its arrays are in the memory of the
   host.
 
   Raises:
@@ -59,10 +59,15 @@ def abstract_state(module: nn.Module, optimizer: optax.GradientTransformation, r
     opt_shardings = jax.tree.map(
         lambda x, sharding: sharding.with_memory_kind('pinned_host') if x.ndim else sharding,
         state.opt_state, opt_shardings)
-  carry = jax.tree.map(lambda _: rules.sharding('batch'), state.carry)
-  all_shardings = TrainState(replicated, shardings, opt_shardings, replicated, carry)
+  all_shardings = TrainState(replicated, shardings, opt_shardings, replicated,
+                             carry_shardings(module))
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state,
                       all_shardings)
+
+
+def carry_shardings(module: nn.Module) -> Any:
+  """Of what a batch needs of the one before it; None where that is nothing."""
+  return module.carry_shardings() if hasattr(module, 'carry_shardings') else None
 
 
 def _param_shardings(boxed: Any, rules: Rules) -> Any:

@@ -14,6 +14,7 @@ from lm.errors import UserError
 from lm.parallel.batches import GlobalBatch
 from lm.parallel.distributed import Hosts
 from lm.training.losses import target_counts
+from lm.training.state import carry_shardings
 from lm.training.step import Loss, evaluate_batch
 
 
@@ -50,8 +51,8 @@ class HeldOut:
     score = functools.partial(_score, module, loss, with_unigrams)
     over_mesh, of_rows = {}, {}
     if rules.mesh is not None:  # sums that every host can read
-      of_rows = {'out_shardings': rules.sharding('batch')}
-      over_mesh = {'out_shardings': (rules.sharding(), rules.sharding(), rules.sharding('batch'))}
+      of_rows = {'out_shardings': carry_shardings(module)}
+      over_mesh = {'out_shardings': (rules.sharding(), rules.sharding(), carry_shardings(module))}
     self._init_carry = jax.jit(carry, **of_rows)
     self._score = hosts.same_program(jax.jit(score, **over_mesh))
 

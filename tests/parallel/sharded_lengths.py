@@ -76,6 +76,42 @@ def run(rules, is_zigzag, options, arrays, data, g):
   return jax.grad(loss, has_aux=True)(arrays)
 
 
+def in_bfloat16():
+  """How far bfloat16 is from float32 of the same inputs: on a ring, and on one device."""
+  arrays, data, g = inputs(['ids'])
+  half = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree)
+  arrays, g = half((arrays, g))
+  single = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
+  want = run(Rules(), False, (), *single((arrays, data, g))[:1], data, single(g))
+  ring = Rules().on(MeshConfig(**RING).build())
+  return [difference(single(run(rules, is_zigzag, (), arrays, data, g)), want)
+          for rules, is_zigzag in ((ring, True), (Rules(), False))]
+
+
+def dropped_out(rules):
+  """Of attention on a ring with dropout: how far its mean over many rows of one text is from
+  attention without, in standard errors; and the error of a gradient against finite differences."""
+  one, _, g = inputs([])
+  B, rate = 256, 0.4
+  arrays = {name: np.repeat(x[:1], B, 0) for name, x in one.items()}
+  g = np.repeat(g[:1], B, 0)
+  options = ('dropout_rate', rate),
+  data = {'dropout_seeds': jax.random.bits(jax.random.key(0), (B, N))}
+  gradient, out = run(rules, True, options, arrays, data, g)
+  plain = run(Rules(), False, (), arrays, {}, g)[1]
+  error = np.std(out, axis=0) / B**0.5
+  step = {name: 1e-2 * np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+          for name, x in arrays.items()}
+  dot = lambda x, y: np.vdot(np.float64(x), np.float64(y))
+  moved = [dot(run(rules, True, options, {name: x + sign * step[name]
+                                          for name, x in arrays.items()}, data, g)[1], g)
+           for sign in (1, -1)]
+  slope = sum(dot(gradient[name], step[name]) for name in step)
+  seen = error > 0  # a query that sees one key has it kept, or not
+  return [float((np.abs(out.mean(0) - plain[0])[seen] / error[seen]).max()),
+          float(abs((moved[0] - moved[1]) / 2 - slope) / abs(slope))]
+
+
 def difference(got, want):
   share = lambda x, y: float(np.abs(x - y).max() / np.abs(y).max())
   return max(jax.tree.leaves(jax.tree.map(share, got, want)))
@@ -95,6 +131,10 @@ def main():
     want = run(Rules(), False, options, *arguments)
     found[name] = difference(run(rules, is_zigzag, options, *arguments), want)
     print(name, found[name], time.time() - start, file=sys.stderr)
+  if 'bfloat16' in sys.argv:
+    found['bfloat16'] = in_bfloat16()
+  if 'dropout' in sys.argv:
+    found['dropout'] = dropped_out(Rules().on(MeshConfig(**RING).build()))
   print(json.dumps(found))
 
 

@@ -10,6 +10,7 @@ import re
 import sys
 import time
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -19,7 +20,7 @@ from lm.models.gpt import GPTConfig
 from lm.models.t5 import T5Config
 from lm.models.transformer_xl import TransformerXLConfig
 from lm.parallel.mesh import MeshConfig
-from lm.parallel.rules import Rules
+from lm.parallel.rules import Rules, axes_of
 from lm.training import state as state_lib
 from lm.training import step as step_lib
 from lm.training.losses import Prediction
@@ -49,6 +50,7 @@ MESHES = {  # name: axes, changes of the rules
     'slice': (dict(slice=8, data=1), {}),
     'data': (dict(data=8), {}),
     'fsdp': (dict(data=1, fsdp=8), {}),
+    'zero1': (dict(data=1, fsdp=8), dict(embed=None, opt_embed='fsdp')),
     'expert': (dict(data=1, expert=8), {}),
     'sequence': (dict(data=1, sequence=8), {}),
     'all_to_all': (dict(data=1, sequence=8), ALL_TO_ALL),
@@ -135,7 +137,7 @@ def run(family, rules):
 
 def collectives(program):
   """How often each collective stands in a program, whose loops are written once, and the elements
-  of the largest array that an all-gather makes."""
+  of the largest array that an all-gather makes of several."""
   count, largest = collections.Counter(), 0
   for shape, name in COLLECTIVE.findall(program):
     count[name] += 1
@@ -143,6 +145,28 @@ def collectives(program):
              re.findall(r'\[([\d,]*)\]', shape)]
     largest = max(largest, *sizes) if name == 'all-gather' else largest
   return {**count, 'largest gathered': largest}
+
+
+def allowed(family, rules):
+  """The most elements that an all-gather may make on a device: a matrix of one layer (of all of
+  them where each device updates a part, ZeRO-1), but for what mesh axes cut that do not cut the
+  batch; or the activations of the device's rows and length; or the router's probabilities of all
+  rows, which XLA:CPU gathers for `top_k` (a TPU does not)."""
+  rows = set(axes_of(rules.batch))
+  module = FAMILIES[family].build(rules)
+  boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), method='initialize')['params'])
+
+  def elements(x):
+    kept = [axis for name, axes in zip(x.names, rules.spec(*x.names)) for axis in axes_of(axes)
+            if axis not in rows or name == 'expert']
+    layers = x.value.shape[0] if 'layers' in x.names and not rules.opt_embed else 1
+    return x.value.size // layers // math.prod(rules.mesh.shape[axis] for axis in kept)
+
+  activations = B // MICROBATCHES * T * SMALL['d_model'] // (
+      rules.shards('batch') * rules.shards('length'))
+  router = B // MICROBATCHES * T * FAMILIES['moe'].moe.num_experts if family == 'moe' else 0
+  is_leaf = lambda x: isinstance(x, nn.Partitioned)
+  return max(activations, router, *map(elements, jax.tree.leaves(boxed, is_leaf=is_leaf)))
 
 
 def difference(tree, other):
@@ -171,7 +195,8 @@ def main():
     want = reference(family)
     ready = time.process_time()
     got, program = run(family, rules_of(mesh))
-    found[name] = {'difference': difference(got, want), 'collectives': collectives(program)}
+    found[name] = {'difference': difference(got, want), 'collectives': collectives(program),
+                   'allowed': allowed(family, rules_of(mesh))}
     print(f'{name}: {found[name]}, {time.process_time() - ready:.1f} s, and one device '
           f'{ready - begin:.1f} s', file=sys.stderr, flush=True)
   print(json.dumps(found))

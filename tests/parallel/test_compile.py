@@ -58,6 +58,19 @@ def test_no_gradient_of_a_whole_parameter_is_summed_on_every_chip(report):
   assert len(gathers) == 14  # seven matrices of a layer, once forward and once backward
 
 
+def test_of_two_slices_only_the_sums_of_gradients_cross_and_once(tmp_path):
+  flags = [f'--gin.{name}={value}' for name, value in {
+      **FLAGS, 'gpt.GPTConfig.attention_implementation': "'reference'",
+      'mesh.MeshConfig.slice': 2, 'mesh.MeshConfig.data': 1}.items()]
+  assert main.main(['compile', '--gin_file=gin/experiments/gpt_7b.gin', '--topology=v5e:2x2',
+                    '--num_slices=2', f'--json={tmp_path / "out.json"}', *flags]) == 0
+  result = json.loads((tmp_path / 'out.json').read_text())
+  crossing = [x for x in result['collectives'] if 'slice' in x['axes']]
+  assert all(x['axes'] == ['slice'] and x['op'] == 'all-reduce' for x in crossing)
+  of_a_chip = result['parameters'] / 4 * 4  # float32 gradients over four chips of a slice
+  assert of_a_chip <= sum(x['bytes'] * x['times'] for x in crossing) < 1.1 * of_a_chip
+
+
 def test_kernels_loops_and_floating_point_operations_are_counted(report):
   result, directory = report
   assert all(x['cycles'] > 1000 and x['times'] == 2 for x in result['kernels'])

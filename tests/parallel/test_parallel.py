@@ -182,6 +182,17 @@ def test_abstract_state_computes_nothing_whatever_the_size(tiny_configs):
   assert whole > 8e11 and held == pytest.approx(whole / 64, rel=0.01)
 
 
+def test_zero_1_cuts_the_state_of_the_optimiser_and_no_parameter(tiny_configs):
+  rules = Rules(embed=None, opt_embed='fsdp').on(mesh(fsdp=8))
+  module = tiny_configs['llama'](d_model=64).build(rules)
+  state = state_lib.abstract_state(module, AdamW().build(10), rules)
+  held = lambda x: int(np.prod(x.sharding.shard_shape(x.shape)))
+  assert all(held(x) == x.size for x in jax.tree.leaves(state.params))
+  moments = jax.tree.leaves(state.opt_state)
+  whole = sum(x.size for x in moments)
+  assert whole / 8 <= sum(map(held, moments)) < whole / 8 + whole / 50  # norms are whole
+
+
 def test_a_parameter_that_does_not_divide_over_the_mesh_is_named(tiny_configs):
   rules = Rules().on(mesh(data=1, fsdp=3))
   message = r'has shape .*, and 16 does not divide over the 3 devices of mesh axis fsdp'

@@ -20,7 +20,7 @@ from lm.training import checkpoint
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILES = 'models/gpt_small_cpu', 'optim/adamw', 'objectives/causal_lm', 'runs/pretrain', 'mesh/fsdp'
 TINY = (*(f'--gin_file={ROOT}/gin/{name}.gin' for name in FILES),
-        "--gin.vocabularies.VocabularyConfig.kind='byte'", '--gin.VOCAB_SIZE=259',
+        "--gin.vocabularies.VocabularyConfig.kind='byte'", '--gin.VOCAB_SIZE=260',
         '--gin.gpt.GPTConfig.d_model=32', '--gin.gpt.GPTConfig.num_layers=1',
         '--gin.gpt.GPTConfig.d_ff=48', '--gin.gpt.GPTConfig.dropout_rate=0.1',
         "--gin.gpt.GPTConfig.dtype='float32'", '--gin.SEQUENCE_LENGTH=32', '--gin.BATCH_SIZE=16',
@@ -188,11 +188,11 @@ def test_a_killed_host_is_named_and_the_restart_is_bit_for_bit(flags, two, tmp_p
 @pytest.mark.supports('faults survived', 'another number of hosts')
 def test_a_run_of_eight_devices_goes_on_with_four_processes_and_then_sixteen(flags, one, tmp_path):
   run = stopped_after(one, 4, tmp_path / 'run')
-  processes = Processes(flags, run, 4, 1)
+  processes = Processes([*flags, '--gin.mesh.MeshConfig.tensor=2'], run, 4, 1)
   processes.after(6, signal.SIGTERM, victim=2)
   for status, error in processes.end():  # of one, all stop after the same step
     assert status == 128 + signal.SIGTERM, error
   saved = checkpoint.list_steps(run / 'checkpoints')[-1]
   assert 6 <= saved < 12 and saved == max(losses(run))
-  Processes(flags, run, 1, 16).succeed()
+  Processes([*flags, '--gin.mesh.MeshConfig.tensor=4'], run, 1, 16).succeed()
   same_losses(run, one)

@@ -20,7 +20,7 @@ SLOW = ['zigzag', 'zigzag of 8', 'zigzag of 2', 'causal in natural order', 'pref
 
 @pytest.fixture(scope='module')
 def quick(child_with_devices):
-  return types.MappingProxyType(child_with_devices(CHILD, *QUICK))
+  return types.MappingProxyType(child_with_devices(CHILD, *QUICK, 'bfloat16', 'dropout'))
 
 
 @pytest.fixture(scope='module')
@@ -33,6 +33,16 @@ def slow(child_with_devices):
 @pytest.mark.parametrize('name', QUICK)
 def test_attention_and_its_gradients_are_those_of_one_device(quick, name):
   assert quick['devices'] == 8 and quick[name] < 2e-6
+
+
+def test_bfloat16_on_a_ring_is_as_near_to_float32_as_on_one_device(quick):
+  ring_error, error = quick['bfloat16']
+  assert ring_error < 1.2 * error < 0.02
+
+
+def test_dropout_on_a_ring_keeps_the_mean_and_drops_the_same_in_the_gradient(quick):
+  mean_error, gradient_error = quick['dropout']
+  assert mean_error < 5 and gradient_error < 2e-3
 
 
 @pytest.mark.slow
