@@ -81,7 +81,7 @@ def chips():
   print(ROW.format('chips', 'fsdp', 'trace s', '', 'compile s', 'peak MiB'))
   for grid, count in (('4x4x4', 64), ('4x8x8', 256), ('8x8x16', 1024), ('16x16x16', 4096)):
     result = compiled(f'v5p:{grid}', BATCH_SIZE=count, mesh__MeshConfig__data=count // 64,
-                      mesh__MeshConfig__fsdp=64)
+                      mesh__MeshConfig__fsdp=64, rules__Rules__embed="'fsdp'")
     print(ROW.format(count, 64, f'{result["trace_seconds"]:.2f}', '',
                      f'{result["compile_seconds"]:.2f}',
                      f'{result["hbm_peak_bytes"] / 2**20:.1f}'), flush=True)
