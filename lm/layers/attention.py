@@ -77,7 +77,8 @@ class Attention(nn.Module):
     x_BSD = constrain(x_BSD, self.rules, 'batch', 'length', 'act_embed')
     key_BSKH = self.key(x_BSD)
     key_BSKH = key_BSKH if self.qk_norm is None else self.key_norm(key_BSKH)
-    return key_BSKH if rotation is None else rotary(key_BSKH, rotation), self.value(x_BSD)
+    key_BSKH = key_BSKH if rotation is None else rotary(key_BSKH, rotation)
+    return tuple(checkpoint_name(x, 'qkv') for x in (key_BSKH, self.value(x_BSD)))
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], *, rotation: Rotation | None = None,
                segment_ids: Int[Array, 'B T'] | None = None,
@@ -115,7 +116,6 @@ class Attention(nn.Module):
     query_BTNH = checkpoint_name(query_BTNH, 'qkv')
     if memory is None:
       memory, memory_segment_ids = self.keys_values(x_BTD, rotation), segment_ids
-      memory = tuple(checkpoint_name(x, 'qkv') for x in memory)
     if cache is not None:
       cache = KVCache(*(_write(old, new, cache_length) for old, new in zip(cache, memory)))
     options = {'query': query_BTNH, 'scale': self.scale, 'softcap': self.softcap}

@@ -73,14 +73,31 @@ def cross_entropy(rules: Rules, **arguments: Any) -> jax.Array:
   arrays, options = _split(arguments)
   losses = functools.partial(kernels.cross_entropy, axis_name=_vocabulary(rules, arrays), **options)
   is_gathered = gather.is_gathered(rules, _HEAD)
-
-  def part(embedding, **arrays):
-    if is_gathered:
-      embedding = gather.all_gather(rules, _HEAD, arrays['hidden'].dtype, embedding)
-    return losses(embedding=embedding, **arrays)[None, None]
-
+  if is_gathered:
+    losses = functools.partial(_of_gathered_head, losses, rules)
   names = _SCORES | {'embedding': _HEAD} if is_gathered else _SCORES
+  part = lambda **arrays: losses(**arrays)[None, None]
   return per_device(part, rules, _ROWS, names, **arrays).sum()
+
+
+def _of_gathered_head(losses, rules, *, targets, loss_weights, **arrays):
+  """`losses` on one device, of its part of the head. Like the gradient itself, which `losses`
+  computes in the forward pass, the head's is scattered there, before anything else goes on: all of
+  it, [V, D] in float32, does not outlive the loss."""
+  def total(arrays):
+    head = gather.all_gather(rules, _HEAD, arrays['hidden'].dtype, arrays['embedding'])
+    return losses(**arrays | {'embedding': head}, targets=targets, loss_weights=loss_weights)
+
+  def forward(arrays):
+    loss, vjp = jax.vjp(total, arrays)
+    return loss, jax.lax.optimization_barrier(vjp(jnp.ones_like(loss))[0])
+
+  def backward(gradients, g):
+    return (jax.tree.map(lambda x: (x * g).astype(x.dtype), gradients),)
+
+  scored = jax.custom_vjp(total)
+  scored.defvjp(forward, backward)
+  return scored(arrays)
 
 
 def token_losses(rules: Rules, **arguments: Any) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ from typing import Optional
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
@@ -103,7 +104,8 @@ class MoE(nn.Module):
     counts_BT = jnp.ones(x_BTD.shape[:2], bool) if token_weights_BT is None else (
         token_weights_BT > 0)
     router = Linear((self.d_model,), (cfg.num_experts,), ('embed', None), self.std, name='router')
-    logits = router(x_BTD.astype(jnp.float32))  # bfloat16 routers diverge (Switch, section 2.4)
+    # bfloat16 routers diverge (Switch, section 2.4).
+    logits = checkpoint_name(router(x_BTD.astype(jnp.float32)), 'mlp_in')
     gates, experts = jax.lax.top_k(jax.nn.softmax(logits), cfg.num_selected)
     gates = gates / gates.sum(-1, keepdims=True) if cfg.normalize_weights else gates
 
@@ -229,11 +231,16 @@ def _of_experts(activation, x_MD, experts, gates, kernels):
                      functools.partial(_sorted, activation), x_MD, experts, gates, kernels)
 
 
+def _expert(activation, product, x, kernels, last=None):
+  """Feeds x forward by `product`, and by `last` where the last one differs."""
+  up = (checkpoint_name(product(x, w), 'mlp_in') for w in kernels[:-1])
+  return checkpoint_name((last or product)(activate(activation, *up), kernels[-1]), 'mlp_out')
+
+
 def _all_experts(activation, x_MD, experts, gates, kernels):
   """Every expert of every token, most of them times 0."""
   E = kernels[0].shape[0]
-  hidden = activate(activation, *(jax.vmap(matmul, (None, 0))(x_MD, w) for w in kernels[:-1]))
-  y = jax.vmap(matmul)(hidden, kernels[-1])
+  y = _expert(activation, jax.vmap(matmul, (None, 0)), x_MD, kernels, jax.vmap(matmul))
   gates = jnp.where(experts[..., None] == jnp.arange(E), gates[..., None], 0).sum(1)
   return jnp.einsum('emd,me->md', y, gates, preferred_element_type=jnp.float32).astype(x_MD.dtype)
 
@@ -244,7 +251,7 @@ def _sorted(activation, x_MD, experts, gates, kernels):
   product = lambda x, w: grouped_matmul(x, w, sizes)
   x = _spread(experts.shape[1], x_MD, order, inverse)
   x = jnp.where((jnp.arange(len(order)) < sizes.sum())[:, None], x, 0)  # the last have no expert
-  y = product(activate(activation, *(product(x, w) for w in kernels[:-1])), kernels[-1])
+  y = _expert(activation, product, x, kernels)
   return _combine(y, sizes.sum(), gates, order, inverse).astype(x_MD.dtype)
 
 
@@ -290,7 +297,7 @@ def _queued(activation, capacity, x_BTD, experts, places, gates, kernels):
   x = x_BTD.at[row[..., 0], tokens].get(mode='fill', fill_value=0)
   product = jax.vmap(matmul)
   x = x.reshape(B, E, capacity, D).swapaxes(0, 1).reshape(E, B * capacity, D)
-  y = product(activate(activation, *(product(x, w) for w in kernels[:-1])), kernels[-1])
+  y = _expert(activation, product, x, kernels)
   y = y.reshape(E, B, capacity, D).swapaxes(0, 1).reshape(B, E * capacity, D)
   y = y.at[row, slots].get(mode='fill', fill_value=0) * gates[..., None]
   return y.sum(2).astype(x_BTD.dtype)

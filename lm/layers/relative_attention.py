@@ -1,6 +1,7 @@
 """Attention to a segment and to a memory of those before it, by relative positions."""
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -71,9 +72,9 @@ class RelativeAttention(nn.Module):
 
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'length', 'act_embed')
     y = x_BTD if memory_BMD is None else jnp.concatenate([memory_BMD, x_BTD], axis=1)
-    query_BTNH = project('query', x_BTD)
-    key_BSNH, value_BSNH = project('key', y), project('value', y)
-    position_SNH = project('position', sinusoids_SD.astype(x_BTD.dtype))
+    inputs = {'query': x_BTD, 'key': y, 'value': y, 'position': sinusoids_SD.astype(x_BTD.dtype)}
+    query_BTNH, key_BSNH, value_BSNH, position_SNH = (
+        checkpoint_name(project(name, x), 'qkv') for name, x in inputs.items())
     u_NH, v_NH = biases.astype(x_BTD.dtype)
     query_BTNH = constrain(query_BTNH, self.rules, 'batch', 'length', 'heads', 'head_dim')
     query_segments, key_segments = (None, None) if segment_ids is None else segment_ids
@@ -83,5 +84,6 @@ class RelativeAttention(nn.Module):
                       relative_key=position_SNH, query_offset=memory_length,
                       query_segment_ids=query_segments, key_segment_ids=key_segments,
                       **dropout(self.dropout_rate, dropout_rng, query_BTNH))
-    return Linear((self.num_heads, self.d_head), (self.d_model,), ('heads', 'head_dim', 'embed'),
-                  self.std, name='out')(out_BTNH)
+    out = Linear((self.num_heads, self.d_head), (self.d_model,), ('heads', 'head_dim', 'embed'),
+                 self.std, name='out')
+    return checkpoint_name(out(out_BTNH), 'attention_out')

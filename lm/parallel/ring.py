@@ -14,6 +14,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from lm.parallel.rules import Rules, axes_of, per_device
@@ -133,6 +134,7 @@ def _forward(ring, arrays):
   start = visit(0, arrays.keys), _pass_on(ring, arrays.keys)
   ((out, lse), _), _ = _turns(ring, turn, start)
   out = out.astype(arrays.queries['query'].dtype)
+  out, lse = (checkpoint_name(x, 'attention') for x in (out, lse))  # a policy may keep them
   return out, (arrays, out, lse)
 
 

@@ -157,7 +157,7 @@ def _by_platform(implementation, in_blocks, kernel, *args):
   on_cpu = plain = functools.partial(in_blocks, blocks.PLAIN)
   if args[0].dtype == jnp.bfloat16 and platform.cpu_has_bfloat16_units():
     on_cpu = functools.partial(in_blocks, blocks.MATRIX_UNIT)
-  return plain(*args) if on_cpu is plain else platform.by_platform(on_cpu, plain, *args)
+  return platform.by_platform(on_cpu, plain, *args, tpu=functools.partial(in_blocks, blocks.TPU))
 
 
 def _token_losses(options, implementation, axis_name, hidden, embedding, bias, targets,
@@ -182,14 +182,15 @@ def loss_and_gradients(options, implementation, axis_name, *args):
   """Returns the loss and the gradients of hidden, embedding and bias, of equal order in `args`."""
   def in_blocks(products, hidden, embedding, bias, targets, loss_weights):
     is_only = blocks.number(*hidden.shape, embedding.shape[0]) == 1
-    shape = embedding.shape if is_only else embedding.T.shape
+    is_transposed = products.t_dot is None and not is_only
+    shape = embedding.T.shape if is_transposed else embedding.shape
     start = (jnp.float32(0), jnp.zeros(shape, jnp.float32),
              None if bias is None else jnp.zeros(bias.shape, jnp.float32))
     body = functools.partial(blocks.loss_and_gradients, options, products, axis_name,
                              is_only=is_only)
     (total, dembedding, dbias), dhidden = _scan(body, start, hidden, embedding, bias, targets,
                                                 loss_weights)
-    if not is_only:
+    if is_transposed:
       dembedding = platform.by_platform(cpu.transpose_apart, jnp.transpose, dembedding)
     dembedding = dembedding.astype(embedding.dtype)
     return total, dhidden, dembedding, None if bias is None else dbias.astype(bias.dtype)

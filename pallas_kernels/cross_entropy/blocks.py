@@ -16,10 +16,13 @@ LARGE = 2**25   # logits: 128 MiB
 
 
 class Products(NamedTuple):
-  """dot: a [M, K] b [K, N];  dot_t: a [M, K] b^T [N, K];  both float32 [M, N];  transpose: a^T."""
+  """dot: a [M, K] b [K, N];  dot_t: a [M, K] b^T [N, K];  t_dot: a^T [K, M] b [K, N];  all float32
+  [M, N];  transpose: a^T, where t_dot is None: then elements are to be moved apart from products.
+  """
   dot: Callable
   dot_t: Callable
-  transpose: Callable
+  t_dot: Callable | None
+  transpose: Callable | None
 
 
 class Head(NamedTuple):
@@ -32,8 +35,9 @@ def _einsum(spec: str) -> Callable:
   return lambda a, b: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-PLAIN = Products(_einsum('mk,kn->mn'), _einsum('mk,nk->mn'), jnp.transpose)
-MATRIX_UNIT = Products(cpu.dot, cpu.dot_t, cpu.transpose)
+PLAIN = Products(_einsum('mk,kn->mn'), _einsum('mk,nk->mn'), None, jnp.transpose)
+MATRIX_UNIT = Products(cpu.dot, cpu.dot_t, None, cpu.transpose)
+TPU = Products(_einsum('mk,kn->mn'), _einsum('mk,nk->mn'), _einsum('km,kn->mn'), None)
 
 
 def number(B: int, T: int, D: int, V: int) -> int:
@@ -130,10 +134,11 @@ def losses(options, products, axis_name, head, carry, block):
 def loss_and_gradients(options, products, axis_name, head, carry, block, *, is_only):
   """Adds one block's loss and gradients of the head to the carry; returns that of its hidden.
 
-  The gradient of the embedding is summed transposed, [D, V]: hidden^T dlogits moves [M, D] elements
-  into place, and the sum of all blocks is transposed once. Of an only block, dlogits^T hidden moves
-  [M, V] elements of half the size instead, in half the time. Of a part of the vocabulary, all are
-  its gradients: that of hidden is to be summed over the devices of `axis_name`.
+  Without `t_dot` the gradient of the embedding is summed transposed, [D, V]: hidden^T dlogits moves
+  [M, D] elements into place, and the sum of all blocks is transposed once. Of an only block,
+  dlogits^T hidden moves [M, V] elements of half the size instead, in half the time. Of a part of
+  the vocabulary, all are its gradients: that of hidden is to be summed over the devices of
+  `axis_name`.
   """
   hidden_MD, targets_M, weights_M = block
   total, dembedding, dbias_V = carry
@@ -155,7 +160,9 @@ def loss_and_gradients(options, products, axis_name, head, carry, block, *, is_o
     dbias_V += jnp.einsum('mv,m->v', dlogits_MV, jnp.ones_like(weights_M), precision='highest')
   dlogits_MV = dlogits_MV.astype(hidden_MD.dtype)
   dhidden_MD = products.dot(dlogits_MV, head.embedding).astype(hidden_MD.dtype)
-  if is_only:
+  if products.t_dot is not None:
+    dembedding += products.t_dot(jax.lax.optimization_barrier(dlogits_MV), hidden_MD)
+  elif is_only:
     # Without the barrier XLA computes dlogits again for the transpose, in the order of that.
     dlogits_VM = products.transpose(jax.lax.optimization_barrier(dlogits_MV))
     dembedding += products.dot(dlogits_VM, hidden_MD)

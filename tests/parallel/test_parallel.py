@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from lm import run
 from lm.data.tasks import TextTask
 from lm.errors import UserError
+from lm.layers import kernels
 from lm.models.transformer_xl import TransformerXLConfig
 from lm.parallel.mesh import MeshConfig
 from lm.parallel.rules import Rules, constrain
@@ -75,6 +76,21 @@ def test_a_step_keeps_the_shardings_and_donates_its_state(steps, name):
 def mesh(**sizes):
   sizes = dataclasses.asdict(MeshConfig(data=1)) | sizes
   return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def test_of_a_gathered_heads_gradient_each_device_keeps_its_part_for_the_backward_pass():
+  rules = Rules(embed=('data', 'fsdp')).on(mesh(data=4, fsdp=4))
+  V, D, rows = 512, 32, (16, 8)
+  shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
+      ((V, D), jnp.float32), ((*rows, D), jnp.bfloat16), (rows, jnp.int32), (rows, jnp.float32))]
+
+  def backward(embedding, hidden, targets, weights):
+    loss = lambda embedding, hidden: kernels.cross_entropy(
+        rules, hidden=hidden, embedding=embedding, targets=targets, loss_weights=weights)
+    return jax.vjp(loss, embedding, hidden)[1]
+
+  kept = jax.tree.leaves(jax.eval_shape(backward, *shapes))  # of all 16 devices together
+  assert sum(x.size for x in kept) < 2 * V * D
 
 
 def test_rules_give_the_spec_of_each_axis():
