@@ -19,7 +19,7 @@ from lm import run
 from lm.data.packing import Packed
 from lm.data.vocabularies import ByteVocabulary
 from lm.errors import UserError
-from lm.parallel import executable
+from lm.parallel import executable, pipeline
 from lm.parallel.topology import Topology
 from lm.training.state import abstract_state
 from lm.training.step import jit_train_step
@@ -69,7 +69,16 @@ class Step:
     return {'mesh': dict(self.mesh.shape), 'parameters': sum(map(np.size, jax.tree.leaves(params))),
             'parameter_bytes': _bytes(params), 'optimizer_bytes': _bytes(self.state.opt_state),
             'tokens': settings.batch_size * settings.sequence_length,
-            'flops_per_token': self.experiment.model.flops_per_token(settings.sequence_length)}
+            'flops_per_token': self.experiment.model.flops_per_token(settings.sequence_length),
+            'bubble': self._bubble()}
+
+  def _bubble(self) -> float | None:
+    """The share of a pipeline's ticks in which a stage has no work; None without stages."""
+    settings = self.experiment.train
+    if self.rules.shards('layers') == 1:
+      return None
+    rows = settings.batch_size // settings.num_microbatches
+    return pipeline.schedule(self.rules, rows).bubble
 
 
 def _bytes(tree):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from lm.layers.linear import Linear, normal
 from lm.layers.mlp import Activation, activate, is_gated
 from lm.parallel.exchange import ragged_all_to_all
-from lm.parallel.rules import Rules, axes_of
+from lm.parallel.rules import Rules, axes_of, shard_map
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.matmul import matmul
 from pallas_kernels.platform import by_platform
@@ -166,8 +166,8 @@ class MoE(nn.Module):
 
     tokens, into, back = (PartitionSpec(rows, length), PartitionSpec(held, None, hidden),
                           PartitionSpec(held, hidden, None))
-    specs = ((tokens,) * 4, [into] * (len(kernels) - 1) + [back])
-    part = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
+    specs = (tokens,) * 4, [into] * (len(kernels) - 1) + [back]
+    part = shard_map(part, rules, tokens, *specs)
     return part((x_BTD, experts, places, gates), kernels)
 
   def _penalties(self, logits, is_chosen, counts_BT) -> Penalties:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from lm.errors import UserError
+from lm.parallel import pipeline
+from lm.parallel.rules import Rules
 
 # 'none', 'full', 'dots', or names of NAMED with + between them; one with @host is kept there.
 Remat = str
@@ -62,38 +64,50 @@ def unstack(tree: Any) -> list[Any]:
 class Stack(nn.Module):
   """x -> block_L(...block_1(x)), each with its own parameters.
 
-  block: makes one block, a module called as `block(x, shared, one) -> (x, output)`.
+  block: makes one block from the rules of where it runs: a module, called as
+    `block(x, rows, shared, own_rows, own) -> (x, output)`.
   scan: one compiled block in a loop (compile time does not grow with depth) or unrolled (on a CPU
     a quarter faster, since a loop copies each layer's parameters and residuals).
   remat: what the backward pass recomputes: nothing, all of a block, all but its matrix products, or
     all but what is named (`policy`).
   drop_rate: the probability that a layer is left out, where a key is given (LayerDrop,
     arXiv:1909.11556, section 3.1).
+  rules: devices over which they cut the layers are the stages of a pipeline.
   """
-  block: Callable[[], nn.Module]
+  block: Callable[[Rules], nn.Module]
   num_layers: int
   scan: bool
   remat: Remat
   drop_rate: float = 0.0
+  rules: Rules = Rules()
 
   @nn.compact
-  def __call__(self, x: Any, shared: Any, per_layer: tuple[Any, ...],
+  def __call__(self, x: Any, rows: Any, shared: Any, layer_rows: Any, per_layer: tuple[Any, ...],
                drop_rng: jax.Array | None = None) -> tuple[Any, Any]:
-    """x, an array or a tree of them, goes from block to block; `shared` goes to every one, and a
-    slice of the [L, ...] leaves of `per_layer` to each.
+    """x, an array or a tree of them, goes from block to block.
 
-    An unrolled stack also takes its parameters, and any member of the tuple `per_layer`, as a list
-    of L trees: a loop that calls it again and again then slices and stacks nothing.
+    An unrolled stack also takes its parameters, `layer_rows` and any member of `per_layer` as a
+    list of L trees: a loop that calls it again and again then slices and stacks nothing.
+
+    Args:
+      x: leaves [B, ...].
+      rows: leaves [B, ...] of the same rows, for every block.
+      shared: what has no rows, for every block.
+      layer_rows: leaves [L, B, ...], a slice for each.
+      per_layer: leaves [L, ...] without rows, a slice for each.
+      drop_rng: turns `drop_rate` on.
 
     Returns:
       The last x, and the blocks' second results: stacked on a leading axis if scanned, else a list.
+      A leaf of one has rows, or it is a scalar, a sum over them.
     """
-    block = self.block()
-
     def init(rng):
-      one = tuple(unstack(tree)[0] if jax.tree.leaves(tree) else None for tree in per_layer)
+      if self._has_stages:
+        pipeline.check_layers(self.rules, self.num_layers)
+      first = lambda tree: unstack(tree)[0] if jax.tree.leaves(tree) else None
+      block, one = self.block(self.rules), (first(layer_rows), tuple(map(first, per_layer)))
       rngs = jax.random.split(rng, self.num_layers)
-      stacked = jax.vmap(lambda r: block.init(r, x, shared, one)['params'])(rngs)
+      stacked = jax.vmap(lambda r: block.init(r, x, rows, shared, *one)['params'])(rngs)
       return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
 
     if self.is_initializing():
@@ -103,22 +117,50 @@ class Stack(nn.Module):
 
     drop = drop_rng is not None and self.drop_rate > 0
     kept = jax.random.bernoulli(drop_rng, 1 - self.drop_rate, (self.num_layers,)) if drop else None
-    per_layer = (*per_layer, kept)
-
-    def apply(x, inputs, shared):
-      layer_params, (*one, kept) = inputs
-      y, output = block.apply({'params': layer_params}, x, shared, tuple(one))
-      return (jax.tree.map(functools.partial(jnp.where, kept), y, x) if drop else y), output
-
-    if self.remat != 'none':
-      apply = jax.checkpoint(apply, policy=policy(self.remat), prevent_cse=not self.scan)
+    layers = params, *per_layer, kept
+    if self._has_stages and self._fills_stages(x, (layer_rows, *layers)):
+      x, outputs = pipeline.run(self._scan, self.rules, x, rows, shared, layer_rows, layers)
+      return x, outputs if self.scan else self._each(outputs)
     if self.scan:
-      return jax.lax.scan(lambda x, inputs: apply(x, inputs, shared), x, (params, per_layer))
-    apply = jax.jit(apply)  # traced and lowered once for all layers, and inlined by XLA
-    outputs = []
-    per_layer = [unstack(tree) if jax.tree.leaves(tree) else [None] * self.num_layers
-                 for tree in per_layer]
-    for layer_params, *one in zip(unstack(params), *per_layer):
-      x, output = apply(x, (layer_params, tuple(one)), shared)
+      return self._scan(self.rules, x, rows, shared, layer_rows, layers)
+
+    apply, outputs = jax.jit(self._apply(self.rules)), []  # traced and lowered once for all layers
+    for own_rows, *own in zip(self._each(layer_rows), *map(self._each, layers)):
+      x, output = apply(x, rows, shared, own_rows, tuple(own))
       outputs.append(output)
     return x, outputs
+
+  @property
+  def is_uniform(self) -> bool:
+    """Whether one program runs for every layer, so that none can differ from the others."""
+    return self.scan or self._has_stages
+
+  @property
+  def _has_stages(self):
+    return self.rules.shards('layers') > 1
+
+  def _fills_stages(self, x, layers):
+    """Whether each device has a row at least, and layers are no lists: not so in decoding, which
+    takes every layer by itself."""
+    is_list = any(isinstance(tree, list) for tree in layers)
+    return not is_list and len(jax.tree.leaves(x)[0]) >= self.rules.shards('batch')
+
+  def _each(self, tree):
+    return unstack(tree) if jax.tree.leaves(tree) else [tree] * self.num_layers
+
+  def _apply(self, rules):
+    """(x, rows, shared, own rows, (params, *own, kept)) -> (x, output) of one block."""
+    block = self.block(rules)
+
+    def apply(x, rows, shared, own_rows, layer):
+      params, *own, kept = layer
+      y, output = block.apply({'params': params}, x, rows, shared, own_rows, tuple(own))
+      return y if kept is None else jax.tree.map(functools.partial(jnp.where, kept), y, x), output
+
+    if self.remat == 'none':
+      return apply
+    return jax.checkpoint(apply, policy=policy(self.remat), prevent_cse=not self.is_uniform)
+
+  def _scan(self, rules, x, rows, shared, layer_rows, layers):
+    apply = self._apply(rules)
+    return jax.lax.scan(lambda x, one: apply(x, rows, shared, *one), x, (layer_rows, layers))

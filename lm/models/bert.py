@@ -185,9 +185,9 @@ class _Block(nn.Module):
     else:
       self.output_norm = norm()
 
-  def attend(self, x_BTD, shared, is_local, places, rngs):
+  def attend(self, x_BTD, rows, is_local, places, rngs):
     """The branch of attention, dropped out; of `places` alone, if they are given."""
-    (whole, local), segment_ids = shared
+    (whole, local), segment_ids = rows
     if local is not None:
       whole = jax.tree.map(lambda x, y: jnp.where(is_local, x, y), local, whole)
     query_BPD, rotation, query_segment_ids, memory = x_BTD, whole, segment_ids, None
@@ -211,11 +211,11 @@ class _Block(nn.Module):
 class PostNormBlock(_Block):
   """norm(x + attention(x)), then norm(x + mlp(x))."""
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], shared, per_layer):
+  def __call__(self, x_BTD: Float[Array, 'B T D'], rows, shared, places, per_layer):
     """Returns x [B, T, D], or of P places alone [B, P, D], and nothing beside it."""
-    rng, is_local, places = per_layer
+    rng, is_local = per_layer
     rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
-    branch_BTD = self.attend(x_BTD, shared, is_local, places, rngs)
+    branch_BTD = self.attend(x_BTD, rows, is_local, places, rngs)
     x_BTD = self.constrain(self.attention_norm(_at(places, x_BTD) + branch_BTD))
     x_BTD = self.mlp_norm(x_BTD + self.feed(x_BTD, rngs[1]))
     return self.constrain(x_BTD), None
@@ -229,12 +229,13 @@ class PreNormBlock(_Block):
   final norm, and all blocks have the same parameters, each of which is used.
   """
 
-  def __call__(self, carry: tuple[Float[Array, 'B T D'], Float[Array, 'B T D']], shared, per_layer):
+  def __call__(self, carry: tuple[Float[Array, 'B T D'], Float[Array, 'B T D']], rows, shared,
+               places, per_layer):
     """(x, normed x) -> the same of the next block, of all or of P places, and nothing beside it."""
-    rng, is_local, places = per_layer
+    rng, is_local = per_layer
     rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
     x_BTD, normed_BTD = carry
-    branch_BTD = self.attend(normed_BTD, shared, is_local, places, rngs)
+    branch_BTD = self.attend(normed_BTD, rows, is_local, places, rngs)
     x_BTD = self.constrain(_at(places, x_BTD) + branch_BTD)
     x_BTD = self.constrain(x_BTD + self.feed(self.mlp_norm(x_BTD), rngs[1]))
     return (x_BTD, self.output_norm(x_BTD)), None
@@ -264,8 +265,8 @@ class BERT(nn.Module):
       self.token_type_embedding = table('token_type_embedding', None, cfg.token_types)
     self.embedding_norm = Norm('layernorm', cfg.norm_epsilon, cfg.use_bias)
     block = PostNormBlock if cfg.norm_placement == 'post' else PreNormBlock
-    self.blocks = Stack(lambda: block(cfg, self.rules, parent=None), cfg.num_layers, cfg.scanned,
-                        cfg.remat, cfg.layer_drop_rate)
+    self.blocks = Stack(lambda rules: block(cfg, rules, parent=None), cfg.num_layers, cfg.scanned,
+                        cfg.remat, cfg.layer_drop_rate, self.rules)
     if cfg.pooler:
       self.pooler = Pooler(cfg.d_model, cfg.init_std)
     if cfg.sentence_classes:
@@ -302,14 +303,15 @@ class BERT(nn.Module):
       x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, first)
       rngs = jax.random.split(rest, cfg.num_layers) if cfg.drops_branches else None
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
-    shared = self._rotations(tokens_BT, positions), segment_ids
+    rows = self._rotations(tokens_BT, positions), segment_ids
     x = x_BTD if cfg.norm_placement == 'post' else (x_BTD, x_BTD)
     pattern = cfg.attention_pattern
     is_last_global = pattern[(cfg.num_layers - 1) % len(pattern)] == 'G'
     only = None
-    if places is not None and is_last_global and not (cfg.scanned or cfg.layer_drop_rate):
+    is_uniform = self.blocks.is_uniform or cfg.layer_drop_rate
+    if places is not None and is_last_global and not is_uniform:
       only, places = [None] * (cfg.num_layers - 1) + [places], None
-    x, _ = self.blocks(x, shared, (rngs, cfg.local_layers, only), drop_rng)
+    x, _ = self.blocks(x, rows, None, only, (rngs, cfg.local_layers), drop_rng)
     return _at(places, x if cfg.norm_placement == 'post' else x[1])
 
   def _embed(self, tokens_BT, positions, token_types):

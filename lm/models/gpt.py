@@ -200,11 +200,11 @@ class Block(nn.Module):
   rules: Rules
 
   @nn.compact
-  def __call__(self, x_BTD: Float[Array, 'B T D'], shared, per_layer):
+  def __call__(self, x_BTD: Float[Array, 'B T D'], rows, distance_bias, cache, per_layer):
     """Returns x [B, T, D], and this layer's cache and penalties."""
     cfg = self.config
-    rotations, distance_bias, segment_ids, prefix, cache_length = shared
-    cache, rng, is_local = per_layer
+    rotations, segment_ids, prefix, cache_length = rows
+    rng, is_local = per_layer
     rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
     out_std = cfg.init_std / (2 * cfg.num_layers)**0.5  # GPT-2: L blocks add 2L branches
     norm = functools.partial(Norm, cfg.norm, cfg.norm_epsilon, cfg.use_bias, cfg.norm_unit_offset)
@@ -278,8 +278,8 @@ class GPT(nn.Module):
     if not cfg.tie_embeddings:
       self.output_embedding = self.param('output_embedding',
                                          linear.normal(cfg.init_std, 'vocab', 'embed'), shape)
-    self.blocks = Stack(lambda: Block(cfg, self.rules, parent=None), cfg.num_layers, cfg.scanned,
-                        cfg.remat, cfg.layer_drop_rate)
+    self.blocks = Stack(lambda rules: Block(cfg, rules, parent=None), cfg.num_layers, cfg.scanned,
+                        cfg.remat, cfg.layer_drop_rate, self.rules)
     self.final_norm = Norm(cfg.norm, cfg.norm_epsilon, cfg.use_bias, cfg.norm_unit_offset)
 
   def __call__(self, tokens_BT: Int[Array, 'B T'], positions: Int[Array, 'B T'] | None = None,
@@ -330,9 +330,10 @@ class GPT(nn.Module):
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
     num_keys = T if cache is None else jax.tree.leaves(cache.layers)[0].shape[-2]
     distance_bias = alibi(cfg.num_heads, num_keys) if cfg.positions == 'alibi' else None
-    shared = self._rotations(positions), distance_bias, segment_ids, prefix, length_B
-    per_layer = None if cache is None else cache.layers, rngs, cfg.local_layers
-    x_BTD, outputs = self.blocks(x_BTD, shared, per_layer, drop_rng)
+    rows = self._rotations(positions), segment_ids, prefix, length_B
+    layers = None if cache is None else cache.layers
+    x_BTD, outputs = self.blocks(x_BTD, rows, distance_bias, layers, (rngs, cfg.local_layers),
+                                 drop_rng)
     layers, penalties = outputs if cfg.scanned else map(list, zip(*outputs))
     if not cfg.scanned:
       penalties = jax.tree.map(lambda *x: jnp.stack(x), *penalties)

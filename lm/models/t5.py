@@ -189,13 +189,11 @@ class Cache:
     return one.memory is not None
 
 
-class Shared(NamedTuple):
-  """What all blocks of a stack receive.
+class Rows(NamedTuple):
+  """What all blocks of a stack receive beside the hidden states, of the same rows.
 
-  distance_bias: [N, 2R + 1], or None where each layer has its own.
   query_segment_ids: [B, T] of the queries in attention to the memory.
   """
-  distance_bias: jax.Array | None
   segment_ids: jax.Array | None
   cache_length: jax.Array | None = None
   memory: jax.Array | None = None
@@ -219,29 +217,30 @@ class Block(nn.Module):
   causal: bool  # the decoder's
 
   @nn.compact
-  def __call__(self, x_BTD: Float[Array, 'B T D'], shared: Shared, per_layer):
-    """Returns x [B, T, D] and this layer's cache."""
-    cfg = self.config
-    cache, rng = per_layer
+  def __call__(self, x_BTD: Float[Array, 'B T D'], rows: Rows, distance_bias, cache, per_layer):
+    """Returns x [B, T, D] and this layer's cache; distance_bias: [N, 2R + 1], or None where each
+    layer has its own."""
+    cfg, (rng,) = self.config, per_layer
     rngs = (None,) * 6 if rng is None else jax.random.split(rng, 6)
     tokens = None if cache is None else cache.tokens
-    bias = _relative_bias(cfg, self.causal)() if cfg.bias_per_layer else shared.distance_bias
+    if cfg.bias_per_layer:
+      distance_bias = _relative_bias(cfg, self.causal)()
 
     is_zigzag = self.causal and cache is None and ring.is_zigzag(self.rules, x_BTD.shape[1])
     branch_BTD, tokens = self._attention('attention', self.causal)(
-        self._norm('attention_norm')(x_BTD), segment_ids=shared.segment_ids,
-        distance_bias=bias, cache=tokens, cache_length=shared.cache_length, zigzag=is_zigzag,
+        self._norm('attention_norm')(x_BTD), segment_ids=rows.segment_ids,
+        distance_bias=distance_bias, cache=tokens, cache_length=rows.cache_length, zigzag=is_zigzag,
         dropout_rng=rngs[4])
     x_BTD = self._add(x_BTD, branch_BTD, rngs[0])
     if self.causal:
       attention = self._attention('cross_attention', False)
       x_norm_BTD = self._norm('cross_attention_norm')(x_BTD)
-      if shared.memory is None:
+      if rows.memory is None:
         memory = _swap(cache.memory)
       else:
-        memory = KVCache(*attention.keys_values(shared.memory))
-      branch_BTD, _ = attention(x_norm_BTD, segment_ids=shared.query_segment_ids, memory=memory,
-                                memory_segment_ids=shared.memory_segment_ids,
+        memory = KVCache(*attention.keys_values(rows.memory))
+      branch_BTD, _ = attention(x_norm_BTD, segment_ids=rows.query_segment_ids, memory=memory,
+                                memory_segment_ids=rows.memory_segment_ids,
                                 dropout_rng=rngs[5])
       x_BTD = self._add(x_BTD, branch_BTD, rngs[1])
       cache = None if cache is None else LayerCache(tokens, _swap(memory))
@@ -278,22 +277,21 @@ class Trunk(nn.Module):
   causal: bool
 
   @nn.compact
-  def __call__(self, x_BTD: Float[Array, 'B T D'], shared: Shared, layers: Any = None,
+  def __call__(self, x_BTD: Float[Array, 'B T D'], rows: Rows, layers: Any = None,
                dropout_rng: jax.Array | None = None) -> tuple[Float[Array, 'B T D'], Any]:
     """Returns hidden states, normalised, and each layer's cache, where `layers` has one."""
     cfg = self.config
     num_layers = cfg.decoder_layers if self.causal else cfg.num_layers
-    if not cfg.bias_per_layer:
-      shared = shared._replace(distance_bias=_relative_bias(cfg, self.causal)())
+    distance_bias = None if cfg.bias_per_layer else _relative_bias(cfg, self.causal)()
     first = last = rngs = drop_rng = None
     if dropout_rng is not None:
       first, last, rest, drop_rng = jax.random.split(dropout_rng, 4)
       rngs = jax.random.split(rest, num_layers) if cfg.drops_branches else None
     x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, first)
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
-    stack = Stack(lambda: Block(cfg, self.rules, self.causal, parent=None), num_layers, cfg.scanned,
-                  cfg.remat, cfg.layer_drop_rate, name='blocks')
-    x_BTD, layers = stack(x_BTD, shared, (layers, rngs), drop_rng)
+    stack = Stack(lambda rules: Block(cfg, rules, self.causal, parent=None), num_layers,
+                  cfg.scanned, cfg.remat, cfg.layer_drop_rate, self.rules, name='blocks')
+    x_BTD, layers = stack(x_BTD, rows, distance_bias, layers, (rngs,), drop_rng)
     x_BTD = Norm('rmsnorm', cfg.norm_epsilon, name='final_norm')(x_BTD)
     return linear.dropout(x_BTD, cfg.dropout_rate, last), layers
 
@@ -341,7 +339,7 @@ class T5(nn.Module):
 
   def _encode(self, tokens_BT, segment_ids, dropout_rng):
     x_BTD = linear.embed(self.token_embedding, tokens_BT, self.config.dtype, self.rules)
-    return self.encoder(x_BTD, Shared(None, segment_ids), dropout_rng=dropout_rng)[0]
+    return self.encoder(x_BTD, Rows(segment_ids), dropout_rng=dropout_rng)[0]
 
   def encode(self, batch: dict[str, jax.Array], dropout_rng: jax.Array | None = None
              ) -> Float[Array, 'B S D']:
@@ -384,9 +382,9 @@ class T5(nn.Module):
       tokens_BT, segment_ids, query_segment_ids = jax.tree.map(
           lambda x: ring.zigzag(x, self.rules), (tokens_BT, segment_ids, query_segment_ids))
     length_B = None if cache is None else cache.length_B
-    shared = Shared(None, segment_ids, length_B, memory_BSD, memory_segment_ids, query_segment_ids)
+    rows = Rows(segment_ids, length_B, memory_BSD, memory_segment_ids, query_segment_ids)
     x_BTD = linear.embed(self.token_embedding, tokens_BT, self.config.dtype, self.rules)
-    hidden_BTD, layers = self.decoder(x_BTD, shared, None if cache is None else cache.layers,
+    hidden_BTD, layers = self.decoder(x_BTD, rows, None if cache is None else cache.layers,
                                       dropout_rng)
     if is_zigzag:
       hidden_BTD = ring.unzigzag(hidden_BTD, self.rules)

@@ -150,11 +150,10 @@ class Block(nn.Module):
   rules: Rules
 
   @nn.compact
-  def __call__(self, x_BTD: Float[Array, 'B T D'], shared, per_layer):
+  def __call__(self, x_BTD: Float[Array, 'B T D'], segment_ids, shared, memory_BMD, per_layer):
     """Returns x [B, T, D], and the layer's next memory [B, M, D]."""
     cfg = self.config
-    sinusoids_SD, biases, segment_ids = shared
-    memory_BMD, rng = per_layer
+    (sinusoids_SD, biases), (rng,) = shared, per_layer
     rngs = (None,) * 4 if rng is None else jax.random.split(rng, 4)
     norm = lambda name: Norm('layernorm', cfg.norm_epsilon, True, name=name)
     drop = lambda x, rng: linear.dropout(x, cfg.dropout_rate, rng)
@@ -196,8 +195,8 @@ class TransformerXL(nn.Module):
                              (cfg.vocab_size,))
     if not cfg.untie_biases:
       self.head_biases = HeadBiases(cfg.num_heads, cfg.head_dim, cfg.init_std)
-    self.blocks = Stack(lambda: Block(cfg, self.rules, parent=None), cfg.num_layers, cfg.scanned,
-                        cfg.remat, cfg.layer_drop_rate)
+    self.blocks = Stack(lambda rules: Block(cfg, rules, parent=None), cfg.num_layers, cfg.scanned,
+                        cfg.remat, cfg.layer_drop_rate, self.rules)
 
   def __call__(self, tokens_BT: Int[Array, 'B T'], memory: Memory | None = None,
                segment_ids: Int[Array, 'B T'] | None = None, dropout_rng: jax.Array | None = None
@@ -239,8 +238,8 @@ class TransformerXL(nn.Module):
       stands_BM = jnp.arange(M) >= M - memory.filled[:, None]
       ones_BT = jnp.ones((B, T), jnp.int32)
       pairs = ones_BT, jnp.concatenate([stands_BM.astype(jnp.int32), ones_BT], axis=1)
-    shared = sinusoids_SD, None if cfg.untie_biases else self.head_biases(), pairs
-    x_BTD, layers = self.blocks(x_BTD, shared, (hidden, rngs), drop_rng)
+    shared = sinusoids_SD, None if cfg.untie_biases else self.head_biases()
+    x_BTD, layers = self.blocks(x_BTD, pairs, shared, hidden, (rngs,), drop_rng)
     if memory is not None:
       hidden = jnp.swapaxes(layers, 0, 1) if cfg.scanned else jnp.stack(layers, axis=1)
       memory = Memory(hidden, jnp.minimum(memory.filled + T, M))

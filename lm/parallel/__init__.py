@@ -1,9 +1,9 @@
 """One program over many chips.
 
 In: the sizes of the mesh axes (`mesh.py`) and which logical axis each one shards (`rules.py`).
-Out: a `Mesh`, shardings for parameters, state and batches, and attention over a length that devices
-share (`ring.py`). A layer names logical axes only, so a strategy is changed in `gin/mesh/`, never
-in a layer.
+Out: a `Mesh`, shardings for parameters, state and batches, attention over a length that devices
+share (`ring.py`), and layers in stages (`pipeline.py`). A layer names logical axes only, so a
+strategy is changed in `gin/mesh/`, never in a layer.
 
 Several hosts: `distributed.py` joins them and lets them agree, over the line of `line.py`, which
 also finds who is missing or gone; `relay.py` keeps JAX from aborting before that is said;

@@ -26,7 +26,7 @@ def make(module: Module, facts: Mapping[str, Any], kernels: Mapping[str, int], t
 
   Args:
     facts: of the step: `parameters`, `parameter_bytes`, `optimizer_bytes`, `peak_bytes`, `mesh`,
-      `tokens` of a step and `flops_per_token`.
+      `tokens` of a step, `flops_per_token`, and `bubble` where there are stages.
     kernels: static cycles of one call of each Pallas kernel.
     num_tokens: of the whole training; None is 20 a parameter (arXiv:2203.15556).
   """
@@ -62,6 +62,7 @@ def make(module: Module, facts: Mapping[str, Any], kernels: Mapping[str, int], t
       'kernel_cycles': kernel_cycles,
       'collectives': [_describe(x, mesh, topology) for x in collectives],
       'collective_bytes': _totals(collectives),
+      'bubble': facts.get('bubble'),
       'model_flops': model_flops, 'compiled_flops': flops * devices, 'hbm_traffic_bytes': traffic,
       'roofline_seconds': {'products': products, 'memory': memory_seconds, 'network': network,
                            'compiled': most},
@@ -138,6 +139,9 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   if result['estimated_cycles']:
     lines.append(('cycles', f'{result["estimated_cycles"]:,} estimated by the compiler, and '
                             f'{result["kernel_cycles"]:,} of kernels, if they never wait'))
+  if result['bubble'] is not None:
+    lines.append(('bubble', f'{100 * result["bubble"]:.1f} % of the ticks, in which a stage has no '
+                            'work; its cycles are counted'))
   roofline = ', '.join(f'{name} {1e3 * seconds:,.3g} ms'
                        for name, seconds in result['roofline_seconds'].items())
   lines += [('roofline', f'{roofline}, each alone'),

@@ -19,6 +19,8 @@ class MeshConfig:
   slice: slices of a pod, each with its part of the batch; only they talk over the slow network
     between slices (DCN).
   data: copies of the model, each with its part of the batch.
+  stage: the layers of a stack, through which parts of the batch follow each other (GPipe,
+    arXiv:1811.06965), and outside of them the batch.
   fsdp: the batch and the parameters are both sharded (ZeRO-3, arXiv:1910.02054).
   expert: the batch, and the experts of a mixture (GShard, arXiv:2006.16668).
   sequence: the length of each sequence (context parallelism: ring attention, arXiv:2310.01889).
@@ -27,6 +29,7 @@ class MeshConfig:
   """
   slice: int = 1
   data: int = -1
+  stage: int = 1
   fsdp: int = 1
   expert: int = 1
   sequence: int = 1
@@ -73,7 +76,8 @@ class MeshConfig:
     if len(slices) == 1:
       grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     elif len(slices) == sizes['slice']:
-      grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (shape[0],) + (1,) * 5, devices,
+      between = shape[0], *[1] * len(shape[1:])
+      grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), between, devices,
                                                   allow_split_physical_axes=True)
     else:
       raise UserError(f'mesh axis slice={sizes["slice"]} and the devices are in {len(slices)} '

@@ -1,11 +1,11 @@
 """Which mesh axis shards which logical axis: one value, passed by argument."""
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal, Optional
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.errors import UserError
 
@@ -30,8 +30,14 @@ class Rules:
   attention: how queries meet keys of other devices, where the length is sharded: keys go round a
     ring (arXiv:2310.01889), or an all-to-all gives each device whole rows of some heads (Ulysses,
     arXiv:2309.14509).
+  pipeline_microbatches: parts of a batch, or of one of a step's microbatches, that follow each
+    other through the stages, which are the devices over which `layers` are cut; None is a row of
+    each device at a time. M parts in R turns leave S stages idle in (S - 1) / (M R + S - 1) of the
+    ticks.
+  pipeline_turns: R, how often a part goes round all stages, which then have every S-th group of
+    layers (the circular schedule, arXiv:2104.04473, section 2.2).
   """
-  batch: Axes = ('slice', 'data', 'fsdp', 'expert')
+  batch: Axes = ('slice', 'data', 'fsdp', 'expert', 'stage')
   length: Axes = 'sequence'
   act_length: Axes = ('sequence', 'tensor')
   act_embed: Axes = None
@@ -43,17 +49,20 @@ class Rules:
   head_dim: Axes = None
   vocab: Axes = 'tensor'
   position: Axes = None
-  layers: Axes = None
+  layers: Axes = 'stage'
   norm: Axes = None
   expert: Axes = 'expert'
   attention: Literal['ring', 'all_to_all'] = 'ring'
+  pipeline_microbatches: Optional[int] = None
+  pipeline_turns: int = 1
   mesh: Mesh | None = dataclasses.field(default=None, init=False, repr=False)  # set by `on`
 
   @classmethod
   def names(cls) -> tuple[str, ...]:
     """The logical axes."""
     return tuple(field.name for field in dataclasses.fields(cls)
-                 if field.name not in ('attention', 'mesh'))
+                 if field.name not in ('attention', 'mesh', 'pipeline_microbatches',
+                                       'pipeline_turns'))
 
   def on(self, mesh: Mesh) -> 'Rules':
     """These rules for the axes of `mesh`.
@@ -73,6 +82,15 @@ class Rules:
                           'enough')
     rules = dataclasses.replace(self)
     object.__setattr__(rules, 'mesh', mesh)
+    return rules
+
+  def inside(self, manual: Collection[str]) -> 'Rules':
+    """These rules in `jax.shard_map` over the axes `manual`, which there shard nothing more."""
+    rules = dataclasses.replace(self, **{
+        name: tuple(axis for axis in axes_of(getattr(self, name)) if axis not in manual) or None
+        for name in self.names()})
+    mesh = jax.sharding.get_abstract_mesh()
+    object.__setattr__(rules, 'mesh', mesh if set(mesh.axis_names) - set(manual) else None)
     return rules
 
   def spec(self, *names: str | None) -> PartitionSpec:
@@ -141,7 +159,14 @@ def per_device(function: Callable, rules: Rules, out_names: tuple[str | None, ..
     return rules.spec(*(name if name in cut and (shape is None or shape[i] > 1) else None
                         for i, name in enumerate(axes)))
 
-  call = jax.shard_map(lambda arrays: function(**arrays), mesh=mesh, check_vma=False,
-                       in_specs=({key: spec(names[key], x.shape) for key, x in arrays.items()},),
-                       out_specs=spec(out_names))
+  call = shard_map(lambda arrays: function(**arrays), rules, spec(out_names),
+                   {key: spec(names[key], x.shape) for key, x in arrays.items()})
   return call(arrays)
+
+
+def shard_map(function: Callable, rules: Rules, out_specs: Any, *in_specs: Any) -> Callable:
+  """`jax.shard_map` over all mesh axes, but for those over which it is called already."""
+  mesh = rules.mesh
+  axes = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
+  return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs,
+                       axis_names=axes, check_vma=False)

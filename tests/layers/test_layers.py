@@ -129,30 +129,30 @@ class Affine(nn.Module):
   """x -> x * scale + shared + own, and x before."""
 
   @nn.compact
-  def __call__(self, x, shared, own):
+  def __call__(self, x, rows, shared, own_rows, own):
     ones = nn.with_partitioning(nn.initializers.ones, ('embed',))
     scale = self.param('scale', ones, x.shape[-1:])
-    return x * scale + shared + own[0], x
+    return x * scale + shared + own[0] + rows + own_rows, x
 
 
 @pytest.mark.parametrize('scan', [True, False])
 @pytest.mark.parametrize('remat', ['none', 'full', 'dots'])
 def test_a_stack_applies_its_blocks_in_order(scan, remat):
-  x, own = draw(2, 4), draw(3)
-  stack = Stack(lambda: Affine(parent=None), 3, scan, remat)
-  boxed = jax.eval_shape(stack.init, jax.random.key(0), x, 0.5, (own,))['params']
+  x, rows, own_rows, own = draw(2, 4), draw(2, 1), draw(3, 2, 1), draw(3)
+  stack = Stack(lambda rules: Affine(parent=None), 3, scan, remat)
+  boxed = jax.eval_shape(stack.init, jax.random.key(0), x, rows, 0.5, own_rows, (own,))['params']
   assert boxed['layers']['scale'].names == ('layers', 'embed')
   params = {'layers': {'scale': draw(3, 4)}}
   want, before = x, []
   for layer in range(3):
     before.append(want)
-    want = want * params['layers']['scale'][layer] + 0.5 + own[layer]
-  got, outputs = stack.apply({'params': params}, x, 0.5, (own,))
+    want = want * params['layers']['scale'][layer] + 0.5 + own[layer] + rows + own_rows[layer]
+  got, outputs = stack.apply({'params': params}, x, rows, 0.5, own_rows, (own,))
   np.testing.assert_allclose(got, want, atol=1e-6)
   np.testing.assert_allclose(jnp.stack(list(outputs)), jnp.stack(before), atol=1e-6)
   if not scan:
     sliced = {'layers': [{'scale': scale} for scale in params['layers']['scale']]}
-    again, _ = stack.apply({'params': sliced}, x, 0.5, (list(own),))
+    again, _ = stack.apply({'params': sliced}, x, rows, 0.5, list(own_rows), (list(own),))
     np.testing.assert_array_equal(again, got)
 
 
@@ -160,13 +160,13 @@ class Shift(nn.Module):
   """x -> x + a random parameter."""
 
   @nn.compact
-  def __call__(self, x, shared, own):
+  def __call__(self, x, rows, shared, own_rows, own):
     return x + self.param('shift', linear.normal(1.0, 'embed'), x.shape[-1:]), None
 
 
 def test_each_layer_of_a_stack_has_its_own_draw():
-  stack = Stack(lambda: Shift(parent=None), 3, True, 'none')
-  boxed = jax.jit(stack.init)(jax.random.key(0), jnp.zeros((1, 4)), None, ())
+  stack = Stack(lambda rules: Shift(parent=None), 3, True, 'none')
+  boxed = jax.jit(stack.init)(jax.random.key(0), jnp.zeros((1, 4)), None, None, None, ())
   rows = nn.meta.unbox(boxed)['params']['layers']['shift']
   assert rows.shape == (3, 4) and len(np.unique(rows)) == 12
 

@@ -186,8 +186,8 @@ def rules_of(name):
   return Rules(**changes).on(MeshConfig(**axes).build())
 
 
-def main():
-  names = sys.argv[1:] or [f'{family}/{mesh}' for family in FAMILIES for mesh in MESHES]
+def results(names):
+  """What `test_meshes.py` asks of each FAMILY/MESH."""
   found = {'devices': jax.device_count()}
   for name in names:
     family, mesh = name.split('/')
@@ -199,7 +199,12 @@ def main():
                    'allowed': allowed(family, rules_of(mesh))}
     print(f'{name}: {found[name]}, {time.process_time() - ready:.1f} s, and one device '
           f'{ready - begin:.1f} s', file=sys.stderr, flush=True)
-  print(json.dumps(found))
+  return found
+
+
+def main():
+  names = [f'{family}/{mesh}' for family in FAMILIES for mesh in MESHES]
+  print(json.dumps(results(sys.argv[1:] or names)))
 
 
 if __name__ == '__main__':

@@ -95,7 +95,7 @@ def test_of_a_gathered_heads_gradient_each_device_keeps_its_part_for_the_backwar
 
 def test_rules_give_the_spec_of_each_axis():
   rules = Rules().on(mesh(data=2, fsdp=4))
-  rows = ('slice', 'data', 'fsdp', 'expert')
+  rows = ('slice', 'data', 'fsdp', 'expert', 'stage')
   assert rules.spec('batch', 'length', None) == PartitionSpec(rows, 'sequence', None)
   assert rules.spec('vocab', 'embed') == PartitionSpec('tensor', 'fsdp')
   assert [rules.shards(name) for name in ('batch', 'heads', None)] == [8, 1, 1]
@@ -113,7 +113,7 @@ def test_a_wrong_axis_is_refused(names, message):
 
 
 def test_a_rule_for_a_mesh_axis_that_is_not_there_is_refused():
-  message = "Rules.mlp='tensors' names the mesh axis 'tensors'.*data, fsdp"
+  message = "Rules.mlp='tensors' names the mesh axis 'tensors'.*data, stage, fsdp"
   with pytest.raises(UserError, match=message):
     Rules(mlp='tensors').on(mesh(data=2, fsdp=4))
 

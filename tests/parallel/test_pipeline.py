@@ -1,0 +1,72 @@
+"""Layers in stages: the same numbers as one after another, and what does not divide is refused."""
+import pathlib
+import types
+
+import pytest
+
+CHILD = pathlib.Path(__file__).with_name('staged_models.py')
+TOLERANCE = 1e-5  # as in test_meshes.py
+QUICK = 'gpt/stage 4', 'transformer_xl/circular'
+
+# As in test_meshes.py, of 4 layers: what goes to neighbours, to all stages, and is summed once.
+_COUNTED = 'collective-permute', 'all-gather', 'all-reduce', 'all-to-all', 'largest gathered'
+GOLDEN = {
+    'gpt/stage 4': (6, 3, 6, 0, 64),
+    'transformer_xl/circular': (62, 1, 6, 2, 64),
+}
+
+
+@pytest.fixture(scope='module')
+def quick(child_with_devices):
+  return types.MappingProxyType(child_with_devices(CHILD, 'stacks', 'restart', *QUICK))
+
+
+@pytest.mark.supports('precision and parallelism', 'pipeline stages, GPipe and circular')
+@pytest.mark.parametrize('name', QUICK)
+def test_loss_gradients_and_carry_are_those_of_one_device(quick, name):
+  assert quick['devices'] == 8 and quick[name]['difference'] < TOLERANCE
+
+
+@pytest.mark.parametrize('name', GOLDEN)
+def test_stages_send_to_neighbours_and_gather_no_parameter(quick, name):
+  found, golden = quick[name]['collectives'], dict(zip(_COUNTED, GOLDEN[name]))
+  assert found == {key: count for key, count in golden.items() if count}
+  assert found['largest gathered'] < 4 * 16 * 2 * 2  # elements of the smallest kernel of 4 layers
+
+
+@pytest.mark.parametrize('name', ['gpipe', 'turns divide', 'stages divide', 'neither divides',
+                                  'unrolled'])
+def test_a_stack_in_stages_is_the_stack_in_turn(quick, name):
+  """Values, outputs and gradients, also where a bubble on zeros would make them NaN; and no two
+  rows or layers draw the same."""
+  assert quick['stacks'][name] == {'same': True, 'draws': 1.0}
+
+
+def test_the_bubble_is_counted(quick):
+  assert quick['stacks']['ticks'] == 8 * 2 + 4 - 1
+  assert quick['stacks']['bubble'] == pytest.approx(3 / 19)
+
+
+@pytest.mark.parametrize('name, sentence', [
+    ('layers', 'mesh axis stage=4 does not divide 6 layers; the nearest that does is 3 or 6'),
+    ('turns', 'mesh axis stage=2 does not divide 4 layers in Rules.pipeline_turns=3; take turns '
+              'that divide 4'),
+    ('rows', '12 rows do not divide over mesh axis stage=4 and the 2 devices of a stage that share '
+             'the batch; the nearest that do are 8 or 16'),
+    ('microbatches', 'Rules.pipeline_microbatches=5 is not a multiple of mesh axis stage=2 that '
+                     'divides the 12 rows of a device; the nearest that is is 4 or 6')])
+def test_what_does_not_divide_is_refused_with_the_nearest_that_does(quick, name, sentence):
+  assert quick['stacks'][name] == sentence
+
+
+def test_a_run_in_stages_goes_on_without_them(quick):
+  first, second, elsewhere = quick['restart']
+  assert second < first and elsewhere == pytest.approx(second, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_every_family_in_stages_is_one_device(child_with_devices):
+  found = child_with_devices(CHILD, timeout=3600)
+  shares = {name: x['difference'] for name, x in found.items() if '/' in name}
+  assert found['devices'] == 8 and len(shares) == 55
+  assert not {name: share for name, share in shares.items() if not share < TOLERANCE}
