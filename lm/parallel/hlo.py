@@ -180,9 +180,11 @@ class Module:
             if call.instruction.match(r'custom_call_target="([^"]*)"') in _PALLAS]
 
   def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
-    """What the devices of a mesh, {axis: size}, exchange; a collective in pieces is one.
+    """What the devices of a mesh, {axis: size}, exchange.
 
-    Between slices the hosts do it (`recv` of the Megascale runtime), along the axis `slice`.
+    One in several fusions, which compute beside it, is one: its pieces have the same channel and
+    name (but all that `jax.shard_map` makes are of one channel). Between slices the hosts do it
+    (`recv` of the Megascale runtime), along the axis `slice`.
     """
     found = {}
     for call in self.calls():
@@ -197,14 +199,23 @@ class Module:
       if op not in COLLECTIVES:
         continue
       scattered = any('all-reduce-scatter' in name for name in call.path)
-      shape = self._scattered_shape(call) if scattered else call.instruction.shape
-      channel = call.instruction.match(r'channel_id=(\d+)') or call.instruction.name
+      shape = self._scattered_shape(call) if scattered else self._done(call).shape
+      one = call.instruction.name
+      if call.path and (channel := call.instruction.match(r'channel_id=(\d+)')):
+        one = channel, call.instruction.op_name, _ARRAY.findall(shape)
       overlapped = call.instruction.opcode.endswith('-start') or any(
           self._runs_beside(name) for name in call.path)
-      found.setdefault((call.loop, op, channel), Collective(
+      found.setdefault((call.loop, op, str(one)), Collective(
           'reduce-scatter' if scattered else op, num_bytes(shape), call.times,
           _axes(call.instruction, mesh), overlapped, call.instruction.op_name))
     return sorted(found.values(), key=lambda x: -x.bytes * x.times)
+
+  def _done(self, call):
+    """The end of what a -start begins, whose result is of what was exchanged alone."""
+    scope = self._scope(call.path[-1] if call.path else call.loop).values()
+    op = call.instruction.opcode.replace('-start', '-done')
+    return next((x for x in scope if x.opcode == op and op != call.instruction.opcode
+                 and call.instruction.name in _operands(x)), call.instruction)
 
   def _runs_beside(self, name):
     """Whether a computation starts a collective and goes on, or is another core's (tpu7x)."""
@@ -218,7 +229,7 @@ class Module:
 
   def _flops(self, call):
     """2 B M N K, from the sizes B M K, B K N and B M N of operands and result."""
-    scope = {x.name: x for x in self.computations[call.path[-1] if call.path else call.loop]}
+    scope = self._scope(call.path[-1] if call.path else call.loop)
     operands = [scope[name] for name in _operands(call.instruction)[:2]]
     sizes = [num_elements(x.shape) for x in (*operands, call.instruction)]
     batched = call.instruction.match(r'lhs_batch_dims=\{([\d,]*)\}')

@@ -127,6 +127,20 @@ def test_bytes_and_products_are_those_that_xla_counts_where_it_counts_loops_too(
   assert modules[0].traffic() == pytest.approx(by_xla['bytes accessed'], rel=0.1)
 
 
+def test_collectives_of_one_channel_are_several_unless_they_are_pieces():
+  ring = """%send.1 = (bf16[8,8]{1,0}, bf16[8,8]{1,0}) collective-permute-start(%a), channel_id=1, \
+source_target_pairs={{0,1},{1,0}}
+  %send.2 = (bf16[8,8]{1,0}, bf16[8,8]{1,0}) collective-permute-start(%a), channel_id=1, \
+source_target_pairs={{0,1},{1,0}}
+  %sent.1 = bf16[8,8]{1,0} collective-permute-done(%send.1)
+  %sent.2 = bf16[8,8]{1,0} collective-permute-done(%send.2)
+  ROOT %last ="""
+  found = hlo.Module(TEXT.replace('ROOT %last =', ring)).collectives(MESH)
+  assert [(x.op, x.bytes, x.axes) for x in found if x.op == 'collective-permute'] == [
+      ('collective-permute', 8 * 8 * 2, ('fsdp',))] * 2
+  assert len([x for x in found if x.op == 'all-gather']) == 1  # in two fusions
+
+
 def test_what_slices_and_other_cores_exchange_is_a_collective():
   text = TEXT.replace('ROOT %last =', """%recv.3 = (f32[8,8]{1,0}, u32[], token[]) recv(%token), \
 channel_id=9, x={_xla_host_transfer_rendezvous="sum.1",_xla_megascale_transfer_type="ALL_REDUCE"}
