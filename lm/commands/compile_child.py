@@ -82,9 +82,9 @@ class Step:
 
 
 def _bytes(tree):
-  """Bytes of arrays or shapes on one device."""
+  """Bytes of arrays or shapes in the memory of one device."""
   return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-             for x in jax.tree.leaves(tree))
+             for x in jax.tree.leaves(tree) if x.sharding.memory_kind != 'pinned_host')
 
 
 def _compile(step: Step, options: dict[str, str], folder: pathlib.Path, save: str | None
@@ -113,9 +113,10 @@ def _compile(step: Step, options: dict[str, str], folder: pathlib.Path, save: st
 
 
 def _peak_bytes(memory: Any, platform: str) -> int:
-  """As the compiler states it; that of CPUs states parts alone."""
+  """On the device. What the compiler states holds what lies on the host; that of CPUs states parts
+  alone."""
   if platform != 'cpu':
-    return memory.peak_memory_in_bytes
+    return memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
   return (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
           - memory.alias_size_in_bytes)
 

@@ -87,6 +87,17 @@ def test_kernels_loops_and_floating_point_operations_are_counted(report):
   assert '<table>' in (directory / 'compile.html').read_text()
 
 
+def test_an_offloaded_optimizer_is_not_in_the_memory_of_the_device(report, tmp_path):
+  flags = [f'--gin.{name}={value}' for name, value in FLAGS.items()]
+  path = tmp_path / 'out.json'
+  assert main.main(['compile', '--gin_file=gin/experiments/gpt_7b.gin', '--topology=v5e:4x4',
+                    '--gin.loop.TrainConfig.offload_optimizer=True', f'--json={path}', *flags]) == 0
+  plain, offloaded = report[0], json.loads(path.read_text())
+  assert offloaded['hbm_bytes']['optimizer'] < 1000 < plain['hbm_bytes']['optimizer']
+  saved = plain['hbm_peak_bytes'] - offloaded['hbm_peak_bytes']
+  assert 0.9 * plain['hbm_bytes']['optimizer'] < saved
+
+
 TRAINED = [
     '--gin_file=gin/models/gpt_small_cpu.gin', '--gin_file=gin/optim/adamw.gin',
     '--gin_file=gin/objectives/causal_lm.gin', '--gin_file=gin/runs/pretrain.gin',
