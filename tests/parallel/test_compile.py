@@ -141,7 +141,7 @@ def experiment(**changes):
 
 def test_too_much_memory_is_a_sentence_with_what_is_missing_and_what_would_fit():
   topology, gib = Topology.parse('v5e:2x2'), 2**30
-  mesh = dict(slice=1, data=2, fsdp=2, expert=1, sequence=1, tensor=1)
+  mesh = dict(slice=1, data=2, stage=1, fsdp=2, expert=1, sequence=1, tensor=1)
   facts = {'mesh': mesh, 'needed_bytes': 18 * gib, 'parameter_bytes': 2 * gib,
            'optimizer_bytes': 4 * gib}
   said = remedies.explain(experiment(), facts, topology)
