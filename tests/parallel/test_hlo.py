@@ -127,6 +127,20 @@ def test_bytes_and_products_are_those_that_xla_counts_where_it_counts_loops_too(
   assert modules[0].traffic() == pytest.approx(by_xla['bytes accessed'], rel=0.1)
 
 
+def test_only_what_is_taken_written_or_in_hbm_is_moved():
+  module = hlo.Module("""HloModule moved
+ENTRY %main (a: f32[64,8], i: s32[]) -> f32[64,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %part = f32[2,8]{1,0} dynamic-slice(%a, %i, %i)
+  %near = f32[64,8]{1,0:S(1)} copy(%a)
+  ROOT %put = f32[64,8]{1,0} dynamic-update-slice(%a, %part, %i, %i)
+}
+""")
+  part, whole = 4 * 2 * 8, 4 * 64 * 8
+  assert module.traffic() == 2 * part + whole + 2 * part  # `near` is read, and written to VMEM
+
+
 def test_collectives_of_one_channel_are_several_unless_they_are_pieces():
   ring = """%send.1 = (bf16[8,8]{1,0}, bf16[8,8]{1,0}) collective-permute-start(%a), channel_id=1, \
 source_target_pairs={{0,1},{1,0}}
