@@ -40,11 +40,15 @@ def test_the_table_has_every_point():
   assert list(plan_table.read()) == [point.cells() for point in plan_table.POINTS]
 
 
-@pytest.mark.parametrize('point', plan_table.POINTS, ids=lambda point: ' '.join(point.cells()))
+OFF = pytest.mark.xfail(strict=True, reason='estimated 15 % too high')
+
+
+@pytest.mark.parametrize('point', [
+    pytest.param(point, id=' '.join(point.cells()),
+                 marks=OFF if point.model == 'bert_medium' else ()) for point in plan_table.POINTS])
 def test_estimates_of_today_are_within_a_tenth_of_what_the_compiler_said(point):
   compiled, _ = plan_table.read()[point.cells()]
-  off = 0.15 if point.model == 'bert_medium' else 0.1  # the one that is off, as the table shows
-  assert abs(point.estimated() / 2**20 / compiled - 1) <= off
+  assert abs(point.estimated() / 2**20 / compiled - 1) <= 0.1
 
 
 @pytest.mark.slow
