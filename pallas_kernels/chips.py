@@ -3,8 +3,8 @@ import jax
 
 LANES = 128
 VMEM_MIB = {'v4': 16, 'v5e': 128, 'v5p': 64, 'v6e': 128, 'tpu7x': 64}  # of a core, libtpu 0.0.42.1
-_KINDS = {'TPU v4': 'v4', 'TPU v5 lite': 'v5e', 'TPU v5': 'v5p', 'TPU v6 lite': 'v6e',
-          'TPU7x': 'tpu7x'}
+KINDS = {'v4': 'TPU v4', 'v5e': 'TPU v5 lite', 'v5p': 'TPU v5', 'v6e': 'TPU v6 lite',
+         'tpu7x': 'TPU7x'}  # as JAX names devices
 
 
 def _device_kind() -> str:
@@ -14,7 +14,8 @@ def _device_kind() -> str:
 
 def generation() -> str | None:
   """The TPU of the mesh in use (`jax.set_mesh`), or of this machine; None where neither is one."""
-  return _KINDS.get(_device_kind())
+  kind = _device_kind()
+  return next((chip for chip, name in KINDS.items() if name == kind), None)
 
 
 def generation_or_least() -> str:

@@ -22,6 +22,8 @@ from lm.errors import UserError
 from lm.evaluation.report import STYLE
 from lm.parallel.topology import Topology
 
+HEADS = ('step s', 'HBM GiB', 'free GiB', 'money', 'compiled s', 'compiled GiB', 'way')
+
 
 def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[str, Any]:
   """Searches, compiles, prints the table, writes plan.gin, plan.json and plan.html into --run_dir
@@ -120,7 +122,7 @@ def _header(args, row, topology):
 
 def table(rows: list[dict[str, Any]], topology: Topology) -> str:
   """The ways that no other beats, the fastest first: estimates, and what the compiler says."""
-  lines = [('step s', 'HBM GiB', 'free GiB', 'money', 'compiled s', 'compiled GiB', 'way')]
+  lines = [HEADS]
   lines += [_cells(row, topology) for row in rows]
   widths = [max(map(len, column)) for column in zip(*lines)]
   return '\n'.join('  '.join(cell.rjust(width) if i < 6 else cell for i, (cell, width) in
@@ -140,8 +142,7 @@ def _cells(row, topology):
 
 def page(result: dict[str, Any], topology: Topology) -> str:
   """The report as one HTML file that loads nothing."""
-  heads = ('step s', 'HBM GiB', 'free GiB', 'money', 'compiled s', 'compiled GiB', 'way')
-  rows = compile_command.table('Ways that no other beats in both time and memory', heads,
+  rows = compile_command.table('Ways that no other beats in both time and memory', HEADS,
                                [_cells(row, topology) for row in result['rows']])
   title = html.escape(f'A plan for {topology.name}')
   note = ('Estimates of the traced step, and of the compiler; neither was ever compared with a '

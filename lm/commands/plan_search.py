@@ -18,9 +18,8 @@ from lm.parallel.rules import Axes, axes_of
 from lm.parallel.topology import Topology
 from lm.training.state import abstract_state
 from lm.training.step import train_step
+from pallas_kernels import chips
 
-KINDS = {'v4': 'TPU v4', 'v5e': 'TPU v5 lite', 'v5p': 'TPU v5', 'v6e': 'TPU v6 lite',
-         'tpu7x': 'TPU7x'}
 REMATS = ('none', 'qkv+attention+attention_out+mlp_in', 'dots', 'attention', 'full')
 LONG = 16384  # tokens from which a sequence may be cut over devices
 ROOM = 0.9  # of HBM: how well estimates agree with the compiler, lm/parallel/MEMORY.md shows
@@ -85,7 +84,7 @@ def trace(experiment: run.Experiment, topology: Topology) -> plan_program.Progra
     UserError: something does not divide.
   """
   sizes = experiment.mesh.sizes(num_devices(topology))
-  device = AbstractDevice(KINDS[topology.generation], None, 'tpu')
+  device = AbstractDevice(chips.KINDS[topology.generation], None, 'tpu')
   mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes),
                       abstract_device=device)
   settings, rules = experiment.train, experiment.rules.on(mesh)

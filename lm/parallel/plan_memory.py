@@ -21,7 +21,7 @@ _CHEAP = {'convert_element_type', 'broadcast_in_dim', 'iota', 'transpose', 'slic
 _ARRAYS = {'dot_general', 'pallas_call', 'gather', 'scatter-add', 'scatter_add', 'scatter', 'sort',
            'top_k', 'cumsum', 'argmax', 'concatenate', 'ragged_dot_general', 'ragged_dot', 'scan',
            'while', 'dynamic_update_slice'}
-SCATTER, DELAY = 1, 2  # products
+SCATTER, DELAY = 1, 2  # products later, of what is scattered, and of what results alone need
 WINDOWED_FROM = 8  # devices
 _PRODUCTS = {'dot_general', 'pallas_call', 'ragged_dot_general', 'ragged_dot'}
 
@@ -250,7 +250,7 @@ class _Analysis:
       if kind == 'all-gather' and op.outs[0] in births:
         births[op.outs[0]] = max((at for at in products if at < time), default=time)
       is_last = op.name == 'dot_general' and op not in needed
-      if kind == 'reduce-scatter' or (is_last and DELAY):
+      if kind == 'reduce-scatter' or is_last:
         until = later(time, DELAY if is_last else SCATTER)
         for root in set().union(*(roots.get(x, ()) for x in op.ins)):
           if root in births:
