@@ -21,7 +21,7 @@ from lm import main
 MODEL = {'gpt.GPTConfig.d_model': 256, 'gpt.GPTConfig.num_layers': 4, 'gpt.GPTConfig.num_heads': 8,
          'gpt.GPTConfig.d_ff': 1024, 'gpt.GPTConfig.scan_layers': True, 'VOCAB_SIZE': 4096,
          'SEQUENCE_LENGTH': 256, 'BATCH_SIZE': 16, 'loop.TrainConfig.tpu_options': (),
-         'mesh.MeshConfig.data': 1, 'mesh.MeshConfig.fsdp': 1}
+         'mesh.MeshConfig.data': 1, 'mesh.MeshConfig.fsdp': 1, 'gpt.GPTConfig.remat': "'full'"}
 ROW = '{:>8} {:>8} {:>14} {:>8} {:>14} {:>10}'
 
 

@@ -22,7 +22,7 @@ from lm.training.optimizers import AdamW
 FLAGS = {'gpt.GPTConfig.d_model': 256, 'gpt.GPTConfig.num_layers': 2, 'gpt.GPTConfig.num_heads': 2,
          'gpt.GPTConfig.d_ff': 512, 'gpt.GPTConfig.scan_layers': True, 'VOCAB_SIZE': 512,
          'mesh.MeshConfig.data': 4, 'SEQUENCE_LENGTH': 256, 'BATCH_SIZE': 16,
-         'loop.TrainConfig.tpu_options': ()}
+         'loop.TrainConfig.tpu_options': (), 'gpt.GPTConfig.remat': "'full'"}
 
 
 @pytest.fixture(scope='module')

@@ -15,7 +15,8 @@ from lm.parallel.topology import Topology
 
 FLAGS = {'gpt.GPTConfig.d_model': 256, 'gpt.GPTConfig.num_layers': 4, 'gpt.GPTConfig.num_heads': 2,
          'gpt.GPTConfig.d_ff': 512, 'gpt.GPTConfig.scan_layers': True, 'VOCAB_SIZE': 512,
-         'mesh.MeshConfig.data': 4, 'SEQUENCE_LENGTH': 256, 'BATCH_SIZE': 64}
+         'mesh.MeshConfig.data': 4, 'SEQUENCE_LENGTH': 256, 'BATCH_SIZE': 64,
+         'gpt.GPTConfig.remat': "'full'"}
 MATRICES = 4 * (4 * 256**2 + 3 * 256 * 512)  # elements in the blocks
 
 
