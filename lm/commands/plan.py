@@ -17,12 +17,13 @@ from typing import Any
 
 from lm import run
 from lm.commands import compile as compile_command
-from lm.commands.plan_search import Choice, Estimate, money, Search, seconds
+from lm.commands.plan_search import (Choice, currency, Estimate, money, num_devices, Search,
+                                     seconds)
 from lm.errors import UserError
 from lm.evaluation.report import STYLE
 from lm.parallel.topology import Topology
 
-HEADS = ('step s', 'HBM GiB', 'free GiB', 'money', 'compiled s', 'compiled GiB', 'way')
+HEADS = ('step s', 'HBM GiB', 'free GiB', currency(), 'compiled s', 'compiled GiB', 'way')
 
 
 def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[str, Any]:
@@ -46,12 +47,17 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
     tell(f'compiling {row["way"]}')
     path.write_text(gin_text(choice, experiment))
     row['compiled'] = _compiled(args, bindings, choice.of(experiment), topology, path)
+    if 'refused' in row['compiled']:
+      tell(row['compiled']['refused'])
   best = min(rows, key=_order)
+  if 'refused' in (best['compiled'] or {}):
+    raise UserError(f'the compiler refuses every way; the last word was: {best["compiled"]["refused"]}')
   choice = found[rows.index(best)][0]
-  path.write_text(gin_text(choice, experiment, _header(args, best, topology)))
+  report = f'{caption(experiment, topology, args.tokens)}\n{table(rows, topology)}'
+  path.write_text(gin_text(choice, experiment, _header(args, best, topology, report)))
   result = {'topology': topology.name, 'slices': topology.num_slices, 'rows': rows, 'best': best}
-  print(table(rows, topology))
-  print(f'the fastest: {path}')
+  print(report)
+  print(f'the fastest{"" if best["compiled"] else ", by the estimates"}: {path}')
   if args.run_dir:
     (directory / 'plan.json').write_text(json.dumps(result, indent=1) + '\n')
     (directory / 'plan.html').write_text(page(result, topology))
@@ -106,7 +112,7 @@ def gin_text(choice: Choice, experiment: run.Experiment, header: str = '') -> st
   return '\n'.join(lines)
 
 
-def _header(args, row, topology):
+def _header(args, row, topology, report):
   files = ' '.join(f'--gin_file={name}' for name in args.gin_file)
   figures = row['compiled'] or row
   low, high = figures['step_seconds']
@@ -114,10 +120,23 @@ def _header(args, row, topology):
   text = (f'Expected, by {by}: {low:.3f} to {high:.3f} s a step and '
           f'{figures["hbm_peak_bytes"] / 2**20:,.0f} MiB of '
           f'{topology.chip.hbm_bytes / 2**20:,.0f} on each device.')
-  wrapped = '\n'.join(f'# {line}' for line in textwrap.wrap(text, 100))
+  comment = lambda text: '\n'.join(f'# {line}'.rstrip() for line in text.splitlines())
+  wrapped = comment(textwrap.fill(text, 100))
   slices = f' --num_slices={topology.num_slices}' if topology.num_slices > 1 else ''
   return (f'# Written by\n#\n#   lm plan {files} --topology={topology.name}{slices} '
-          f'--compile={args.compile}\n#\n{wrapped}\n')
+          f'--compile={args.compile}\n#\n{wrapped}\n#\n{comment(report)}\n')
+
+
+def caption(experiment: run.Experiment, topology: Topology, tokens: float | None) -> str:
+  """What the table is of, and how to read it."""
+  train = experiment.train
+  step = train.batch_size * train.sequence_length
+  slices = f'{topology.num_slices} x ' if topology.num_slices > 1 else ''
+  return (f'{slices}{topology.name}, {num_devices(topology)} devices of '
+          f'{topology.chip.hbm_bytes / 2**30:.2f} GiB. Steps of {step:,} tokens; {HEADS[3]} are for '
+          f'{(tokens or train.num_steps * step) / 1e9:,.1f} billion.\n'
+          'No way below needs both more time and more memory of a device than another. Of two times '
+          'the first is of a\nstep that hides all communication, the other of one that hides none.')
 
 
 def table(rows: list[dict[str, Any]], topology: Topology) -> str:

@@ -22,7 +22,7 @@ from pallas_kernels import chips
 
 REMATS = ('none', 'qkv+attention+attention_out+mlp_in', 'dots', 'attention', 'full')
 LONG = 16384  # tokens from which a sequence may be cut over devices
-ROOM = 0.9  # of HBM: how well estimates agree with the compiler, lm/parallel/MEMORY.md shows
+ROOM = 0.9  # of HBM: how well estimates agree with the compiler, lm/parallel/PLAN.md shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +112,14 @@ def estimate(experiment: run.Experiment, topology: Topology) -> Estimate:
   program, sizes = trace(experiment, topology), experiment.mesh.sizes(num_devices(topology))
   cost = plan_cost.cost(program, sizes)
   return Estimate(sum(x.bytes for x in program.ins),
-                  int(plan_memory.lifetimes(program).peak()), cost.flops + cost.kernel_flops,
+                  int(plan_memory.lifetimes(program).peak()), cost.flops,
                   cost.bytes_by_axis(), cost.step_seconds(sizes, topology))
 
 
 def choices(experiment: run.Experiment, topology: Topology) -> Iterator[Choice]:
   """Ways that divide, and make sense: `tensor` within heads, `sequence` for long ones, `expert` for
-  mixtures, parameters sharded over all rows' devices or over some (ZeRO-3)."""
+  mixtures, parameters sharded over all rows' devices or over some (ZeRO-3), or where they are small
+  on each device, and the optimiser's state alone sharded (ZeRO-1)."""
   model, batch_size = experiment.model, experiment.train.batch_size
   heads, devices = model.num_heads, num_devices(topology) // topology.num_slices
   kv_heads = getattr(model, 'kv_heads', heads)
@@ -127,11 +128,11 @@ def choices(experiment: run.Experiment, topology: Topology) -> Iterator[Choice]:
   for tensor in (n for n in (1, 2, 4, 8) if kv_heads % n == 0 and devices % n == 0
                  and model.vocab_size % n == 0):
     for sequence in (n for n in lengths if devices % (tensor * n) == 0):
-      for expert in (n for n in (1, 2, 4, 8) if experts % n == 0
+      for expert in (n for n in (1, 2, 4, 8) if experts % n == 0 and tensor * n <= 8
                      and devices % (tensor * sequence * n) == 0):
         rest = devices // (tensor * sequence * expert)
         fixed = dict(slice=topology.num_slices, expert=expert, sequence=sequence, tensor=tensor)
-        for data, embed, opt_embed in _forms(rest, experts > 1):
+        for data, embed, opt_embed in _forms(rest, experts > 1, _is_small(experiment, topology)):
           mesh = MeshConfig(data=data, fsdp=rest // data, **fixed)
           rows = batch_size // (rest * expert * topology.num_slices)
           if batch_size % (rest * expert * topology.num_slices):
@@ -142,9 +143,15 @@ def choices(experiment: run.Experiment, topology: Topology) -> Iterator[Choice]:
                 yield Choice(mesh, embed, opt_embed, remat, parts)
 
 
-def _forms(rest: int, is_mixture: bool) -> Iterator[tuple[int, Axes, Axes]]:
+def _is_small(experiment: run.Experiment, topology: Topology) -> bool:
+  """Whether float32 parameters and gradients take at most half of a device."""
+  num_params = experiment.model.flops_per_token(experiment.train.sequence_length) / 6
+  return 8 * num_params < topology.chip.hbm_bytes / 2
+
+
+def _forms(rest: int, is_mixture: bool, is_small: bool) -> Iterator[tuple[int, Axes, Axes]]:
   """(data, embed, opt_embed): parameters in parts over all of the devices that share the rows, over
-  both directions of a network at once, or over some of them."""
+  both directions of a network at once, or over some of them, or whole."""
   side = 2**(rest.bit_length() // 2)
   if rest > 8 and rest % side == 0 and not is_mixture:
     yield side, ('data', 'fsdp'), None
@@ -153,6 +160,8 @@ def _forms(rest: int, is_mixture: bool) -> Iterator[tuple[int, Axes, Axes]]:
   for data in (2, 4, 8, 16):
     if rest % data == 0 and rest // data >= 4:
       yield data, 'fsdp', None
+  if is_small and rest > 1 and not is_mixture:
+    yield 1, None, 'fsdp'
 
 
 class Search:
@@ -163,9 +172,9 @@ class Search:
 
   def rough(self, choice: Choice) -> Estimate | None:
     """What a choice would need, from a trace with as many devices along `tensor`, `sequence` and
-    `expert`; None where something does not divide."""
-    whole = dataclasses.replace(choice, num_microbatches=1)
-    key = choice.remat, choice.mesh.tensor, choice.mesh.sequence, choice.mesh.expert
+    `expert`, and parameters as whole; None where something does not divide."""
+    whole, mesh = dataclasses.replace(choice, num_microbatches=1), choice.mesh
+    key = choice.remat, mesh.tensor, mesh.sequence, mesh.expert, choice.embed is None
     if key not in self.traced:
       self.traced[key] = whole, self._analysed(whole)
     reference, analysed = self.traced[key]
@@ -193,13 +202,14 @@ class Search:
       return x.bytes * more if sharded else x.bytes
 
     state = sum(map(size, program.ins))
-    params = state / 3  # Adam has two of each
+    params = state / (1 + 2 * shards(choice.embed, choice) / shards(choice.opt_embed or choice.embed,
+                                                                    choice))  # Adam has two of each
     step = lifetimes.peak(size) + (params if parts > 1 else 0)
     moved = [self._moved(x, reference, choice) for x in cost.collectives]
-    if choice.mesh.data > 1 and 'data' not in axes_of(choice.embed):
+    if choice.mesh.data > 1 and 'data' not in axes_of(choice.embed or choice.opt_embed):
       moved.append(Collective('all-reduce', int(params), parts, ('data',), False, ''))
     cost = dataclasses.replace(cost, collectives=moved)
-    return Estimate(int(state), int(step), cost.flops + cost.kernel_flops, cost.bytes_by_axis(),
+    return Estimate(int(state), int(step), cost.flops, cost.bytes_by_axis(),
                     cost.step_seconds(sizes, self.topology))
 
   def _moved(self, collective, reference, choice):
@@ -208,7 +218,7 @@ class Search:
     if not {'data', 'fsdp'} & set(collective.axes):
       return collective
     others = tuple(axis for axis in collective.axes if axis not in ('data', 'fsdp'))
-    axes, size = (*others, *axes_of(choice.embed)), collective.bytes
+    axes, size = (*others, *axes_of(choice.embed or choice.opt_embed)), collective.bytes
     if collective.op == 'reduce-scatter':
       parts = lambda axes, of: math.prod(getattr(of.mesh, axis) for axis in axes)
       size = size * (parts(collective.axes, reference) - 1) // max(1, parts(axes, choice) - 1)
@@ -268,6 +278,11 @@ def front(rows: Sequence[tuple[Choice, Estimate]]) -> list[tuple[Choice, Estimat
       kept.append((choice, result))
       least = result.peak_bytes
   return kept
+
+
+def currency() -> str:
+  """Of `money`."""
+  return json.loads(compile_report.PRICES.read_text())['currency']
 
 
 def money(result_seconds: float, tokens: int, training_tokens: float, topology: Topology

@@ -17,5 +17,5 @@ edit), `remedies.py` knows what would fit where the memory does not suffice.
 
 What `lm plan` says without compiling is read from a traced step: `plan_program.py` gives each array
 its sharding, `plan_memory.py` says when it is in memory, `plan_cost.py` adds up work and traffic.
-MEMORY.md compares the memory with the compiler's.
+PLAN.md compares the memory with the compiler's.
 """

@@ -34,7 +34,9 @@ def make(module: Module, facts: Mapping[str, Any], kernels: Mapping[str, int], t
   devices = math.prod(mesh.values())
   collectives = module.collectives(mesh)
   by_loop = module.estimated_cycles()
-  called = [(name, kernels.get(name), times) for name, _, times in module.kernels()]
+  # A kernel that is differentiated is called jvp_NAME_ in the module.
+  called = [(name, next((kernels[key] for key in kernels if key in name), None), times)
+            for name, _, times in module.kernels()]
   kernel_cycles = sum((cycles or 0) * times for name, cycles, times in called)
   network = sum(x.times * wire_seconds(x, mesh, topology) for x in collectives)
   model_flops, flops = facts['flops_per_token'] * facts['tokens'], module.flops()

@@ -1,39 +1,62 @@
 """Work and traffic of a traced program on one device, and seconds from the figures of its chip.
 
-PRODUCTS, KERNELS: shares of the data sheet's FLOP/s that compiled steps reach by the compiler's own
-estimates, of Llama 2 7B on v5e:16x16; TRAFFIC: how often its HBM bandwidth, since most traffic is
-hidden behind products.
+A fusion of the compiler (`plan_arrays.py`) takes the time of its products or of its traffic to and
+from HBM, whichever is longer; one without products also cycles for every vector of elements that
+goes through its registers. A kernel takes the time of its products, or of its other operations. The
+shares of the data sheet's figures, and those cycles, are fitted to what the compiler itself
+estimates of the steps in PLAN.md, none of which was ever timed on a chip.
 """
 from collections.abc import Iterator, Mapping
 import dataclasses
 
 from lm.parallel.compile_report import wire_seconds
 from lm.parallel.hlo import Collective
-from lm.parallel.plan_memory import live_ops
-from lm.parallel.plan_program import Op, Program
+from lm.parallel.plan_arrays import Arrays, Fusion
+from lm.parallel.plan_program import Program
 from lm.parallel.topology import Topology
 
-PRODUCTS, KERNELS, TRAFFIC = 0.9, 0.8, 2.0
+PRODUCTS, TRAFFIC = 0.95, 0.5  # of FLOP/s, and of HBM's bytes a second
+VECTOR, CYCLES = 1024, 8.0  # elements in a register of vectors, and cycles of a core for each
+KERNEL_PRODUCTS, KERNEL_VECTORS = 0.85, 4.5  # of FLOP/s, and vectors in a cycle
+CORES = {'v4': 2, 'v5p': 2}  # of a device; the compiler's cycles of a kernel are those of one
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """Of one fusion or kernel, in all its turns.
+
+  flops: of products.  traffic: bytes to and from HBM.  elements: of a fusion without products, the
+  most that it reads or writes of one array; of a kernel, all that other operations go through.
+  """
+  is_kernel: bool
+  flops: float
+  traffic: float
+  elements: float
+
+  def seconds(self, topology: Topology) -> float:
+    """On a chip of the topology."""
+    chip, cores = topology.chip, CORES.get(topology.generation, 1)
+    vectors = self.elements / VECTOR / chip.clock_hz
+    if self.is_kernel:
+      return max(self.flops * cores / (KERNEL_PRODUCTS * chip.peak_flops), vectors / KERNEL_VECTORS)
+    traffic = self.traffic / (TRAFFIC * chip.hbm_bandwidth) + CYCLES * vectors / cores
+    return max(self.flops / (PRODUCTS * chip.peak_flops), traffic)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one step on one device.
-
-  flops: of products; kernel_flops: within Pallas kernels.  traffic: bytes to and from HBM.
-  collectives: each with its bytes and turns.
-  """
-  flops: float
-  kernel_flops: float
-  traffic: float
+  """Of one step on one device: work, and collectives with their bytes and turns."""
+  work: list[Work]
   collectives: list[Collective]
+
+  @property
+  def flops(self) -> float:
+    """Of products, those in kernels too."""
+    return sum(x.flops for x in self.work)
 
   def step_seconds(self, mesh: Mapping[str, int], topology: Topology) -> tuple[float, float]:
     """If all communication is hidden behind computation, and if none is."""
-    chip = topology.chip
-    compute = (self.flops / (PRODUCTS * chip.peak_flops)
-               + self.kernel_flops / (KERNELS * chip.peak_flops)
-               + self.traffic / (TRAFFIC * chip.hbm_bandwidth))
+    compute = sum(x.seconds(topology) for x in self.work)
     network = sum(x.times * wire_seconds(x, mesh, topology) for x in self.collectives)
     return max(compute, network), compute + network
 
@@ -48,28 +71,28 @@ class Cost:
 
 def cost(program: Program, mesh: Mapping[str, int]) -> Cost:
   """Adds a program up."""
-  flops = kernel_flops = traffic = 0.0
-  collectives = []
-  for op, times in _all(program, [True] * len(program.outs), 1):
-    if op.name == 'pallas_call':
-      kernel_flops += times * op.flops
-    else:
-      flops += times * op.flops
-    if op.flops or op.name in ('gather', 'scatter-add', 'scatter_add', 'pallas_call', 'sort'):
-      traffic += times * sum(x.bytes for x in (*op.ins, *op.outs))
-    if op.moved:
-      kind, axes = op.moved
-      axes = tuple(axis for axis in axes if mesh.get(axis, 1) > 1)
+  work, collectives = [], []
+  for arrays, times in _levels(Arrays(program, [True] * len(program.outs)), 1):
+    work += [_work(fusion, times) for fusion in arrays.fusions()]
+    for op in arrays.ops:
+      axes = tuple(axis for axis in (op.moved or ((), ()))[1] if mesh.get(axis, 1) > 1)
       if axes:
-        collectives.append(Collective(kind, op.outs[0].bytes // op.parts, times, axes, False, ''))
-  return Cost(flops, kernel_flops, traffic, collectives)
+        size = op.outs[0].bytes // op.parts
+        collectives.append(Collective(op.moved[0], size, times, axes, False, ''))
+  return Cost(work, collectives)
 
 
-def _all(program: Program, used: list[bool], times: int) -> Iterator[tuple[Op, int]]:
-  """Every operation that is needed, and how often it runs."""
-  ops, live = live_ops(program, used)
-  for op in ops:
-    yield op, times
+def _work(fusion: Fusion, times: int) -> Work:
+  is_kernel, arrays = fusion.name == 'pallas_call', (*fusion.reads, *fusion.writes)
+  elements = (fusion.products[0].elements if is_kernel else 0 if fusion.products else
+              max((x.bytes / x.itemsize for x in arrays if x.itemsize), default=0))
+  return Work(is_kernel, times * sum(op.flops for op in fusion.products),
+              times * sum(x.bytes for x in arrays), times * elements)
+
+
+def _levels(arrays: Arrays, times: int) -> Iterator[tuple[Arrays, int]]:
+  """A program and the bodies of its loops, each with how often it runs."""
+  yield arrays, times
+  for op in arrays.ops:
     if op.name == 'scan':
-      inner = [True] * op.num_carry + [x in live for x in op.outs[op.num_carry:]]
-      yield from _all(op.body, inner, times * op.times)
+      yield from _levels(arrays.body(op), times * op.times)

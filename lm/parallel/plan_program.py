@@ -16,7 +16,8 @@ from lm.parallel.rules import axes_of
 Axes = tuple[str, ...]
 _COLLECTIVES = {'all_gather': 'all-gather', 'reduce_scatter': 'reduce-scatter',
                 'psum': 'all-reduce', 'pmax': 'all-reduce', 'psum_invariant': 'all-reduce',
-                'ppermute': 'collective-permute', 'all_to_all': 'all-to-all'}
+                'ppermute': 'collective-permute', 'all_to_all': 'all-to-all',
+                'ragged_all_to_all': 'ragged-all-to-all'}
 _WRAPPERS = ('jit', 'pjit', 'closed_call', 'core_call', 'remat', 'remat2', 'checkpoint',
              'custom_jvp_call', 'custom_vjp_call', 'custom_vjp_call_jaxpr', 'custom_lin')
 _ELEMENTWISE = ('add', 'add_any', 'sub', 'mul', 'div', 'select_n', 'convert_element_type', 'neg',
@@ -54,13 +55,15 @@ class Value:
 
 @dataclasses.dataclass(eq=False)
 class Op:
-  """An operation.  flops: of the part of a device in the traced mesh.  moved: (collective, axes)
-  of those that it is, of whose result a device keeps one of `parts`.  body: of a loop, of `times`
+  """An operation.  flops: of the part of a device in the traced mesh.  elements: of a kernel, that
+  all but its products go through.  moved: (collective, axes) of those that it is, of whose result a
+  device keeps one of `parts`.  body: of a loop, of `times`
   turns, behind whose `num_consts` inputs come `num_carry` that it carries."""
   name: str
   ins: list[Value]
   outs: list[Value]
   flops: float = 0.0
+  elements: float = 0.0
   moved: tuple[str, Axes] | None = None
   body: 'Program | None' = None
   times: int = 1
@@ -279,7 +282,7 @@ class _Reader:
     if name == 'dot_general':
       op.flops = self._dot(params, ins, outs[0])
     if name == 'pallas_call':
-      op.flops = _kernel_flops(params)
+      op.flops, op.elements = _kernel_work(params)
     if name.startswith('ragged_dot'):
       op.flops = 2.0 * math.prod(ins[0].shape) * outs[0].shape[-1] / self._parts(ins[0])
     if name in ('reduce_sum', 'reduce_max'):
@@ -309,26 +312,33 @@ class _Reader:
     return flops if out.is_part else flops / math.prod(self.mesh[a] for a in used | summed)
 
 
-def _kernel_flops(params) -> float:
-  """Of the products of a kernel, in every step of its grid."""
+def _kernel_work(params) -> tuple[float, float]:
+  """FLOPs of the products of a kernel and elements of its other results, in every step of its
+  grid."""
   steps = math.prod(size for size in params['grid_mapping'].grid if isinstance(size, int))
-  return float(steps * _products_in(params['jaxpr']))
+  flops, elements = _work_in(params['jaxpr'])
+  return float(steps * flops), float(steps * elements)
 
 
-def _products_in(jaxpr) -> float:
-  total = 0.0
+def _work_in(jaxpr) -> tuple[float, float]:
+  flops = elements = 0.0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == 'dot_general':
       (contracted, _), _ = eqn.params['dimension_numbers']
       size = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-      total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * size
-    elif eqn.primitive.name == 'cond':
-      total += max(_products_in(branch.jaxpr) for branch in eqn.params['branches'])
+      flops += 2.0 * math.prod(eqn.outvars[0].aval.shape) * size
+      continue
+    if eqn.primitive.name == 'cond':
+      inner = [max(_work_in(branch.jaxpr) for branch in eqn.params['branches'])]
     else:
-      inner = sum(_products_in(getattr(x, 'jaxpr', x)) for x in core.jaxprs_in_params(
-          eqn.params))
-      total += inner * eqn.params.get('length', 1)
-  return total
+      inner = [_work_in(getattr(x, 'jaxpr', x)) for x in core.jaxprs_in_params(eqn.params)]
+    if not inner:
+      elements += max(math.prod(getattr(x.aval, 'shape', ())) for x in (
+          *eqn.invars, *eqn.outvars)) if eqn.outvars else 0
+    turns = eqn.params.get('length', 1)
+    flops, elements = (total + turns * sum(part) for total, part in zip(
+        (flops, elements), zip(*inner or [(0.0, 0.0)])))
+  return flops, elements
 
 
 def _cut_of(spec, rank) -> tuple[Axes, ...]:
@@ -340,12 +350,19 @@ def _collective_cut(name, params, x, axes):
   cut = list(x.cut)
   if name == 'all_gather':
     i = params['all_gather_dimension']
+    if not params['tiled']:
+      return tuple(cut[:i] + [()] + cut[i:])
     cut[i] = tuple(a for a in cut[i] if a not in axes)
   elif name == 'reduce_scatter':
     i = params['scatter_dimension']
+    if not params['tiled']:
+      return tuple(cut[:i] + cut[i + 1:])
     cut[i] = (*cut[i], *axes)
   else:
     i, j = params['split_axis'], params['concat_axis']
+    if not params['tiled']:
+      del cut[i]
+      return tuple(cut[:j] + [()] + cut[j:])
     cut[j] = tuple(a for a in cut[j] if a not in axes)
     cut[i] = (*cut[i], *axes)
   return tuple(cut)
