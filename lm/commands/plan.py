@@ -51,7 +51,7 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
       tell(row['compiled']['refused'])
   best = min(rows, key=_order)
   if 'refused' in (best['compiled'] or {}):
-    raise UserError(f'the compiler refuses every way; the last word was: {best["compiled"]["refused"]}')
+    raise UserError(f'the compiler refuses every way: {best["compiled"]["refused"]}')
   choice = found[rows.index(best)][0]
   report = f'{caption(experiment, topology, args.tokens)}\n{table(rows, topology)}'
   path.write_text(gin_text(choice, experiment, _header(args, best, topology, report)))
@@ -132,11 +132,12 @@ def caption(experiment: run.Experiment, topology: Topology, tokens: float | None
   train = experiment.train
   step = train.batch_size * train.sequence_length
   slices = f'{topology.num_slices} x ' if topology.num_slices > 1 else ''
+  of = (tokens or train.num_steps * step) / 1e9
   return (f'{slices}{topology.name}, {num_devices(topology)} devices of '
-          f'{topology.chip.hbm_bytes / 2**30:.2f} GiB. Steps of {step:,} tokens; {HEADS[3]} are for '
-          f'{(tokens or train.num_steps * step) / 1e9:,.1f} billion.\n'
-          'No way below needs both more time and more memory of a device than another. Of two times '
-          'the first is of a\nstep that hides all communication, the other of one that hides none.')
+          f'{topology.chip.hbm_bytes / 2**30:.2f} GiB. Steps of {step:,} tokens; {HEADS[3]} are '
+          f'for {of:,.1f} billion.\nNo way below needs both more time and more memory of a device '
+          'than another. Of two times the\nfirst is of a step that hides all communication, the '
+          'other of one that hides none.')
 
 
 def table(rows: list[dict[str, Any]], topology: Topology) -> str:

@@ -202,8 +202,8 @@ class Search:
       return x.bytes * more if sharded else x.bytes
 
     state = sum(map(size, program.ins))
-    params = state / (1 + 2 * shards(choice.embed, choice) / shards(choice.opt_embed or choice.embed,
-                                                                    choice))  # Adam has two of each
+    of_adam = 2 * shards(choice.embed, choice) / shards(choice.opt_embed or choice.embed, choice)
+    params = state / (1 + of_adam)
     step = lifetimes.peak(size) + (params if parts > 1 else 0)
     moved = [self._moved(x, reference, choice) for x in cost.collectives]
     if choice.mesh.data > 1 and 'data' not in axes_of(choice.embed or choice.opt_embed):
