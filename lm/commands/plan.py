@@ -23,7 +23,7 @@ from lm.errors import UserError
 from lm.evaluation.report import STYLE
 from lm.parallel.topology import Topology
 
-HEADS = ('step s', 'HBM GiB', 'free GiB', currency(), 'compiled s', 'compiled GiB', 'way')
+HEADS = ('step s', 'MFU %', 'HBM GiB', 'free GiB', currency(), 'compiled s', 'compiled GiB', 'way')
 
 
 def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[str, Any]:
@@ -68,7 +68,9 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
 def _row(choice: Choice, result: Estimate, experiment, topology, tokens) -> dict[str, Any]:
   train = experiment.train
   step = train.batch_size * train.sequence_length
-  return {'way': choice.text(), 'choice': dataclasses.asdict(choice),
+  flops = step * experiment.model.flops_per_token(train.sequence_length)
+  most = num_devices(topology) * topology.chip.peak_flops * seconds(result)
+  return {'way': choice.text(), 'choice': dataclasses.asdict(choice), 'mfu': flops / most,
           'hbm_peak_bytes': result.peak_bytes, 'step_seconds': list(result.step_seconds),
           'collective_bytes': dict(result.collective_bytes),
           'money': money(seconds(result), step, tokens or train.num_steps * step, topology),
@@ -134,19 +136,19 @@ def caption(experiment: run.Experiment, topology: Topology, tokens: float | None
   slices = f'{topology.num_slices} x ' if topology.num_slices > 1 else ''
   of = (tokens or train.num_steps * step) / 1e9
   return (f'{slices}{topology.name}, {num_devices(topology)} devices of '
-          f'{topology.chip.hbm_bytes / 2**30:.2f} GiB. Steps of {step:,} tokens; {HEADS[3]} are '
+          f'{topology.chip.hbm_bytes / 2**30:.2f} GiB. Steps of {step:,} tokens; {currency()} are '
           f'for {of:,.1f} billion.\nNo way below needs both more time and more memory of a device '
           'than another. Of two times the\nfirst is of a step that hides all communication, the '
-          'other of one that hides none.')
+          f'other of one that hides none;\nMFU and {currency()} are halfway between.')
 
 
 def table(rows: list[dict[str, Any]], topology: Topology) -> str:
   """The ways that no other beats, the fastest first: estimates, and what the compiler says."""
-  lines = [HEADS]
-  lines += [_cells(row, topology) for row in rows]
-  widths = [max(map(len, column)) for column in zip(*lines)]
-  return '\n'.join('  '.join(cell.rjust(width) if i < 6 else cell for i, (cell, width) in
-                             enumerate(zip(line, widths))) for line in lines)
+  columns = zip(HEADS, *[_cells(row, topology) for row in rows])
+  columns = [column for column in columns if any(column[1:])]  # none is compiled, or has a price
+  widths = [max(map(len, column)) for column in columns]
+  return '\n'.join('  '.join(cell if cell is line[-1] else cell.rjust(width)
+                             for cell, width in zip(line, widths)) for line in zip(*columns))
 
 
 def _cells(row, topology):
@@ -154,7 +156,7 @@ def _cells(row, topology):
   span = lambda pair: f'{pair[0]:.3f}-{pair[1]:.3f}'
   is_known = 'step_seconds' in compiled
   peak = compiled['hbm_peak_bytes'] if is_known else row['hbm_peak_bytes']
-  return (span(row['step_seconds']), gib(row['hbm_peak_bytes']),
+  return (span(row['step_seconds']), f'{100 * row["mfu"]:.1f}', gib(row['hbm_peak_bytes']),
           gib(topology.chip.hbm_bytes - peak), f'{row["money"]:,.0f}' if row['money'] else '',
           span(compiled['step_seconds']) if is_known else 'refused' if compiled else '',
           gib(peak) if is_known else '', row['way'])

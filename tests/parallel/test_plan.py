@@ -45,14 +45,21 @@ def test_the_table_has_every_point():
   assert list(plan_table.read()) == [point.cells() for point in plan_table.POINTS]
 
 
+def test_the_table_keeps_what_it_says():
+  """Memory within a tenth, time within a quarter, in at least 20 rows."""
+  rows = plan_table.read()
+  assert len(rows) >= 20
+  for names, (compiled, estimated) in rows.items():
+    assert abs(estimated.mib / compiled.mib - 1) <= 0.1, names
+    assert abs(estimated.milliseconds / compiled.milliseconds - 1) <= 0.25, names
+
+
 @pytest.mark.parametrize('point', [
-    pytest.param(point, id=' '.join(point.cells())) for point in plan_table.POINTS])
-def test_estimates_of_today_are_near_what_the_compiler_said(point):
-  """Memory within a tenth, time within a quarter; the table shows what they are."""
-  compiled, stored = plan_table.read()[point.cells()]
+    pytest.param(point, id=' '.join(point.cells()), marks=pytest.mark.slow if i % 3 else ())
+    for i, point in enumerate(plan_table.POINTS)])
+def test_estimates_of_today_are_those_of_the_table(point):
+  _, stored = plan_table.read()[point.cells()]
   estimated = point.estimated()
-  assert abs(estimated.mib / compiled.mib - 1) <= 0.1
-  assert abs(estimated.milliseconds / compiled.milliseconds - 1) <= 0.25
   assert estimated.mib == pytest.approx(stored.mib, abs=1)
   assert estimated.milliseconds == pytest.approx(stored.milliseconds, rel=0.01, abs=0.1)
 
