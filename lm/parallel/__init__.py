@@ -16,6 +16,7 @@ compiled program, `compile_report.py` adds it up in time and money (`prices.json
 edit), `remedies.py` knows what would fit where the memory does not suffice.
 
 What `lm plan` says without compiling is read from a traced step: `plan_program.py` gives each array
-its sharding, `plan_memory.py` says when it is in memory, `plan_cost.py` adds up work and traffic.
-PLAN.md compares the memory with the compiler's.
+its sharding, `plan_arrays.py` finds which are in memory and what is computed at once,
+`plan_memory.py` says from when to when, `plan_cost.py` adds up work and traffic. PLAN.md compares
+memory and time with the compiler's.
 """
