@@ -5,7 +5,7 @@ the bundles that it scheduled, bandwidths from data sheets. Hence ranges. Where 
 no cycles (GPUs, CPUs), computing takes at least what products or memory take at the data sheet's
 rates, and at most both.
 """
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import json
 import math
 import pathlib
@@ -34,8 +34,7 @@ def make(module: Module, facts: Mapping[str, Any], kernels: Mapping[str, int], t
   devices = math.prod(mesh.values())
   collectives = module.collectives(mesh)
   by_loop = module.estimated_cycles()
-  # A kernel that is differentiated is called jvp_NAME_ in the module.
-  called = [(name, next((kernels[key] for key in kernels if key in name), None), times)
+  called = [(name, kernels.get(kernel_of(name, kernels)), times)
             for name, _, times in module.kernels()]
   kernel_cycles = sum((cycles or 0) * times for name, cycles, times in called)
   network = sum(x.times * wire_seconds(x, mesh, topology) for x in collectives)
@@ -73,6 +72,11 @@ def make(module: Module, facts: Mapping[str, Any], kernels: Mapping[str, int], t
       **{key: facts[key] for key in ('trace_seconds', 'compile_seconds') if key in facts},
   }
   return result | training(result, topology, num_tokens)
+
+
+def kernel_of(name: str, kernels: Iterable[str]) -> str | None:
+  """Which of some kernels a module calls; one that is differentiated is jvp_NAME_ there."""
+  return max((kernel for kernel in kernels if kernel in name), key=len, default=None)
 
 
 def memory(facts: Mapping[str, Any], activations: int) -> dict[str, int]:

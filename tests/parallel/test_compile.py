@@ -13,7 +13,7 @@ pytest.importorskip('libtpu')
 from lm import main, run
 from lm.data.tasks import TextTask
 from lm.models.gpt import GPTConfig
-from lm.parallel import remedies
+from lm.parallel import compile_report, remedies
 from lm.parallel.rules import Rules
 from lm.parallel.topology import Topology
 from lm.training.loop import TrainConfig
@@ -69,6 +69,13 @@ def test_of_two_slices_only_the_sums_of_gradients_cross_and_once(tmp_path):
   assert all(x['axes'] == ['slice'] and x['op'] == 'all-reduce' for x in crossing)
   of_a_chip = result['parameters'] / 4 * 4  # float32 gradients over four chips of a slice
   assert of_a_chip <= sum(x['bytes'] * x['times'] for x in crossing) < 1.1 * of_a_chip
+
+
+def test_a_differentiated_kernel_is_the_one_of_its_name():
+  kernels = {'grouped_matmul': 1, 'grouped_matmul_weights': 2}
+  assert compile_report.kernel_of('jvp_grouped_matmul_', kernels) == 'grouped_matmul'
+  assert compile_report.kernel_of('grouped_matmul_weights', kernels) == 'grouped_matmul_weights'
+  assert compile_report.kernel_of('flash_attention_forward', kernels) is None
 
 
 def test_kernels_loops_and_floating_point_operations_are_counted(report):
