@@ -119,12 +119,14 @@ class Stack(nn.Module):
     kept = jax.random.bernoulli(drop_rng, 1 - self.drop_rate, (self.num_layers,)) if drop else None
     layers = params, *per_layer, kept
     if self._has_stages and self._fills_stages(x, (layer_rows, *layers)):
-      x, outputs = pipeline.run(self._scan, self.rules, x, rows, shared, layer_rows, layers)
+      x, outputs = pipeline.run(self._apply, self._rematerialised, self.rules, x, rows, shared,
+                                layer_rows, layers)
       return x, outputs if self.scan else self._each(outputs)
     if self.scan:
       return self._scan(self.rules, x, rows, shared, layer_rows, layers)
 
-    apply, outputs = jax.jit(self._apply(self.rules)), []  # traced and lowered once for all layers
+    apply = jax.jit(self._rematerialised(self._apply(self.rules)))  # traced once for all layers
+    outputs = []
     for own_rows, *own in zip(self._each(layer_rows), *map(self._each, layers)):
       x, output = apply(x, rows, shared, own_rows, tuple(own))
       outputs.append(output)
@@ -157,10 +159,13 @@ class Stack(nn.Module):
       y, output = block.apply({'params': params}, x, rows, shared, own_rows, tuple(own))
       return y if kept is None else jax.tree.map(functools.partial(jnp.where, kept), y, x), output
 
+    return apply
+
+  def _rematerialised(self, apply):
     if self.remat == 'none':
       return apply
     return jax.checkpoint(apply, policy=policy(self.remat), prevent_cse=not self.is_uniform)
 
   def _scan(self, rules, x, rows, shared, layer_rows, layers):
-    apply = self._apply(rules)
+    apply = self._rematerialised(self._apply(rules))
     return jax.lax.scan(lambda x, one: apply(x, rows, shared, *one), x, (layer_rows, layers))

@@ -101,13 +101,14 @@ def _nearest(fits, size):
                                       *[n for n in fits if n > size][:1]))
 
 
-def run(layers: Callable, rules: Rules, x: Any, rows: Any, shared: Any, layer_rows: Any,
-        per_layer: Any) -> tuple[Any, Any]:
+def run(layer: Callable, rematerialised: Callable, rules: Rules, x: Any, rows: Any, shared: Any,
+        layer_rows: Any, per_layer: Any) -> tuple[Any, Any]:
   """Takes x through all layers.
 
   Args:
-    layers: called as `layers(rules, x, rows, shared, layer_rows, per_layer) -> (x, outputs)` for
-      the layers of a group, inside `jax.shard_map` over mesh axes that `rules` do not have there.
+    layer: `layer(rules)` is called as `(x, rows, shared, layer_rows, per_layer) -> (x, output)`
+      inside `jax.shard_map` over mesh axes that `rules` do not have there.
+    rematerialised: makes of a function of one layer another that keeps less for its gradient.
     x, rows: leaves [B, ...].
     shared: leaves without rows.
     layer_rows: leaves [L, B, ...].
@@ -124,7 +125,7 @@ def run(layers: Callable, rules: Rules, x: Any, rows: Any, shared: Any, layer_ro
   P, stage, part = PartitionSpec, cut.stage, cut.parts
   of_layer = P(stage, None, None, part)
   x, sums, outputs = jax.shard_map(
-      lambda *args: _stage(layers, rules.inside(cut.manual), plan, cut, *args),
+      lambda *args: _stage(layer(rules.inside(cut.manual)), rematerialised, plan, cut, *args),
       mesh=rules.mesh, axis_names=cut.manual, check_vma=False,
       in_specs=((P(stage), P(part)), P(stage, None, part), P(None, None, part), P(), of_layer,
                 P(stage)),
@@ -136,7 +137,7 @@ def run(layers: Callable, rules: Rules, x: Any, rows: Any, shared: Any, layer_ro
   return jax.tree.map(cut.join, x), jax.tree.map(merge, sums, outputs, is_leaf=lambda a: a is None)
 
 
-def _stage(layers, rules, plan, cut, place, x, rows, shared, layer_rows, per_layer):
+def _stage(layer, rematerialised, plan, cut, place, x, rows, shared, layer_rows, per_layer):
   """All ticks of one stage.
 
   Returns:
@@ -147,6 +148,9 @@ def _stage(layers, rules, plan, cut, place, x, rows, shared, layer_rows, per_lay
   deal = functools.partial(_deal, plan, stage, cut.stage)
   grouped = lambda a: deal(a.reshape(R, -1, *a.shape[1:]))
   layer_rows, per_layer = jax.tree.map(grouped, (layer_rows, per_layer))
+  group_size = jax.tree.leaves(per_layer)[0].shape[1]
+  per_layer = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), per_layer)
+  values = jax.lax.stop_gradient(per_layer)
 
   def exchange(arrived, waiting, tick):
     """What this stage takes up: at stage 0, in the first turn of a team, a new microbatch, for
@@ -158,14 +162,24 @@ def _stage(layers, rules, plan, cut, place, x, rows, shared, layer_rows, per_lay
     return choose(new, arrived), jax.tree.map(lambda a, b: a.at[team].set(b), waiting, left)
 
   def work(carry, tick):
-    here, waiting = exchange(*carry, tick)
+    here, waiting = exchange(*carry[:2], tick)
     done = jnp.clip(tick - stage, 0, plan.microbatches * R - 1)
     team, turn, member = done // (R * S), done // S % R, done % S
     number = (team * S + member) * cut.num_parts + part
-    group = jax.tree.map(lambda a: _folded(a, number), _at(per_layer, turn))
     own = jax.tree.map(lambda a: a[:, member, team], _at(layer_rows, turn))
-    y, outputs = layers(rules, here, _at(_at(rows, member), team), shared, own, group)
-    return (cut.send(y, 1), waiting), outputs
+
+    @rematerialised
+    def one(carry, rows, shared, own_rows, place):
+      x, gradients = carry
+      own, gradients = _take(values, gradients, place)
+      x, output = layer(x, rows, shared, own_rows, jax.tree.map(lambda a: _folded(a, number), own))
+      return (x, gradients), output
+
+    places = turn * group_size + jnp.arange(group_size)
+    (y, gradients), outputs = jax.lax.scan(
+        lambda carry, of_layer: one(carry, _at(_at(rows, member), team), shared, *of_layer),
+        (here, carry[2]), (own, places))
+    return (cut.send(y, 1), waiting, gradients), outputs
 
   def own_ticks(a):  # [ticks, layers of a group, ...] -> [layers of the stage, S, K, ...]
     a = jax.lax.dynamic_slice_in_dim(a, stage, plan.microbatches * R)
@@ -173,8 +187,9 @@ def _stage(layers, rules, plan, cut, place, x, rows, shared, layer_rows, per_lay
     return deal(a, back=True).reshape(-1, *a.shape[2:])
 
   waiting = jax.tree.map(lambda a: a[0], x)
-  carry, outputs = jax.lax.scan(work, (_at(waiting, 0), waiting), jnp.arange(plan.ticks))
-  _, finished = exchange(*carry, plan.ticks)
+  carry, outputs = jax.lax.scan(work, (_at(waiting, 0), waiting, per_layer),
+                                jnp.arange(plan.ticks))
+  _, finished = exchange(*carry[:2], plan.ticks)
   finished = jax.tree.map(lambda a: jnp.roll(a, -1, 0)[None], finished)  # waited in the next team
   outputs = jax.tree.map(own_ticks, outputs)
   is_sum = lambda a: a.ndim == 3
@@ -205,9 +220,25 @@ def _at(tree, index):
   return jax.tree.map(one, tree)
 
 
+def _take(tree, gradients, place):
+  take = lambda a, b: _element(a, b, place) if jnp.issubdtype(a.dtype, jnp.inexact) else (a[place], b)
+  pairs = jax.tree.map(take, tree, gradients)
+  return jax.tree.transpose(jax.tree.structure(tree), None, pairs)
+
+
+@jax.custom_vjp
+def _element(whole, gradients, place):
+  """Element `place` of `whole`, whose gradient is added to that of `gradients`, which goes on."""
+  return jax.lax.dynamic_index_in_dim(whole, place, keepdims=False), gradients
+
+
+_element.defvjp(lambda *args: (_element(*args), args[2]),
+                lambda place, g: (None, g[1].at[place].add(g[0]), None))
+
+
 def _folded(a, number):
   is_key = jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)
-  return jax.vmap(jax.random.fold_in, (0, None))(a, number) if is_key else a
+  return jax.random.fold_in(a, number) if is_key else a
 
 
 class _Cut:
