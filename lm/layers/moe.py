@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from lm.layers.linear import Linear, normal
 from lm.layers.mlp import Activation, activate, is_gated
 from lm.parallel.exchange import ragged_all_to_all
-from lm.parallel.rules import Rules, axes_of, shard_map
+from lm.parallel.rules import Rules, axes_of, constrain, shard_map
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.matmul import matmul
 from pallas_kernels.platform import by_platform
@@ -105,7 +105,10 @@ class MoE(nn.Module):
         token_weights_BT > 0)
     router = Linear((self.d_model,), (cfg.num_experts,), ('embed', None), self.std, name='router')
     # bfloat16 routers diverge (Switch, section 2.4).
-    logits = checkpoint_name(router(x_BTD.astype(jnp.float32)), 'mlp_in')
+    # Each device routes its part of the length: for the router's gradient, x is gathered otherwise.
+    x_router = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed').astype(jnp.float32)
+    logits = constrain(router(x_router), self.rules, 'batch', 'act_length', None)
+    logits = checkpoint_name(logits, 'mlp_in')
     gates, experts = jax.lax.top_k(jax.nn.softmax(logits), cfg.num_selected)
     gates = gates / gates.sum(-1, keepdims=True) if cfg.normalize_weights else gates
 

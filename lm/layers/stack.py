@@ -18,7 +18,10 @@ from lm.parallel.rules import Rules
 # 'none', 'full', 'dots', or names of NAMED with + between them; one with @host is kept there.
 Remat = str
 POLICIES = {'full': jax.checkpoint_policies.nothing_saveable,
-            'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+            'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            'none': lambda primitive, *_, **__: primitive.name not in COPIES}
+# In a pipeline 'none' makes these again, or each of its ticks would keep a copy of its parameters.
+COPIES = ('convert_element_type', 'dynamic_slice', 'reshape', 'squeeze', 'transpose')
 # What blocks name: queries, keys and values; what the attention kernel returns, and its projection;
 # the feed-forward layer before its activation, and its result.
 NAMED = ('qkv', 'attention', 'attention_out', 'mlp_in', 'mlp_out')
@@ -162,7 +165,7 @@ class Stack(nn.Module):
     return apply
 
   def _rematerialised(self, apply):
-    if self.remat == 'none':
+    if self.remat == 'none' and not self._has_stages:
       return apply
     return jax.checkpoint(apply, policy=policy(self.remat), prevent_cse=not self.is_uniform)
 

@@ -124,14 +124,15 @@ def run(layer: Callable, rematerialised: Callable, rules: Rules, x: Any, rows: A
   split = functools.partial(cut.split, num_teams=plan.teams)
   P, stage, part = PartitionSpec, cut.stage, cut.parts
   of_layer = P(stage, None, None, part)
+  copies = lambda a: jnp.broadcast_to(a, (cut.num_parts, *a.shape))
   x, sums, outputs = jax.shard_map(
       lambda *args: _stage(layer(rules.inside(cut.manual)), rematerialised, plan, cut, *args),
       mesh=rules.mesh, axis_names=cut.manual, check_vma=False,
       in_specs=((P(stage), P(part)), P(stage, None, part), P(None, None, part), P(), of_layer,
-                P(stage)),
+                P(part, stage)),
       out_specs=(P(stage, None, part), P(stage), of_layer),
   )((jnp.arange(plan.stages), jnp.arange(cut.num_parts)), *jax.tree.map(split, (x, rows)), shared,
-    jax.tree.map(jax.vmap(split), layer_rows), per_layer)
+    jax.tree.map(jax.vmap(split), layer_rows), jax.tree.map(copies, per_layer))
   outputs = jax.tree.map(jax.vmap(cut.join), outputs)
   merge = lambda total, output: output if total is None else total
   return jax.tree.map(cut.join, x), jax.tree.map(merge, sums, outputs, is_leaf=lambda a: a is None)
@@ -145,6 +146,7 @@ def _stage(layer, rematerialised, plan, cut, place, x, rows, shared, layer_rows,
   """
   S, R, K = plan.stages, plan.turns, plan.teams
   stage, part = (index[0] for index in place)
+  per_layer = jax.tree.map(lambda a: a[0], per_layer)
   deal = functools.partial(_deal, plan, stage, cut.stage)
   grouped = lambda a: deal(a.reshape(R, -1, *a.shape[1:]))
   layer_rows, per_layer = jax.tree.map(grouped, (layer_rows, per_layer))
@@ -221,8 +223,8 @@ def _at(tree, index):
 
 
 def _take(tree, gradients, place):
-  take = lambda a, b: _element(a, b, place) if jnp.issubdtype(a.dtype, jnp.inexact) else (a[place], b)
-  pairs = jax.tree.map(take, tree, gradients)
+  pairs = jax.tree.map(lambda a, b: (_element(a, b, place) if jnp.issubdtype(a.dtype, jnp.inexact)
+                                     else (a[place], b)), tree, gradients)
   return jax.tree.transpose(jax.tree.structure(tree), None, pairs)
 
 
@@ -252,7 +254,8 @@ class _Cut:
 
   def __init__(self, rules: Rules):
     self.stage, self.shape, rows = axes_of(rules.layers), rules.mesh.shape, axes_of(rules.batch)
-    cuts_else = {axis for name in rules.names() if name not in ('batch', 'layers', 'opt_embed')
+    cuts_else = {axis for name in rules.names()
+                 if name not in ('batch', 'embed', 'layers', 'opt_embed')
                  for axis in axes_of(getattr(rules, name))}
     self.parts = tuple(axis for axis in rows if axis not in cuts_else.union(self.stage))
     self.manual = {*self.stage, *self.parts, *(axis for axis, n in self.shape.items() if n == 1)}
