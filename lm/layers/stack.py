@@ -19,9 +19,7 @@ from lm.parallel.rules import Rules
 Remat = str
 POLICIES = {'full': jax.checkpoint_policies.nothing_saveable,
             'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            'none': lambda primitive, *_, **__: primitive.name not in COPIES}
-# In a pipeline 'none' makes these again, or each of its ticks would keep a copy of its parameters.
-COPIES = ('convert_element_type', 'dynamic_slice', 'reshape', 'squeeze', 'transpose')
+            'none': pipeline.all_but_parameters}
 # What blocks name: queries, keys and values; what the attention kernel returns, and its projection;
 # the feed-forward layer before its activation, and its result.
 NAMED = ('qkv', 'attention', 'attention_out', 'mlp_in', 'mlp_out')

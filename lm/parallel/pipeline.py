@@ -228,14 +228,34 @@ def _take(tree, gradients, place):
   return jax.tree.transpose(jax.tree.structure(tree), None, pairs)
 
 
-@jax.custom_vjp
-def _element(whole, gradients, place):
-  """Element `place` of `whole`, whose gradient is added to that of `gradients`, which goes on."""
+def _pick(whole, gradients, place):
   return jax.lax.dynamic_index_in_dim(whole, place, keepdims=False), gradients
 
 
-_element.defvjp(lambda *args: (_element(*args), args[2]),
-                lambda place, g: (None, g[1].at[place].add(g[0]), None))
+@jax.custom_jvp
+def _element(whole, gradients, place):
+  """Element `place` of `whole`, whose gradient is added to that of `gradients`, which goes on.
+
+  So a loop has the sum of gradients in one place, and adds to one element of it. The gradient of
+  `whole` itself would be as large as all of it in each round, and 0 but for that element.
+  """
+  return _pick(whole, gradients, place)
+
+
+@_element.defjvp
+def _element_jvp(primals, tangents):
+  pick = lambda place, tangent: _pick(tangent, tangent, place)
+  add = lambda place, gradient: gradient[1].at[place].add(gradient[0])
+  return _pick(*primals), jax.custom_derivatives.linear_call(pick, add, primals[2], tangents[1])
+
+
+def all_but_parameters(primitive: Any, *_, **__) -> bool:
+  """What is kept of a layer that rematerialises nothing: else each tick kept its parameters.
+
+  It is the policy of a `jax.checkpoint`: what is only cast or moved is made again.
+  """
+  return primitive.name not in ('convert_element_type', 'dynamic_slice', 'reshape', 'squeeze',
+                                'transpose')
 
 
 def _folded(a, number):

@@ -1,11 +1,12 @@
 """A child of test_pipeline.py: stages of 8 host devices, of plain stacks and of the families with 4
 layers, as JSON.
 
-Arguments name the runs: 'stacks', 'restart', or FAMILY/MESH; without any, all are run.
+Arguments name the runs: a function of `main`, or FAMILY/MESH; without any, all are run.
 """
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 import tempfile
 
@@ -15,7 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import sharded_models as models
 
+from lm import main as main_lib
+from lm import run as run_lib
 from lm.errors import UserError
+from lm.inference.sampling import SamplingConfig
 from lm.layers.stack import Stack
 from lm.parallel import pipeline
 from lm.parallel.mesh import MeshConfig
@@ -99,31 +103,98 @@ def stacks():
   return found | {'ticks': plan.ticks, 'bubble': plan.bubble}
 
 
+class Product(nn.Module):
+  """x tanh(w), with far more elements in w than in x."""
+
+  @nn.compact
+  def __call__(self, x, rows, shared, own_rows, own):
+    del rows, shared, own_rows, own
+    shape = x.shape[-1:] * 2
+    return jnp.tanh(x @ self.param('w', nn.with_partitioning(nn.zeros, (None, None)), shape)), None
+
+
+def memory():
+  """Bytes that a device needs for gradients beyond its arguments and results, for one part of the
+  rows in each stage and for eight, and those of a layer's parameters."""
+  D, L, rows, needed = 64, 8, 64, {}
+  params = {'layers': {'w': jnp.zeros((L, D, D))}}
+  for remat in 'full', 'none':
+    for microbatches in 2, 16:
+      rules = Rules(pipeline_turns=2, pipeline_microbatches=microbatches).on(
+          MeshConfig(data=4, stage=2).build())
+      one = Stack(lambda _: Product(parent=None), L, True, remat, 0.0, rules)
+      loss = lambda params, x, one=one: one.apply({'params': params}, x, None, None, None, ())[
+          0].sum()
+      compiled = jax.jit(jax.grad(loss)).lower(params, jnp.zeros((rows, D))).compile()
+      needed[f'{remat} {microbatches}'] = compiled.memory_analysis().temp_size_in_bytes
+  return needed | {'layer': 4 * D * D}
+
+
+def gathers():
+  """All-gathers of a step in a pipeline's ticks, and before them, where devices of a stage share
+  its parameters."""
+  step, abstract, features = models.lowered('gpt', models.rules_of('stage fsdp'))
+  program = step.lower(abstract, features).compile().as_text()
+  names = re.findall(r' all-gather(?:-start)?\(.*op_name="([^"]*/blocks/[^"]*)"', program)
+  ticks = [name for name in names if 'blocks/shard_map/while' in name]
+  return {'ticks': len(ticks), 'before': len(names) - len(ticks)}
+
+
 def restart():
-  """The losses of two steps in stages, and of the second one on another mesh."""
-  losses = []
-  with tempfile.TemporaryDirectory() as folder:
-    for axes in MESHES['stage 2'][0], dict(data=1, fsdp=8):
-      rules = Rules().on(MeshConfig(**axes).build())
-      step, abstract, _ = models.lowered('gpt', rules)
-      batch = jax.device_put(models.batch('gpt'), rules.sharding('batch'))
+  """The loss of a second step where the first was made, and on the meshes that go on with it."""
+  rules = {name: Rules().on(MeshConfig(**axes).build()) for name, axes in (
+      ('stage 2', MESHES['stage 2'][0]), ('stage 4', MESHES['stage 4'][0]),
+      ('fsdp 8', dict(data=1, fsdp=8)))}
+  programs = {name: models.lowered('gpt', of_mesh) for name, of_mesh in rules.items()}
+
+  def loss(name, state):
+    batch = jax.device_put(models.batch('gpt'), rules[name].sharding('batch'))
+    state, metrics = programs[name][0](state, batch)
+    return state, float(metrics['loss'])
+
+  losses = {}
+  for first, others in ('stage 2', ('stage 4', 'fsdp 8')), ('fsdp 8', ('stage 2',)):
+    state, losses[f'first of {first}'] = loss(first, models.start('gpt', programs[first][1]))
+    with tempfile.TemporaryDirectory() as folder:
       saver = Checkpointer(pathlib.Path(folder))
-      if losses:
-        state = saver.restore(abstract)[1]
-      else:
-        state, metrics = step(models.start('gpt', abstract), batch)
-        losses.append(float(metrics['loss']))
-        saver.save(1, state, {})
-        saver.wait()
-      losses.append(float(step(state, batch)[1]['loss']))
+      saver.save(1, state, {})
+      saver.wait()
+      for other in others:
+        restored = saver.restore(programs[other][1])[1]
+        losses[f'{first} to {other}'] = loss(other, restored)[1]
       saver.close()
+    losses[f'second of {first}'] = loss(first, state)[1]
   return losses
 
 
+def commands():
+  """Bits a byte and a completion of a run that was trained in stages, there and on one device."""
+  with tempfile.TemporaryDirectory() as folder:
+    directory = pathlib.Path(folder)
+    for i in range(4):
+      (directory / f'{i}.txt').write_text(' '.join(['the of and to'] * 20 * (i + 1)))
+    status = main_lib.main([
+        'train', *(f'--gin_file=gin/{name}.gin' for name in (
+            'models/gpt_small_cpu', 'optim/adamw', 'objectives/causal_lm', 'runs/pretrain',
+            'mesh/pipeline')), f"--gin.FILES='{directory}/*.txt'", f"--gin.CACHE_DIR='{directory}'",
+        "--gin.vocabularies.VocabularyConfig.kind='byte'", '--gin.VOCAB_SIZE=259',
+        '--gin.gpt.GPTConfig.d_model=16', '--gin.gpt.GPTConfig.num_layers=2',
+        '--gin.gpt.GPTConfig.d_ff=16', '--gin.SEQUENCE_LENGTH=32', '--gin.BATCH_SIZE=16',
+        '--gin.NUM_STEPS=2', '--gin.loop.TrainConfig.eval_batches=1', f'--run_dir={directory}/run'])
+    run_dir = f'{directory}/run'
+    experiment = run_lib.open_experiment((), (), run_dir)
+    too_large = dataclasses.replace(experiment, mesh=MeshConfig(data=1, stage=16))
+    bits = [run_lib.evaluate(each, run_dir)[each.task.name]['bits_per_byte']
+            for each in (experiment, too_large)]
+    sampling = SamplingConfig(temperature=0, max_new_tokens=4)
+    completion, = run_lib.generate(experiment, run_dir, ['the of'], sampling)['completions']
+    return {'status': status, 'bits': bits, 'tokens': len(completion['tokens'])}
+
+
 def main():
-  names = sys.argv[1:] or ['stacks', 'restart'] + [
+  own = {function.__name__: function for function in (stacks, memory, gathers, restart, commands)}
+  names = sys.argv[1:] or list(own) + [
       f'{family}/{mesh}' for family in models.FAMILIES for mesh in MESHES]
-  own = {'stacks': stacks, 'restart': restart}
   found = {name: function() for name, function in own.items() if name in names}
   print(json.dumps(found | models.results([name for name in names if name not in own])))
 

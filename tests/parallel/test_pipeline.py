@@ -18,7 +18,8 @@ GOLDEN = {
 
 @pytest.fixture(scope='module')
 def quick(child_with_devices):
-  return types.MappingProxyType(child_with_devices(CHILD, 'stacks', 'restart', *QUICK))
+  return types.MappingProxyType(child_with_devices(
+      CHILD, 'stacks', 'memory', 'gathers', 'restart', 'commands', *QUICK))
 
 
 @pytest.mark.supports('precision and parallelism', 'pipeline stages, GPipe and circular')
@@ -32,6 +33,16 @@ def test_stages_send_to_neighbours_and_gather_no_parameter(quick, name):
   found, golden = quick[name]['collectives'], dict(zip(_COUNTED, GOLDEN[name]))
   assert found == {key: count for key, count in golden.items() if count}
   assert found['largest gathered'] < 4 * 16 * 2 * 2  # elements of the smallest kernel of 4 layers
+
+
+@pytest.mark.parametrize('remat', ['full', 'none'])
+def test_no_tick_keeps_the_parameters_of_its_layers(quick, remat):
+  found = quick['memory']
+  assert found[f'{remat} 16'] - found[f'{remat} 2'] < found['layer']
+
+
+def test_parameters_that_a_stage_shares_are_gathered_once_a_step(quick):
+  assert quick['gathers']['ticks'] == 0 < quick['gathers']['before']
 
 
 @pytest.mark.parametrize('name', ['gpipe', 'turns divide', 'stages divide', 'neither divides',
@@ -59,9 +70,19 @@ def test_what_does_not_divide_is_refused_with_the_nearest_that_does(quick, name,
   assert quick['stacks'][name] == sentence
 
 
-def test_a_run_in_stages_goes_on_without_them(quick):
-  first, second, elsewhere = quick['restart']
-  assert second < first and elsewhere == pytest.approx(second, rel=1e-6)
+@pytest.mark.parametrize('first, other', [('stage 2', 'fsdp 8'), ('stage 2', 'stage 4'),
+                                          ('fsdp 8', 'stage 2')])
+def test_a_run_goes_on_with_other_stages_and_without_any(quick, first, other):
+  losses = quick['restart']
+  assert losses[f'second of {first}'] < losses[f'first of {first}']
+  assert losses[f'{first} to {other}'] == pytest.approx(losses[f'second of {first}'], rel=1e-6)
+
+
+def test_what_was_trained_in_stages_is_evaluated_there_and_elsewhere_and_generates(quick):
+  found = quick['commands']
+  there, on_one_device = found['bits']
+  assert found['status'] == 0 and there == pytest.approx(on_one_device, rel=1e-5)
+  assert 0 < found['tokens'] <= 4
 
 
 @pytest.mark.slow
