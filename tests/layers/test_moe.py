@@ -121,6 +121,21 @@ def test_the_sorted_form_of_accelerators_is_the_form_of_the_cpu():
                (got[0], got[1][0], got[1][2]), (want[0], want[1][0], want[1][2]))
 
 
+def test_rows_of_one_expert_need_no_sort():
+  kernels = [parameters()[name][:1] for name in ('wi_0', 'wi_1', 'wo')]
+  has_come = jnp.arange(9)[:, None] < 6
+  x = jnp.where(has_come, np.random.default_rng(3).normal(size=(9, D)), 0).astype(jnp.float32)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def with_gradients(form):
+    run = lambda x, kernels: form('swiglu', x, jnp.where(has_come, 0, 1), has_come.astype(x.dtype),
+                                  kernels)
+    return run(x, kernels), jax.grad(lambda *args: (run(*args)**2).sum(), (0, 1))(x, kernels)
+
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3),
+               with_gradients(moe._in_order), with_gradients(moe._sorted))
+
+
 def test_tokens_beyond_the_capacity_get_nothing_and_depend_on_no_later_token():
   module = layer(num_selected=1, capacity_factor=1.0)  # 2 of 7 tokens an expert
   x = jnp.broadcast_to(inputs()[:, :1], (B, T, D))     # all want the same one
