@@ -179,7 +179,8 @@ def commands():
             'mesh/pipeline')), f"--gin.FILES='{directory}/*.txt'", f"--gin.CACHE_DIR='{directory}'",
         "--gin.vocabularies.VocabularyConfig.kind='byte'", '--gin.VOCAB_SIZE=259',
         '--gin.gpt.GPTConfig.d_model=16', '--gin.gpt.GPTConfig.num_layers=2',
-        '--gin.gpt.GPTConfig.d_ff=16', '--gin.SEQUENCE_LENGTH=32', '--gin.BATCH_SIZE=16',
+        "--gin.gpt.GPTConfig.dtype='float32'", '--gin.gpt.GPTConfig.d_ff=16',
+        '--gin.SEQUENCE_LENGTH=32', '--gin.BATCH_SIZE=16',
         '--gin.NUM_STEPS=2', '--gin.loop.TrainConfig.eval_batches=1', f'--run_dir={directory}/run'])
     run_dir = f'{directory}/run'
     experiment = run_lib.open_experiment((), (), run_dir)
