@@ -23,6 +23,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh
+import optax
 
 from lm import config, doctor
 from lm.data import objectives, vocabularies
@@ -44,7 +45,7 @@ from lm.parallel.mesh import MeshConfig
 from lm.parallel.rules import Rules, axes_of
 from lm.training import checkpoint, losses, meters, monitor
 from lm.training.loop import TrainConfig, Trainer
-from lm.training.optimizers import AdamW, Muon
+from lm.training.optimizers import Optimizer
 from lm.training.state import abstract_params
 
 
@@ -63,7 +64,7 @@ class Experiment:
   """
   task: TextTask | Mixture
   model: ModelConfig
-  optimizer: AdamW | Muon
+  optimizer: Optimizer
   train: TrainConfig
   objective: objectives.Objective = objectives.CausalLM()
   loss: losses.Prediction | losses.Contrastive = losses.Prediction()
@@ -81,6 +82,11 @@ class Experiment:
       if size > self.model.vocab_size:
         raise ValueError(f'the model has vocab_size={self.model.vocab_size} and the vocabulary '
                          f'{size} ids; bind both to VOCAB_SIZE')
+
+  def build_optimizer(self) -> optax.GradientTransformation:
+    """The optimiser of this run's length and of the model's width."""
+    width = getattr(self.model, 'width', 1.0)
+    return self.optimizer.build(self.train.num_steps, width)
 
   def bound_rules(self) -> Rules:
     """The rules on this machine's mesh."""
@@ -202,7 +208,7 @@ def _trainer(experiment: Experiment, prepared: Data, directory: pathlib.Path, ho
   loader = functools.partial(_loader, experiment, prepared)
   return Trainer(
       settings, experiment.model.build(rules), experiment.loss,
-      experiment.optimizer.build(settings.num_steps),
+      experiment.build_optimizer(),
       experiment.optimizer.schedule.build(settings.num_steps), rules,
       loader('train', settings.seed), loader('validation', 0), _data_digest(prepared.info),
       directory, experiment.model.flops_per_token(settings.sequence_length),
@@ -268,7 +274,7 @@ def check_invariants(experiment: Experiment) -> dict[str, Any]:
   settings = experiment.train
   prepared = experiment.task.prepare()
   return doctor.check(
-      experiment.model, experiment.optimizer.build(settings.num_steps), experiment.mesh.build(),
+      experiment.model, experiment.build_optimizer(), experiment.mesh.build(),
       experiment.rules, settings.sequence_length, settings.batch_size,
       _loader(experiment, prepared, 'train', settings.seed), settings.seed,
       objective=_objective(experiment, prepared), loss=experiment.loss)

@@ -45,7 +45,7 @@ NEVER = {
     'lm/corpus/*': ['jax', 'flax', 'lm.models', 'lm.layers', 'lm.training', 'lm.data'],
     'lm/data/*': ['jax', 'flax', 'lm.models', 'lm.layers', 'lm.training', 'lm.parallel'],
     'lm/training/losses.py': ['flax', 'lm.models', 'lm.layers', 'optax', 'lm.parallel'],
-    'lm/training/optimizers.py': ['flax', 'lm.models', 'lm.layers', 'lm.parallel'],
+    'lm/training/optimizers/*': ['flax', 'lm.models', 'lm.layers', 'lm.parallel'],
     'lm/training/*': ['lm.models', 'lm.layers', 'lm.corpus', 'lm.inference', 'lm.evaluation'],
     'lm/config*.py': ['jax', 'flax', 'tensorflow', 'lm.training', 'lm.models', 'lm.data'],
     'lm/errors.py': ['lm', 'jax', 'numpy'],

@@ -50,7 +50,7 @@ class Step:
     self.mesh = experiment.mesh.build(topology.devices())
     self.rules = experiment.rules_on(self.mesh)
     self.module = experiment.model.build(self.rules)
-    self.optimizer = experiment.optimizer.build(settings.num_steps)
+    self.optimizer = experiment.build_optimizer()
     self.state = abstract_state(self.module, self.optimizer, self.rules, settings.batch_size,
                                 settings.offload_optimizer)
     self.batch = abstract_batch(experiment, self.rules.sharding('batch'))

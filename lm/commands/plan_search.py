@@ -93,7 +93,7 @@ def trace(experiment: run.Experiment, topology: Topology) -> plan_program.Progra
     raise UserError(f'batch_size={settings.batch_size} does not divide into {rows} parts, of '
                     'devices and microbatches')
   module = experiment.model.build(rules)
-  optimizer = experiment.optimizer.build(settings.num_steps)
+  optimizer = experiment.build_optimizer()
   state = abstract_state(module, optimizer, rules, settings.batch_size, settings.offload_optimizer)
   batch = abstract_batch(experiment, rules.sharding('batch'))
   step = functools.partial(train_step, module, experiment.loss, optimizer,

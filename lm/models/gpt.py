@@ -55,6 +55,10 @@ class GPTConfig:
   scale_embeddings: by d_model**0.5 (Gemma).
   moe: experts in place of the feed-forward layer.
   init_std: standard deviation of initial weights; residual projections get it / sqrt(2 num_layers).
+  base_width: the d_model for which init_std and the learning rate were chosen: another d_model then
+    takes the same (muP, arXiv:2203.03466, table 8). Kernels start with init_std over the root of
+    d_model / base_width and learn slower by it, and the head's inputs are divided by it. Widen by
+    more heads, not larger ones, as `scaling.scaled` does. None: no such rule.
   dropout_rate: on the embedding and on both residual branches.
   attention_dropout_rate: on the probabilities of attention.
   layer_drop_rate: the probability that training leaves a layer out.
@@ -95,14 +99,16 @@ class GPTConfig:
   attention_dropout_rate: float = 0.0
   layer_drop_rate: float = 0.0
   init_std: float = 0.02
+  base_width: Optional[int] = None
   dtype: Literal['bfloat16', 'float32'] = 'bfloat16'
   attention_implementation: Implementation = None
   scan_layers: Optional[bool] = None
   remat: Remat = 'none'
 
   def __post_init__(self):
-    for name in ('vocab_size', 'max_length', 'd_model', 'num_layers', 'num_heads', 'd_ff'):
-      if getattr(self, name) < 1:
+    for name in ('vocab_size', 'max_length', 'd_model', 'num_layers', 'num_heads', 'd_ff',
+                 'base_width'):
+      if getattr(self, name) is not None and getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
     if self.d_head is None and self.d_model % self.num_heads:
       raise ValueError(f'd_model={self.d_model} is not divisible by num_heads={self.num_heads}; '
@@ -130,6 +136,11 @@ class GPTConfig:
   @property
   def head_dim(self) -> int:
     return self.d_model // self.num_heads if self.d_head is None else self.d_head
+
+  @property
+  def width(self) -> float:
+    """As a multiple of the base's."""
+    return self.d_model / self.base_width if self.base_width else 1.0
 
   @property
   def drops_branches(self) -> bool:
@@ -206,10 +217,11 @@ class Block(nn.Module):
     rotations, segment_ids, prefix, cache_length = rows
     rng, is_local = per_layer
     rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
-    out_std = cfg.init_std / (2 * cfg.num_layers)**0.5  # GPT-2: L blocks add 2L branches
+    std = cfg.init_std / cfg.width**0.5
+    out_std = std / (2 * cfg.num_layers)**0.5  # GPT-2: L blocks add 2L branches
     norm = functools.partial(Norm, cfg.norm, cfg.norm_epsilon, cfg.use_bias, cfg.norm_unit_offset)
     attention = Attention(
-        cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_dim, cfg.init_std, out_std, self.rules,
+        cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_dim, std, out_std, self.rules,
         use_bias=cfg.use_bias if cfg.qkv_bias is None else cfg.qkv_bias, out_bias=cfg.use_bias,
         window=cfg.window, scale=cfg.attention_scale, softcap=cfg.attention_softcap,
         qk_norm=norm if cfg.qk_norm else None, dropout_rate=cfg.attention_dropout_rate,
@@ -225,20 +237,20 @@ class Block(nn.Module):
       branch_BTD = norm(name='attention_branch_norm')(branch_BTD)
     x_BTD += linear.dropout(branch_BTD, cfg.dropout_rate, rngs[0])
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
-    branch_BTD, penalties = self._feed_forward(norm(name='mlp_norm')(x_BTD), segment_ids, out_std)
+    branch_BTD, penalties = self._feed_forward(norm(name='mlp_norm')(x_BTD), segment_ids, std, out_std)
     if cfg.branch_norm:
       branch_BTD = norm(name='mlp_branch_norm')(branch_BTD)
     x_BTD += linear.dropout(branch_BTD, cfg.dropout_rate, rngs[1])
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
     return x_BTD, (cache, penalties)
 
-  def _feed_forward(self, x_BTD, segment_ids, out_std):
+  def _feed_forward(self, x_BTD, segment_ids, std, out_std):
     cfg = self.config
     if cfg.moe is None:
-      mlp = MLP(cfg.d_model, cfg.d_ff, cfg.activation, cfg.use_bias, cfg.init_std, out_std,
-                self.rules, name='mlp')
+      mlp = MLP(cfg.d_model, cfg.d_ff, cfg.activation, cfg.use_bias, std, out_std, self.rules,
+                name='mlp')
       return mlp(x_BTD), {}
-    moe = MoE(cfg.moe, cfg.d_model, cfg.activation, cfg.init_std, out_std, self.rules, name='moe')
+    moe = MoE(cfg.moe, cfg.d_model, cfg.activation, std, out_std, self.rules, name='moe')
     weights = None if segment_ids is None else (segment_ids > 0).astype(jnp.float32)
     return moe(x_BTD, weights)
 
@@ -340,6 +352,8 @@ class GPT(nn.Module):
     penalties = jax.tree.map(lambda x: x.sum(0), penalties)
     cache = None if cache is None else Cache(length_B + T, layers)
     hidden_BTD = self.final_norm(x_BTD)
+    if cfg.width != 1:  # for the head
+      hidden_BTD /= jnp.asarray(cfg.width, hidden_BTD.dtype)
     return ring.unzigzag(hidden_BTD, self.rules) if is_zigzag else hidden_BTD, cache, penalties
 
   def _rotations(self, positions):

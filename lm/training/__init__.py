@@ -1,6 +1,6 @@
 """Logits in, better parameters out.
 
-`step.py` the pure train step; `state.py` its state; `losses.py`; `optimizers.py` and schedules;
+`step.py` the pure train step; `state.py` its state; `losses.py`; `optimizers/` and schedules;
 `loop.py` batches to checkpoints, with signals and restarts; `validation.py` metrics of held-out
 rows; `checkpoint.py` saves and restores (with `checkpoint_io.py`, arrays by Orbax, and
 `integrity.py`, digests); `monitor.py` metrics.jsonl, TensorBoard and the progress bar; `meters.py`

@@ -16,6 +16,7 @@ which costs a second or more; the first save or restore does.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import json
 import math
 import pathlib
@@ -24,9 +25,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+import jax
+
 from lm.errors import UserError
 from lm.parallel.distributed import Hosts
 from lm.training import checkpoint_io, integrity
+from lm.training.optimizers.averaging import schedule_free_average
 
 SAVING, DELETING, CORRUPT = 'saving-', 'deleting-', 'corrupt-'
 STATE, DESCRIPTION = 'state', 'checkpoint.json'
@@ -252,6 +256,8 @@ def restore_params(directory: str | pathlib.Path, abstract_params: Any = None,
                    ) -> tuple[int, Any]:
   """Loads the parameters alone, without knowing the optimiser, and changes nothing on the disk.
 
+  Where the optimiser keeps an average of them (`average_decay`, schedule-free), that is loaded.
+
   Args:
     directory: a run's `checkpoints`.
     abstract_params: the parameters' pytree with `jax.ShapeDtypeStruct` leaves, or None for nested
@@ -279,10 +285,24 @@ def restore_params(directory: str | pathlib.Path, abstract_params: Any = None,
     damage = integrity.find_damage(chosen)
     if damage is None:
       arrays = _read_description(chosen)['arrays']
-      return candidate, checkpoint_io.read(chosen / STATE, arrays, abstract_params, below='params')
+      return candidate, _evaluated(chosen / STATE, arrays, abstract_params)
     log(f'warning: the checkpoint of step {candidate} in {directory} is damaged ({damage})')
   raise UserError(f'no good checkpoint among {[step] if step is not None else steps} in '
                   f'{directory}; choose another step or train again with another --run_dir')
+
+
+def _evaluated(state: pathlib.Path, arrays: Mapping[str, Any], abstract_params: Any) -> Any:
+  """The parameters or, where the optimiser keeps an average of them, that."""
+  below = functools.partial(checkpoint_io.read, state, arrays, abstract_params)
+  kept = next(filter(None, (re.match('(opt_state/(?:.+/)?)(average|z)/', name)
+                            for name in arrays)), None)
+  if kept is None:
+    return below('params')
+  if kept[2] == 'average':
+    return below(f'{kept[1]}average')
+  b1 = {name: arrays[name] for name in [f'{kept[1]}b1']}
+  return schedule_free_average(below('params'), below(f'{kept[1]}z'),
+                               jax.tree.leaves(checkpoint_io.read(state, b1))[0])
 
 
 def _raise_unwritable(directory: pathlib.Path, error: OSError) -> NoReturn:

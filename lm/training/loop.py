@@ -22,6 +22,7 @@ from lm.parallel.distributed import Hosts
 from lm.parallel.rules import Rules, axes_of
 from lm.training import meters, monitor, watchdog
 from lm.training.checkpoint import Checkpointer, restore_params
+from lm.training.optimizers import evaluated
 from lm.training.state import TrainState, abstract_state, init_state
 from lm.training.step import Loss, jit_train_step
 from lm.training.validation import HeldOut
@@ -172,7 +173,7 @@ class Trainer:
     watch.beat(start + 1)
     # Where a signal asked to stop before it was.
     if self._due(start) and not self.hosts.ask_main('evaluated', lambda: self._evaluated(start)):
-      writer.write(start, 'validation', validate(start, state.params))
+      writer.write(start, 'validation', validate(start, evaluated(state.opt_state, state.params)))
     with _signals() as received, self.train_data.iterate(
         start, config.num_steps - start, rows.own) as batches:
       for step in range(start + 1, config.num_steps + 1):
@@ -229,7 +230,7 @@ class Trainer:
     last = step == config.num_steps
     metrics = None
     if last or (self._due(step) and not stopping):
-      metrics = validate(step, state.params)
+      metrics = validate(step, evaluated(state.opt_state, state.params))
       writer.write(step, 'validation', metrics)
       bar.note(f'step {step}: validation loss {metrics["loss"]:.4f}')
     if last or stopping or step % config.checkpoint_every == 0:

@@ -11,7 +11,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lm.errors import UserError
-from lm.parallel.rules import Rules
+from lm.parallel.rules import Rules, axes_of
+from lm.training.optimizers.paths import names_of
 
 
 @jax.tree_util.register_dataclass
@@ -39,9 +40,10 @@ def abstract_state(module: nn.Module, optimizer: optax.GradientTransformation, r
                    batch_size: int = 1, offload_optimizer: bool = False) -> TrainState:
   """Shapes, dtypes and shardings of the state, without computing any of it.
 
-  Optimiser state of a parameter's shape takes the parameter's sharding, but for `opt_embed` where
-  `embed` is replicated (ZeRO-1, arXiv:1910.02054); the rest is replicated, but for the
-  carry of `batch_size` rows. With `offload_optimizer` its arrays are in the memory of the
+  Optimiser state of a parameter's shape, or of as many axes or more (scales, preconditioners of
+  blocks), takes the parameter's sharding axis by axis, where the sizes divide, but for `opt_embed`
+  where `embed` is replicated (ZeRO-1, arXiv:1910.02054); the rest is replicated, but for the carry
+  of `batch_size` rows. With `offload_optimizer` its arrays are in the memory of the
   host.
 
   Raises:
@@ -115,21 +117,24 @@ def abstract_params(module: nn.Module, where: jax.Device | Rules) -> Any:
 
 
 def _like_params(opt_state: Any, params: Any, shardings: Any, otherwise: NamedSharding) -> Any:
-  """Gives each leaf of an optimiser's state the sharding of the parameter whose path ends its
-  own."""
-  by_path = {_names(path): (x.shape, sharding) for (path, x), sharding in
+  """Gives each leaf of an optimiser's state the sharding of the parameter whose path ends its own.
+
+  Its first axes are the parameter's, whole or in blocks; one that does not divide is replicated.
+  """
+  by_path = {names_of(path): (x.ndim, sharding) for (path, x), sharding in
              zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings))}
 
   def of(path, leaf):
-    names = _names(path)
+    names = names_of(path)
     found = [by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path]
-    return found[0][1] if found and found[0][0] == leaf.shape else otherwise
+    if not found or leaf.ndim < found[0][0]:
+      return otherwise
+    sharding = found[0][1]
+    fits = [axes if size % math.prod(sharding.mesh.shape[axis] for axis in axes_of(axes)) == 0
+            else None for size, axes in zip(leaf.shape, sharding.spec)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*fits))
 
   return jax.tree_util.tree_map_with_path(of, opt_state)
-
-
-def _names(path: tuple) -> tuple[str, ...]:
-  return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def init_state(module: nn.Module, optimizer: optax.GradientTransformation, rules: Rules,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lm.parallel.rules import Rules
+from lm.training.optimizers import sophia
 from lm.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -144,7 +145,14 @@ def train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransform
     value, more = jax.value_and_grad(loss.penalty)(state.params)
     grads = jax.tree.map(jnp.add, grads, more)
     means |= {'loss': means['loss'] + value, 'parameters': value}
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+
+  def sampled_gradient():  # for an optimiser that asks for it
+    sampled, rows = sophia.SampledLoss(jax.random.fold_in(rng, sophia.STREAM)), sophia.with_rows(batch)
+    found = _gradients(module, sampled, num_microbatches, state.params, rows, rng, state.carry)[0]
+    return found, sampled.weights(batch)['tokens']
+
+  updates, opt_state = optax.with_extra_args_support(optimizer).update(
+      grads, state.opt_state, state.params, sampled_gradient=sampled_gradient)
   params = optax.apply_updates(state.params, updates)
   means = means if len(means) > 2 else {'loss': means['loss']}
   metrics = {**means, 'grad_norm': optax.tree.norm(grads),

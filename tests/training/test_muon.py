@@ -7,7 +7,7 @@ import pytest
 
 from lm.parallel.mesh import MeshConfig
 from lm.parallel.rules import Rules
-from lm.training import muon
+from lm.training.optimizers import muon
 from lm.training.optimizers import AdamW, Muon, Schedule
 from lm.training.state import abstract_state
 
