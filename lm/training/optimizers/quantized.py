@@ -40,7 +40,8 @@ def quantize(x: jax.Array, signed: bool) -> Quantized:
   bins = jnp.left_shift(1, exponent + (0 if signed else 1))
   top = 10.0 ** (exponent - (DECADES - 1)).astype(jnp.float32)  # of this exponent's decade
   place = jnp.clip(jnp.floor((size / top - 0.1) / 0.9 * bins), 0, bins - 1).astype(jnp.int32)
-  codes = jnp.where(size < 10.0 ** -DECADES, 0, bins + place - (0 if signed else 1))
+  least = (_value(jnp.int32(0), signed) + _value(jnp.int32(1), signed)) / 2
+  codes = jnp.where(size < least, 0, bins + place - (0 if signed else 1))
   codes = jnp.where(blocks < 0, -codes, codes) if signed else codes
   return Quantized(codes.reshape(x.shape).astype(jnp.int8 if signed else jnp.uint8), scales)
 
