@@ -30,10 +30,11 @@ from lm.training.optimizers import AdamW, Schedule
 from lm.training.state import init_state
 from lm.training.step import train_step
 
-WIDTHS = 64, 128, 256, 512
-RATES = tuple(2.0**power for power in range(-11, -3))
-TEXT = b''.join(path.read_bytes() for path in sorted(pathlib.Path(lm.__file__).parent.rglob('*.py')))
-BATCH, LENGTH = 16, 64
+WIDTHS = 32, 64, 128, 256
+RATES = tuple(2.0**power for power in range(-9, -3))
+SOURCE = pathlib.Path(lm.__file__).parent
+TEXT = b''.join(path.read_bytes() for path in sorted(SOURCE.rglob('*.py')))
+BATCH, LENGTH = 8, 32
 
 
 def batch_of(step: int, seed: int) -> dict[str, np.ndarray]:
@@ -114,8 +115,8 @@ def check(out: pathlib.Path):
       moves = [Subject(width, base, 100).moved(2.0**-7, steps) for width in WIDTHS]
       slope = np.polyfit(np.log(WIDTHS), np.log(moves), 1)[0]
       curves[f'{name}, {steps} steps'] = moves
-      print(f'{name:6} {steps:3} steps: {" ".join(f"{x:8.4f}" for x in moves)}   ~ width^{slope:.2f}',
-            flush=True)
+      shown = ' '.join(f'{x:8.4f}' for x in moves)
+      print(f'{name:6} {steps:3} steps: {shown}   ~ width^{slope:.2f}', flush=True)
   draw(WIDTHS, curves, ('d_model', "change of the targets' logits"), out / 'coordinate_check.png')
 
 
@@ -140,7 +141,7 @@ def main():
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--out', type=pathlib.Path, required=True)
   parser.add_argument('--check', action='store_true', help='the coordinate check alone')
-  parser.add_argument('--steps', type=int, default=150)
+  parser.add_argument('--steps', type=int, default=60)
   parser.add_argument('--seeds', type=int, default=2)
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)

@@ -143,6 +143,11 @@ class GPTConfig:
     return self.d_model / self.base_width if self.base_width else 1.0
 
   @property
+  def kernel_std(self) -> float:
+    """Standard deviation of the blocks' initial kernels, but for residual projections."""
+    return self.init_std / self.width**0.5
+
+  @property
   def drops_branches(self) -> bool:
     """Whether layers drop out anything, and need a key each."""
     return bool(self.dropout_rate or self.attention_dropout_rate)
@@ -217,11 +222,10 @@ class Block(nn.Module):
     rotations, segment_ids, prefix, cache_length = rows
     rng, is_local = per_layer
     rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
-    std = cfg.init_std / cfg.width**0.5
-    out_std = std / (2 * cfg.num_layers)**0.5  # GPT-2: L blocks add 2L branches
+    out_std = cfg.kernel_std / (2 * cfg.num_layers)**0.5  # GPT-2: L blocks add 2L branches
     norm = functools.partial(Norm, cfg.norm, cfg.norm_epsilon, cfg.use_bias, cfg.norm_unit_offset)
     attention = Attention(
-        cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_dim, std, out_std, self.rules,
+        cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_dim, cfg.kernel_std, out_std, self.rules,
         use_bias=cfg.use_bias if cfg.qkv_bias is None else cfg.qkv_bias, out_bias=cfg.use_bias,
         window=cfg.window, scale=cfg.attention_scale, softcap=cfg.attention_softcap,
         qk_norm=norm if cfg.qk_norm else None, dropout_rate=cfg.attention_dropout_rate,
@@ -237,20 +241,21 @@ class Block(nn.Module):
       branch_BTD = norm(name='attention_branch_norm')(branch_BTD)
     x_BTD += linear.dropout(branch_BTD, cfg.dropout_rate, rngs[0])
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
-    branch_BTD, penalties = self._feed_forward(norm(name='mlp_norm')(x_BTD), segment_ids, std, out_std)
+    branch_BTD, penalties = self._feed_forward(norm(name='mlp_norm')(x_BTD), segment_ids, out_std)
     if cfg.branch_norm:
       branch_BTD = norm(name='mlp_branch_norm')(branch_BTD)
     x_BTD += linear.dropout(branch_BTD, cfg.dropout_rate, rngs[1])
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
     return x_BTD, (cache, penalties)
 
-  def _feed_forward(self, x_BTD, segment_ids, std, out_std):
+  def _feed_forward(self, x_BTD, segment_ids, out_std):
     cfg = self.config
     if cfg.moe is None:
-      mlp = MLP(cfg.d_model, cfg.d_ff, cfg.activation, cfg.use_bias, std, out_std, self.rules,
-                name='mlp')
+      mlp = MLP(cfg.d_model, cfg.d_ff, cfg.activation, cfg.use_bias, cfg.kernel_std, out_std,
+                self.rules, name='mlp')
       return mlp(x_BTD), {}
-    moe = MoE(cfg.moe, cfg.d_model, cfg.activation, std, out_std, self.rules, name='moe')
+    moe = MoE(cfg.moe, cfg.d_model, cfg.activation, cfg.kernel_std, out_std, self.rules,
+              name='moe')
     weights = None if segment_ids is None else (segment_ids > 0).astype(jnp.float32)
     return moe(x_BTD, weights)
 

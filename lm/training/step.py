@@ -147,8 +147,9 @@ def train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransform
     means |= {'loss': means['loss'] + value, 'parameters': value}
 
   def sampled_gradient():  # for an optimiser that asks for it
-    sampled, rows = sophia.SampledLoss(jax.random.fold_in(rng, sophia.STREAM)), sophia.with_rows(batch)
-    found = _gradients(module, sampled, num_microbatches, state.params, rows, rng, state.carry)[0]
+    sampled = sophia.SampledLoss(jax.random.fold_in(rng, sophia.STREAM))
+    found = _gradients(module, sampled, num_microbatches, state.params, sophia.with_rows(batch),
+                       rng, state.carry)[0]
     return found, sampled.weights(batch)['tokens']
 
   updates, opt_state = optax.with_extra_args_support(optimizer).update(

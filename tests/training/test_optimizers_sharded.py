@@ -4,8 +4,8 @@ import pathlib
 import pytest
 
 CHILD = pathlib.Path(__file__).with_name('sharded_optimizers.py')
-CASES = ['SGD', 'AdamW', 'Adagrad', 'RMSprop', 'Adafactor', 'Lion', 'LAMB', 'Muon', 'Sophia', 'SOAP',
-         'ScheduleFree', 'average', 'units', 'AdamW in 8 bits', 'SOAP in 8 bits']
+CASES = ['SGD', 'AdamW', 'Adagrad', 'RMSprop', 'Adafactor', 'Lion', 'LAMB', 'Muon', 'Sophia',
+         'SOAP', 'ScheduleFree', 'average', 'units', 'AdamW in 8 bits', 'SOAP in 8 bits']
 # Products in bfloat16, and sums that round to another code, differ by more than float32 does.
 ROUNDED = {'Muon': 0.02, 'AdamW in 8 bits': 0.01, 'SOAP in 8 bits': 0.01}
 

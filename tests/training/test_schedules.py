@@ -21,7 +21,8 @@ def test_warm_up_rises_from_above_zero_to_the_peak(kind):
   assert max(rates) == pytest.approx(1)
 
 
-@pytest.mark.supports('optimisers', 'constant, linear, cosine, cyclic, polynomial, rsqrt and WSD schedules')
+@pytest.mark.supports(
+    'optimisers', 'constant, linear, cosine, cyclic, polynomial, rsqrt and WSD schedules')
 @pytest.mark.parametrize('kind, step, value', [
     ('cosine', 55, 0.55), ('cosine', 100, 0.1),
     ('cosine', 32, 0.1 + 0.9 * (1 + np.cos(np.pi * 22 / 90)) / 2),

@@ -57,7 +57,7 @@ class Optimizer:
         raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
 
   def direction(self) -> optax.GradientTransformation:
-    """What is this optimiser's own: from gradients to the direction of a step downhill, times -1."""
+    """What is this optimiser's own: from gradients to what the step goes against."""
     raise TypeError(f'{type(self).__name__} is no optimiser by itself; take one of its subclasses')
 
   def after_decay(self) -> Optional[optax.GradientTransformation]:

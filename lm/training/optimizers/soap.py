@@ -127,8 +127,9 @@ def scale_by_soap(b1: float, b2: float, epsilon: float, block_size: int, every: 
     flat = flat._replace(
         left=b2 * flat.left + (1 - b2) * _product('...ab,...cb->...ac', g_blocks, g_blocks),
         right=b2 * flat.right + (1 - b2) * _product('...ab,...ac->...bc', g_blocks, g_blocks))
-    flat, nu_blocks = jax.lax.cond(count % every == 0, lambda: _refreshed(~started, flat, nu_blocks),
-                                   lambda: (flat, nu_blocks))
+    flat, nu_blocks = jax.lax.cond(
+        count % every == 0, lambda: _refreshed(~started, flat, nu_blocks),
+        lambda: (flat, nu_blocks))
     factors = Factors(*(new.reshape(old.shape) for new, old in zip(flat, factors)))
     return _join(direction, g.shape), mu, _join(nu_blocks, g.shape), factors
 
