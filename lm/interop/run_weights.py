@@ -22,6 +22,7 @@ import numpy as np
 
 from lm.errors import UserError
 from lm.training import checkpoint, checkpoint_io, integrity
+from lm.training.optimizers.averaging import schedule_free_average
 
 CHUNK_BYTES = 32 << 20  # TensorStore copies a chunk twice on its way to the disk
 PARAMS = 'params'
@@ -220,7 +221,7 @@ def _create(place: str, leaf: _Leaf, chunk: list[int]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class RunLeaf:
-  """A parameter in a checkpoint, read when asked for.
+  """A parameter in a checkpoint, or its average where the optimiser keeps one, read when asked for.
 
   path: of the parameter, such as layers/wi_0.
   """
@@ -228,11 +229,15 @@ class RunLeaf:
   shape: tuple[int, ...]
   dtype: np.dtype
   _open: Callable[[], Any]
+  _base: Callable[[], tuple[Any, Any]] | None = None  # of schedule-free learning: z and b1
 
   def read(self, index: Index | None = None) -> np.ndarray:
     """Reads `leaf[index]`, such as one layer, or all of it."""
-    array = self._open()
-    return np.asarray((array if index is None else array[index]).read().result())
+    part = lambda x: np.asarray((x if index is None else x[index]).read().result())
+    if self._base is None:
+      return part(self._open())
+    z, b1 = self._base()
+    return schedule_free_average(part(self._open()), part(z), np.asarray(b1.read().result()))
 
 
 def read_run_params(run_dir: str | os.PathLike, log: Callable[[str], None] = print,
@@ -261,11 +266,14 @@ def read_run_params(run_dir: str | os.PathLike, log: Callable[[str], None] = pri
 
 def _leaves(chosen: pathlib.Path) -> Iterator[tuple[str, RunLeaf]]:
   description = json.loads((chosen / checkpoint.DESCRIPTION).read_text('utf-8'))
+  place, base = checkpoint.evaluated_place(description['arrays'])
+  opened = lambda path: _open(chosen / checkpoint.STATE, path.replace('/', '.'))
   for path, entry in description['arrays'].items():
-    if path.startswith(f'{PARAMS}/'):
-      yield path.removeprefix(f'{PARAMS}/'), RunLeaf(
-          path.removeprefix(f'{PARAMS}/'), tuple(entry['shape']), np.dtype(entry['dtype']),
-          lambda name=path.replace('/', '.'): _open(chosen / checkpoint.STATE, name))
+    if path.startswith(f'{place}/'):
+      name = path.removeprefix(f'{place}/')
+      yield name, RunLeaf(
+          name, tuple(entry['shape']), np.dtype(entry['dtype']), lambda path=path: opened(path),
+          base and (lambda name=name: (opened(f'{base}/z/{name}'), opened(f'{base}/b1'))))
 
 
 def _open(state: pathlib.Path, name: str) -> Any:

@@ -22,7 +22,7 @@ import math
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -294,15 +294,25 @@ def restore_params(directory: str | pathlib.Path, abstract_params: Any = None,
 def _evaluated(state: pathlib.Path, arrays: Mapping[str, Any], abstract_params: Any) -> Any:
   """The parameters or, where the optimiser keeps an average of them, that."""
   below = functools.partial(checkpoint_io.read, state, arrays, abstract_params)
-  kept = next(filter(None, (re.match('(opt_state/(?:.+/)?)(average|z)/', name)
-                            for name in arrays)), None)
-  if kept is None:
-    return below('params')
-  if kept[2] == 'average':
-    return below(f'{kept[1]}average')
-  b1 = {name: arrays[name] for name in [f'{kept[1]}b1']}
-  return schedule_free_average(below('params'), below(f'{kept[1]}z'),
-                               jax.tree.leaves(checkpoint_io.read(state, b1))[0])
+  place, base = evaluated_place(arrays)
+  if base is None:
+    return below(place)
+  b1 = checkpoint_io.read(state, {name: arrays[name] for name in [f'{base}/b1']})
+  return schedule_free_average(below(place), below(f'{base}/z'), jax.tree.leaves(b1)[0])
+
+
+def evaluated_place(arrays: Iterable[str]) -> tuple[str, str | None]:
+  """Where a checkpoint of these arrays has what is evaluated.
+
+  Returns:
+    ('params' or the path of their average, None); of schedule-free learning ('params', the path of
+    its state), see `schedule_free_average`.
+  """
+  for name in arrays:
+    kept = re.match('(opt_state(?:/.+)?)/(average|z)/', name)
+    if kept:
+      return (f'{kept[1]}/average', None) if kept[2] == 'average' else ('params', kept[1])
+  return 'params', None
 
 
 def _raise_unwritable(directory: pathlib.Path, error: OSError) -> NoReturn:

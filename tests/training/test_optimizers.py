@@ -384,13 +384,14 @@ def test_lower_layers_learn_slower():
 
 @pytest.mark.supports('optimisers', 'global and adaptive clipping')
 def test_the_gradient_of_a_unit_is_clipped_to_a_share_of_its_weights():
-  params = {'blocks': {'layers': {'wi': {'kernel': np.ones((1, 4, 3)), 'bias': np.zeros((1, 3))}}},
+  kernel = np.ones((1, 4, 3)) * np.arange(1, 4)
+  params = {'blocks': {'layers': {'wi': {'kernel': kernel, 'bias': np.zeros((1, 3))}}},
             'token_embedding': np.ones((2, 9))}
   grads = jax.tree.map(lambda p: jnp.full(p.shape, 5.0), params)
   grads['token_embedding'] = grads['token_embedding'].at[1].set(1e-3)
   updates, _ = step_of(SGD(RATE, momentum=0.0, clip_norm=None, clip_units=0.1), params, grads)
   wi = updates['blocks']['layers']['wi']
-  np.testing.assert_allclose(wi['kernel'], -0.1 * 0.1, rtol=1e-5)  # a unit is [4]: norm 2, to 0.2
+  np.testing.assert_allclose(wi['kernel'], -0.1 * 0.1 * kernel, rtol=1e-5)  # a unit is a column
   np.testing.assert_allclose(np.linalg.norm(wi['bias']), 0.1 * 0.1 * 1e-3, rtol=1e-5)
   np.testing.assert_allclose(updates['token_embedding'][0], -0.1 * 0.1, rtol=1e-5)
   np.testing.assert_allclose(updates['token_embedding'][1], -0.1 * 1e-3, rtol=1e-5)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lm import config, run
+from lm.interop.run_weights import read_run_params
 from lm.layers.heads import Scores
 from lm.parallel.mesh import MeshConfig
 from lm.parallel.rules import Rules
@@ -119,6 +120,8 @@ def test_the_average_is_what_a_run_evaluates_and_later_commands_load(cooled):
       json.loads((checkpoints / '00000004' / 'checkpoint.json').read_text())['arrays'])
   average = state['opt_state']['1']['1']['average']  # behind the clipping and the step
   jax.tree.map(np.testing.assert_array_equal, loaded, average)
+  streamed = read_run_params(cooled[0])['token_embedding'].read()
+  np.testing.assert_array_equal(streamed, average['token_embedding'])
   assert any(np.any(x != y) for x, y in zip(jax.tree.leaves(loaded),
                                             jax.tree.leaves(state['params']), strict=True))
   # At this learning rate the average, still near the start, is far from the last parameters.
@@ -134,12 +137,14 @@ def test_of_schedule_free_the_average_is_computed_from_the_checkpoint(tmp_path):
     updates, opt_state = optimizer.update(
         jax.tree.map(lambda p, t=t: jnp.sin(p + t), params), opt_state, params)
     params = jax.tree.map(jnp.add, params, updates)
-  saver = checkpoint.Checkpointer(tmp_path)
+  saver = checkpoint.Checkpointer(tmp_path / 'checkpoints')
   saver.save(3, state_lib.TrainState(jnp.int32(3), params, opt_state, jnp.zeros(2)), {})
   saver.close()
-  _, loaded = checkpoint.restore_params(tmp_path, jax.eval_shape(lambda: params))
+  _, loaded = checkpoint.restore_params(tmp_path / 'checkpoints', jax.eval_shape(lambda: params))
   wanted = evaluated(opt_state, params)['token_embedding']
   np.testing.assert_allclose(loaded['token_embedding'], wanted, rtol=1e-6)
+  np.testing.assert_allclose(read_run_params(tmp_path)['token_embedding'].read(slice(1, 3)),
+                             wanted[1:], rtol=1e-6)
   assert np.abs(wanted - params['token_embedding']).max() > 1e-3
 
 
