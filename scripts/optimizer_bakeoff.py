@@ -23,8 +23,8 @@ from lm.training import monitor
 from lm.training.state import abstract_state
 
 # Learning rates in the middle of the grid.
-RATES = {'sgd': 0.3, 'adam': 3e-3, 'adamw': 3e-3, 'adagrad': 0.03, 'rmsprop': 3e-3, 'lion': 1e-3,
-         'adafactor': 0.03, 'lamb': 0.03, 'muon': 0.01, 'sophia': 3e-3, 'soap': 3e-3,
+RATES = {'sgd': 0.3, 'adam': 3e-3, 'adamw': 3e-3, 'adagrad': 0.1, 'rmsprop': 1e-3, 'lion': 3e-3,
+         'adafactor': 0.1, 'lamb': 0.03, 'muon': 0.03, 'sophia': 3e-3, 'soap': 0.01,
          'schedule_free': 0.01}
 GRID = -1, 0, 1  # powers of three
 
