@@ -8,6 +8,12 @@ once with each of three learning rates, a factor of three apart, around the one 
 validation loss then runs with the other seeds, which decide parameters and the order of the data.
 A * in the table is a best rate at the end of the grid. `results.json` holds all curves, and a run
 that stands there is not repeated. Drawing needs matplotlib (the extra `test`).
+
+Seen with 200 steps, three seeds and rates up to the * (validation loss, nats a byte, +- its standard
+deviation): muon 1.814* +- 0.011, adafactor 2.029* 0.015, soap 2.058* 0.024, lamb 2.071 0.033,
+schedule_free 2.123 0.025, adam 2.235 0.025, adamw 2.265 0.007, rmsprop 2.343 0.006, lion 2.573*
+0.043, sgd 2.618 0.034, sophia 2.634 0.046, adagrad 2.742* 0.024. So short a run says little of long
+ones, least of Lion and Sophia.
 """
 import argparse
 import json
@@ -25,7 +31,7 @@ from lm.training.state import abstract_state
 # Learning rates in the middle of the grid.
 RATES = {'sgd': 0.3, 'adam': 3e-3, 'adamw': 3e-3, 'adagrad': 0.1, 'rmsprop': 1e-3, 'lion': 3e-3,
          'adafactor': 0.1, 'lamb': 0.03, 'muon': 0.03, 'sophia': 3e-3, 'soap': 0.01,
-         'schedule_free': 0.01}
+         'schedule_free': 3e-3}
 GRID = -1, 0, 1  # powers of three
 
 
