@@ -13,7 +13,7 @@ from lm.training import optimizers
 from lm.training import state as state_lib
 from lm.training.optimizers import Schedule
 
-CONFIG = GPTConfig(vocab_size=512, max_length=16, d_model=64, num_layers=2, num_heads=4, d_ff=64,
+CONFIG = GPTConfig(vocab_size=128, max_length=16, d_model=64, num_layers=2, num_heads=4, d_ff=64,
                    norm='rmsnorm', positions='rotary', use_bias=False, init_std=0.1,
                    scan_layers=True)
 NAMES = ('SGD', 'AdamW', 'Adagrad', 'RMSprop', 'Adafactor', 'Lion', 'LAMB', 'Muon', 'Sophia',
