@@ -43,7 +43,7 @@ from lm.models.transformer_xl import TransformerXLConfig
 from lm.parallel.distributed import Hosts, digest, program_facts
 from lm.parallel.mesh import MeshConfig
 from lm.parallel.rules import Rules, axes_of
-from lm.training import checkpoint, losses, meters, monitor
+from lm.training import checkpoint, losses, meters, monitor, precision
 from lm.training.loop import TrainConfig, Trainer
 from lm.training.optimizers import Optimizer
 from lm.training.state import abstract_params
@@ -84,9 +84,9 @@ class Experiment:
                          f'{size} ids; bind both to VOCAB_SIZE')
 
   def build_optimizer(self) -> optax.GradientTransformation:
-    """The optimiser of this run's length and of the model's width."""
-    width = getattr(self.model, 'width', 1.0)
-    return self.optimizer.build(self.train.num_steps, width)
+    """The optimiser of this run's length, of the model's width, and in its precision."""
+    optimizer = self.optimizer.build(self.train.num_steps, getattr(self.model, 'width', 1.0))
+    return precision.prepare(optimizer, self.model.param_dtype, self.train.loss_scale)
 
   def bound_rules(self) -> Rules:
     """The rules on this machine's mesh."""

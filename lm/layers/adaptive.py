@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from lm.layers import linear
+from lm.layers import linear, products
 from lm.layers.heads import Scores
 from lm.parallel.rules import Rules
 
@@ -85,7 +85,7 @@ class AdaptiveEmbedding(nn.Module):
     embedded, start = 0, 0
     for i, (table, size) in enumerate(zip(self.tables, self.sizes)):
       x = linear.embed(table, jnp.clip(tokens_BT - start, 0, size - 1), dtype)
-      x = x if self.div_val == 1 else linear.product(self.rules)(x, self.projections[i])
+      x = x if self.div_val == 1 else products.product(None, self.rules)(x, self.projections[i])
       inside_BT = (tokens_BT >= start) & (tokens_BT < start + size)
       embedded += jnp.where(inside_BT[..., None], x, 0)
       start += size
@@ -99,7 +99,7 @@ class AdaptiveEmbedding(nn.Module):
       hidden = [hidden_BTD] * len(self.sizes)
     else:
       out = [self.out_projection, *(x.T for x in self.projections[1:])]
-      hidden = [linear.product(self.rules)(hidden_BTD, x) for x in out]
+      hidden = [products.product(None, self.rules)(hidden_BTD, x) for x in out]
     biases = jnp.split(self.bias, np.cumsum([frequent + len(rest), *rest[:-1]]))
     tables = [head, *self.tables[1:]]
     return AdaptiveScores(tuple(Scores(*one, rules=self.rules)

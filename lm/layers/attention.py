@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lm.layers.kernels import attend, attend_to_cache, dropout, Implementation
 from lm.layers.linear import Linear
 from lm.layers.positions import Rotation, rotary
+from lm.layers.products import Products
 from lm.layers.relative_bias import of_one_query
 from lm.parallel.rules import Rules, constrain
 
@@ -36,6 +37,7 @@ class Attention(nn.Module):
   qk_norm: makes the norm of each head's query and key (Qwen 3, Gemma 3).
   dropout_rate: of the probabilities, on when it is called with a key.
   implementation: of the kernel.
+  products: what projections are computed in.
   """
   d_model: int
   num_heads: int
@@ -54,11 +56,12 @@ class Attention(nn.Module):
   qk_norm: Callable[[], nn.Module] | None = None
   dropout_rate: float = 0.0
   implementation: Implementation = None
+  products: Products = None
 
   def setup(self):
     def project(heads, axis, std):
       return Linear((self.d_model,), (heads, self.d_head), ('embed', axis, 'head_dim'), std,
-                    self.use_bias, self.rules)
+                    self.use_bias, self.rules, self.products)
 
     # Devices that are more than key-value heads hold them all; `attend` repeats them.
     few = self.num_kv_heads % self.rules.shards('kv_heads') > 0
@@ -67,7 +70,7 @@ class Attention(nn.Module):
     self.value = project(self.num_kv_heads, None if few else 'kv_heads', self.std)
     self.out = Linear((self.num_heads, self.d_head), (self.d_model,),
                       ('heads', 'head_dim', 'embed'), self.out_std, self.out_bias,
-                      self.rules)
+                      self.rules, self.products)
     if self.qk_norm is not None:
       self.query_norm, self.key_norm = self.qk_norm(), self.qk_norm()
 

@@ -1,5 +1,4 @@
 """Products with parameters: every weight matrix of a model goes through here."""
-from collections.abc import Callable
 import functools
 import math
 from typing import Any
@@ -9,21 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lm.layers import products
+from lm.layers.products import Products
 from lm.parallel import gather
 from lm.parallel.rules import Rules, axes_of, per_device
-from pallas_kernels.matmul import matmul
 
 
 def normal(std: float, *axes: str | None):
   """Normal initialiser of the given standard deviation, whose axes have these logical names."""
   return nn.with_partitioning(nn.initializers.normal(std), axes)
-
-
-def product(rules: Rules) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """`matmul`; where the compiler cuts it over devices, its plain form: that of a CPU's matrix unit
-  fixes the order in memory, which the compiler does not cut."""
-  is_cut = rules.mesh is not None and rules.mesh.size > 1
-  return functools.partial(matmul, implementation='reference') if is_cut else matmul
 
 
 class Linear(nn.Module):
@@ -32,6 +25,7 @@ class Linear(nn.Module):
   inputs: sizes of the contracted axes, `outputs`: of those that replace them.
   axes: logical names of `inputs` and `outputs`.
   rules: where devices share the parameters, they gather and scatter them as these say.
+  products: what the product is computed in, where that is not x's dtype.
   """
   inputs: tuple[int, ...]
   outputs: tuple[int, ...]
@@ -39,6 +33,7 @@ class Linear(nn.Module):
   std: float
   use_bias: bool = False
   rules: Rules = Rules()
+  products: Products = None
 
   @nn.compact
   def __call__(self, x: Float[Array, '...']) -> Float[Array, '...']:
@@ -46,10 +41,14 @@ class Linear(nn.Module):
     kernel = self.param('kernel', normal(self.std, *self.axes), self.inputs + self.outputs)
     size_in, size_out = math.prod(self.inputs), math.prod(self.outputs)
     rows = x.shape[:x.ndim - len(self.inputs)]
-    multiply, axes = product(self.rules), self._matrix_axes()
+    multiply, axes = products.product(self.products, self.rules), self._matrix_axes()
     if axes is not None and gather.is_gathered(self.rules, axes):
       multiply = functools.partial(gather.product, multiply, self.rules, axes)
-    y = multiply(x.reshape(*rows, size_in), kernel.reshape(size_in, size_out))
+    state = []
+    if self.products == 'fp8_delayed':
+      zeros = nn.with_partitioning(nn.initializers.zeros, (None, None))
+      state = [self.param('history', zeros, (products.OPERANDS, products.HISTORY))]
+    y = multiply(x.reshape(*rows, size_in), kernel.reshape(size_in, size_out), *state)
     if self.use_bias:
       zeros = nn.with_partitioning(nn.initializers.zeros, self.axes[len(self.inputs):])
       bias = self.param('bias', zeros, self.outputs)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from lm.layers import linear
 from lm.layers.linear import Linear
+from lm.layers.products import Products
 from lm.parallel.rules import Rules, constrain
 
 Activation = Literal['gelu', 'gelu_exact', 'relu', 'swiglu', 'geglu', 'geglu_exact']
@@ -39,6 +40,7 @@ class MLP(nn.Module):
   """wo(f(wi(x))), or of a gated unit wo(f(wi_0(x)) * wi_1(x)).
 
   dropout_rate: of the hidden layer (T5), on when it is called with a key.
+  products: what both products are computed in.
   """
   d_model: int
   d_ff: int
@@ -48,6 +50,7 @@ class MLP(nn.Module):
   out_std: float
   rules: Rules
   dropout_rate: float = 0.0
+  products: Products = None
 
   @nn.compact
   def __call__(self, x_BTD: Float[Array, 'B T D'],
@@ -57,11 +60,11 @@ class MLP(nn.Module):
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'length', 'act_embed')  # gathered once for both
     x_BTD = jax.lax.optimization_barrier(x_BTD)  # the norm, once for both matrices
     up = [Linear((self.d_model,), (self.d_ff,), ('embed', 'mlp'), self.std, self.use_bias,
-                 self.rules, name=name)(x_BTD) for name in names]
+                 self.rules, self.products, name=name)(x_BTD) for name in names]
     up = [checkpoint_name(x, 'mlp_in') for x in linear.keep_gradient_whole(up)]
     hidden_BTF = activate(self.activation, *up)
     hidden_BTF = linear.dropout(hidden_BTF, self.dropout_rate, dropout_rng)
     hidden_BTF = constrain(hidden_BTF, self.rules, 'batch', 'length', 'mlp')
     wo = Linear((self.d_ff,), (self.d_model,), ('mlp', 'embed'), self.out_std, self.use_bias,
-                self.rules, name='wo')
+                self.rules, self.products, name='wo')
     return checkpoint_name(wo(hidden_BTF), 'mlp_out')

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from lm.layers import linear
 from lm.layers.kernels import attend, dropout, Implementation
 from lm.layers.linear import Linear
+from lm.layers.products import Products
 from lm.parallel.rules import Rules, constrain
 
 
@@ -42,6 +43,7 @@ class RelativeAttention(nn.Module):
   window: keys that a query sees at most, its own included; None is all.
   dropout_rate: of the probabilities, on when it is called with a key.
   implementation: of the kernel.
+  products: what projections are computed in.
   """
   d_model: int
   num_heads: int
@@ -51,6 +53,7 @@ class RelativeAttention(nn.Module):
   window: int | None = None
   dropout_rate: float = 0.0
   implementation: Implementation = None
+  products: Products = None
 
   @nn.compact
   def __call__(self, x_BTD: Float[Array, 'B T D'], sinusoids_SD: Float[Array, 'S D'],
@@ -68,7 +71,7 @@ class RelativeAttention(nn.Module):
     """
     def project(name, inputs):
       return Linear((self.d_model,), (self.num_heads, self.d_head), ('embed', 'heads', 'head_dim'),
-                    self.std, name=name)(inputs)
+                    self.std, products=self.products, name=name)(inputs)
 
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'length', 'act_embed')
     y = x_BTD if memory_BMD is None else jnp.concatenate([memory_BMD, x_BTD], axis=1)
@@ -85,5 +88,5 @@ class RelativeAttention(nn.Module):
                       query_segment_ids=query_segments, key_segment_ids=key_segments,
                       **dropout(self.dropout_rate, dropout_rng, query_BTNH))
     out = Linear((self.num_heads, self.d_head), (self.d_model,), ('heads', 'head_dim', 'embed'),
-                 self.std, name='out')
+                 self.std, products=self.products, name='out')
     return checkpoint_name(out(out_BTNH), 'attention_out')

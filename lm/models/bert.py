@@ -18,6 +18,7 @@ from lm.layers.heads import Classifier, MaskedLMHead, Pooler, Scores
 from lm.layers.kernels import Implementation
 from lm.layers.mlp import MLP, Activation, is_gated
 from lm.layers.norms import Norm
+from lm.layers.products import Products
 from lm.layers.stack import Remat, Stack
 from lm.parallel.rules import Rules, constrain
 
@@ -51,7 +52,9 @@ class BERTConfig:
   dropout_rate: on the embedding and on both branches.
   attention_dropout_rate: on the probabilities of attention.
   layer_drop_rate: the probability that training leaves a layer out.
-  dtype: of activations; parameters, norms, softmax and loss are float32.
+  dtype: of activations; norms, softmax and loss are float32.
+  param_dtype: of parameters; bfloat16 ones are updated with stochastic rounding.
+  products: what the blocks' products with parameters are computed in, where that is not `dtype`.
   attention_implementation: None is the fastest of the platform, 'pallas' its kernel, 'reference'
     XLA's plain form.
   scan_layers: None scans from 16 layers on.
@@ -81,7 +84,9 @@ class BERTConfig:
   attention_dropout_rate: float = 0.0
   layer_drop_rate: float = 0.0
   init_std: float = 0.02
-  dtype: Literal['bfloat16', 'float32'] = 'bfloat16'
+  dtype: Literal['bfloat16', 'float16', 'float32'] = 'bfloat16'
+  param_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  products: Products = None
   attention_implementation: Implementation = None
   scan_layers: Optional[bool] = None
   remat: Remat = 'none'
@@ -175,9 +180,10 @@ class _Block(nn.Module):
     self.attention = Attention(
         cfg.d_model, cfg.num_heads, cfg.num_heads, cfg.head_dim, cfg.init_std, out_std, self.rules,
         use_bias=cfg.use_bias, out_bias=cfg.use_bias, causal=False, window=cfg.window,
-        dropout_rate=cfg.attention_dropout_rate, implementation=cfg.attention_implementation)
+        dropout_rate=cfg.attention_dropout_rate, implementation=cfg.attention_implementation,
+        products=cfg.products)
     self.mlp = MLP(cfg.d_model, cfg.d_ff, cfg.activation, cfg.use_bias, cfg.init_std, out_std,
-                   self.rules)
+                   self.rules, products=cfg.products)
     norm = functools.partial(Norm, 'layernorm', cfg.norm_epsilon, cfg.use_bias)
     self.mlp_norm = norm()
     if cfg.norm_placement == 'post':

@@ -19,6 +19,7 @@ from lm.layers.mlp import MLP, Activation, is_gated
 from lm.layers.moe import MoE, MoEConfig
 from lm.layers.norms import Norm
 from lm.layers.positions import RopeScaling
+from lm.layers.products import Products
 from lm.layers.relative_bias import alibi
 from lm.layers.stack import Remat, Stack, unstack
 from lm.parallel import ring
@@ -62,7 +63,9 @@ class GPTConfig:
   dropout_rate: on the embedding and on both residual branches.
   attention_dropout_rate: on the probabilities of attention.
   layer_drop_rate: the probability that training leaves a layer out.
-  dtype: of activations; parameters, norms, softmax and loss are float32.
+  dtype: of activations; norms, softmax and loss are float32.
+  param_dtype: of parameters; bfloat16 ones are updated with stochastic rounding.
+  products: what the blocks' products with parameters are computed in, where that is not `dtype`.
   attention_implementation: None is the fastest of the platform, 'pallas' its kernel, 'reference'
     XLA's plain form.
   scan_layers: None scans from 16 layers on.
@@ -100,7 +103,9 @@ class GPTConfig:
   layer_drop_rate: float = 0.0
   init_std: float = 0.02
   base_width: Optional[int] = None
-  dtype: Literal['bfloat16', 'float32'] = 'bfloat16'
+  dtype: Literal['bfloat16', 'float16', 'float32'] = 'bfloat16'
+  param_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  products: Products = None
   attention_implementation: Implementation = None
   scan_layers: Optional[bool] = None
   remat: Remat = 'none'
@@ -229,7 +234,7 @@ class Block(nn.Module):
         use_bias=cfg.use_bias if cfg.qkv_bias is None else cfg.qkv_bias, out_bias=cfg.use_bias,
         window=cfg.window, scale=cfg.attention_scale, softcap=cfg.attention_softcap,
         qk_norm=norm if cfg.qk_norm else None, dropout_rate=cfg.attention_dropout_rate,
-        implementation=cfg.attention_implementation, name='attention')
+        implementation=cfg.attention_implementation, products=cfg.products, name='attention')
 
     branch_BTD, cache = attention(norm(name='attention_norm')(x_BTD),
                                   rotation=_choose(rotations, is_local),
@@ -252,7 +257,7 @@ class Block(nn.Module):
     cfg = self.config
     if cfg.moe is None:
       mlp = MLP(cfg.d_model, cfg.d_ff, cfg.activation, cfg.use_bias, cfg.kernel_std, out_std,
-                self.rules, name='mlp')
+                self.rules, products=cfg.products, name='mlp')
       return mlp(x_BTD), {}
     moe = MoE(cfg.moe, cfg.d_model, cfg.activation, cfg.kernel_std, out_std, self.rules,
               name='moe')

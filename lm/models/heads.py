@@ -32,8 +32,9 @@ class _OnTrunk:
   vocab_size, max_length, d_model, num_layers, num_heads, kv_heads, head_dim, d_ff = map(
       _of_trunk, ('vocab_size', 'max_length', 'd_model', 'num_layers', 'num_heads', 'kv_heads',
                   'head_dim', 'd_ff'))
-  dtype, dropout_rate, scan_layers, remat, scanned = map(
-      _of_trunk, ('dtype', 'dropout_rate', 'scan_layers', 'remat', 'scanned'))
+  dtype, param_dtype, products, dropout_rate, scan_layers, remat, scanned = map(
+      _of_trunk, ('dtype', 'param_dtype', 'products', 'dropout_rate', 'scan_layers', 'remat',
+                  'scanned'))
   attention_dropout_rate, attention_implementation = map(
       _of_trunk, ('attention_dropout_rate', 'attention_implementation'))
 

@@ -14,6 +14,7 @@ from lm.layers.heads import Scores
 from lm.layers.kernels import Implementation
 from lm.layers.mlp import MLP, Activation, is_gated
 from lm.layers.norms import Norm
+from lm.layers.products import Products
 from lm.layers.relative_bias import RelativeBias
 from lm.layers.stack import Remat, Stack, unstack
 from lm.parallel import ring
@@ -40,7 +41,9 @@ class T5Config:
   dropout_rate: on embeddings, residual branches, the MLP's hidden layer and the last hidden states.
   attention_dropout_rate: on the probabilities of attention.
   layer_drop_rate: the probability that training leaves a layer out.
-  dtype: of activations; parameters, norms, softmax and loss are float32.
+  dtype: of activations; norms, softmax and loss are float32.
+  param_dtype: of parameters; bfloat16 ones are updated with stochastic rounding.
+  products: what the blocks' products with parameters are computed in, where that is not `dtype`.
   attention_implementation: None is the fastest of the platform, 'pallas' its kernel, 'reference'
     XLA's plain form.
   scan_layers: None scans from 16 layers on.
@@ -64,7 +67,9 @@ class T5Config:
   dropout_rate: float = 0.0
   attention_dropout_rate: float = 0.0
   layer_drop_rate: float = 0.0
-  dtype: Literal['bfloat16', 'float32'] = 'bfloat16'
+  dtype: Literal['bfloat16', 'float16', 'float32'] = 'bfloat16'
+  param_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  products: Products = None
   attention_implementation: Implementation = None
   scan_layers: Optional[bool] = None
   remat: Remat = 'none'
@@ -245,7 +250,7 @@ class Block(nn.Module):
       x_BTD = self._add(x_BTD, branch_BTD, rngs[1])
       cache = None if cache is None else LayerCache(tokens, _swap(memory))
     mlp = MLP(cfg.d_model, cfg.d_ff, cfg.activation, False, cfg.d_model**-0.5, cfg.d_ff**-0.5,
-              self.rules, cfg.dropout_rate, name='mlp')
+              self.rules, cfg.dropout_rate, cfg.products, name='mlp')
     branch_BTD = mlp(self._norm('mlp_norm')(x_BTD), rngs[2])
     return self._add(x_BTD, branch_BTD, rngs[3]), cache
 
@@ -258,7 +263,7 @@ class Block(nn.Module):
                      (cfg.num_heads * cfg.head_dim)**-0.5, self.rules, causal=causal, scale=1.0,
                      query_std=(cfg.d_model * cfg.head_dim)**-0.5,
                      dropout_rate=cfg.attention_dropout_rate,
-                     implementation=cfg.attention_implementation, name=name)
+                     implementation=cfg.attention_implementation, products=cfg.products, name=name)
 
   def _add(self, x_BTD, branch_BTD, rng):
     x_BTD += linear.dropout(branch_BTD, self.config.dropout_rate, rng)

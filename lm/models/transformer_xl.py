@@ -13,6 +13,7 @@ from lm.layers.heads import Scores
 from lm.layers.kernels import Implementation
 from lm.layers.mlp import MLP
 from lm.layers.norms import Norm
+from lm.layers.products import Products
 from lm.layers.relative_attention import HeadBiases, RelativeAttention, sinusoids
 from lm.layers.stack import Remat, Stack, unstack
 from lm.parallel.rules import Rules, constrain
@@ -40,7 +41,9 @@ class TransformerXLConfig:
     and the last hidden states.
   attention_dropout_rate: on the probabilities of attention.
   layer_drop_rate: the probability that training leaves a layer out.
-  dtype: of activations; parameters, norms, softmax and loss are float32.
+  dtype: of activations; norms, softmax and loss are float32.
+  param_dtype: of parameters; bfloat16 ones are updated with stochastic rounding.
+  products: what the blocks' products with parameters are computed in, where that is not `dtype`.
   attention_implementation: None is the fastest of the platform, 'pallas' its kernel, 'reference'
     XLA's plain form.
   scan_layers: None scans from 16 layers on.
@@ -63,7 +66,9 @@ class TransformerXLConfig:
   attention_dropout_rate: float = 0.0
   layer_drop_rate: float = 0.0
   init_std: float = 0.02
-  dtype: Literal['bfloat16', 'float32'] = 'bfloat16'
+  dtype: Literal['bfloat16', 'float16', 'float32'] = 'bfloat16'
+  param_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  products: Products = None
   attention_implementation: Implementation = None
   scan_layers: Optional[bool] = None
   remat: Remat = 'none'
@@ -160,9 +165,9 @@ class Block(nn.Module):
     window = cfg.memory_length if cfg.same_length else None
     attention = RelativeAttention(cfg.d_model, cfg.num_heads, cfg.head_dim, cfg.init_std,
                                   self.rules, window, cfg.attention_dropout_rate,
-                                  cfg.attention_implementation, name='attention')
+                                  cfg.attention_implementation, cfg.products, name='attention')
     mlp = MLP(cfg.d_model, cfg.d_ff, 'relu', True, cfg.init_std, cfg.init_std, self.rules,
-              cfg.dropout_rate, name='mlp')
+              cfg.dropout_rate, cfg.products, name='mlp')
     if cfg.untie_biases:
       biases = HeadBiases(cfg.num_heads, cfg.head_dim, cfg.init_std, name='head_biases')()
 

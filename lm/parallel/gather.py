@@ -47,24 +47,24 @@ def _place(x, rules, names, choose):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def product(function: Callable, rules: Rules, names: tuple[str | None, ...], x: jax.Array,
-            w: jax.Array) -> jax.Array:
-  """`function(x, w)` of a parameter w, gathered in the dtype of x in both passes and never kept.
+            w: jax.Array, *more: jax.Array) -> jax.Array:
+  """`function(x, w, *more)` of a parameter w, gathered in the dtype of x in both passes and never kept.
 
   The gradient of w keeps the dtype of w, as it does in `function`.
   """
-  return function(x, gather(w.astype(x.dtype), rules, names))
+  return function(x, gather(w.astype(x.dtype), rules, names), *more)
 
 
-def _forward(function, rules, names, x, w):
-  return product(function, rules, names, x, w), (x, w)
+def _forward(function, rules, names, x, w, *more):
+  return product(function, rules, names, x, w, *more), (x, w, *more)
 
 
 def _backward(function, rules, names, residuals, g):
-  x, w = residuals
+  x, w, *more = residuals
   # Back in the dtype of w, so that its gradient is; the compiler drops both casts.
   whole = gather(w.astype(x.dtype), rules, names).astype(w.dtype)
-  dx, dw = jax.vjp(function, x, whole)[1](g)
-  return dx, scatter(dw, rules, names)
+  dx, dw, *others = jax.vjp(function, x, whole, *more)[1](g)
+  return dx, scatter(dw, rules, names), *others
 
 
 product.defvjp(_forward, _backward)

@@ -6,7 +6,7 @@ import os
 import pathlib
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Optional
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,7 @@ from lm.parallel.rules import Rules, axes_of
 from lm.training import meters, monitor, watchdog
 from lm.training.checkpoint import Checkpointer, restore_params
 from lm.training.optimizers import evaluated
+from lm.training.precision import LossScale
 from lm.training.state import TrainState, abstract_state, init_state
 from lm.training.step import Loss, jit_train_step
 from lm.training.validation import HeldOut
@@ -43,6 +44,7 @@ class TrainConfig:
   stuck_after_seconds: a step that takes longer is reported, with the stacks of every host.
   offload_optimizer: keeps the optimiser's state in the memory of the host.
   tpu_options: NAME=VALUE of the compiler of the step, on TPUs.
+  loss_scale: what float16 needs; a step that overflows updates nothing.
   """
   num_steps: int = 1000
   batch_size: int = 8
@@ -56,6 +58,7 @@ class TrainConfig:
   stuck_after_seconds: int = 600
   offload_optimizer: bool = False
   tpu_options: tuple[str, ...] = ()
+  loss_scale: Optional[LossScale] = None
 
   def __post_init__(self):
     for field in dataclasses.fields(self):

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lm.errors import UserError
 from lm.parallel.rules import Rules, axes_of
+from lm.training import precision
 from lm.training.optimizers.paths import names_of
 
 
@@ -30,10 +31,20 @@ class TrainState:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # so that shapes and values share one trace
 def _init(module: nn.Module, optimizer: optax.GradientTransformation, batch_size: int, seed: int):
   params_rng, rng = jax.random.split(jax.random.key(seed))
-  boxed = module.init(params_rng, method='initialize')['params']
+  boxed = _init_params(module, params_rng)
   params = nn.meta.unbox(boxed)
   return boxed, TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(rng),
                            module.config.init_carry(batch_size))
+
+
+def _init_params(module, rng):
+  """Boxed parameters, in the dtype of their config; histories of products stay float32."""
+  boxed = module.init(rng, method='initialize')['params']
+  dtype = module.config.param_dtype
+  if dtype == 'float32':
+    return boxed
+  return jax.tree_util.tree_map_with_path(
+      lambda path, x: x if precision.is_history(path[:-1]) else x.astype(dtype), boxed)
 
 
 def abstract_state(module: nn.Module, optimizer: optax.GradientTransformation, rules: Rules,
@@ -106,7 +117,7 @@ def _fitting(sharding: NamedSharding, path: tuple, shape: tuple[int, ...]) -> Na
 def abstract_params(module: nn.Module, where: jax.Device | Rules) -> Any:
   """Shapes and dtypes of the parameters alone, on one device or as rules shard them: what
   evaluation and inference need."""
-  boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), method='initialize')['params'])
+  boxed = jax.eval_shape(lambda: _init_params(module, jax.random.key(0)))
   params = nn.meta.unbox(boxed)
   if isinstance(where, Rules):
     shardings = _param_shardings(boxed, where)

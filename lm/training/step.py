@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lm.parallel.rules import Rules
+from lm.training import precision
 from lm.training.optimizers import sophia
 from lm.training.state import TrainState
 
@@ -71,14 +72,16 @@ def _join(tree: Any) -> Any:
   return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def _gradients(module, loss, num_microbatches, params, batch, rng, carry):
-  """Gradient, means of the loss and its parts, and carry; one microbatch in memory at a time."""
+def _gradients(module, loss, num_microbatches, scale, params, batch, rng, carry):
+  """Gradient, times `scale`, means of the loss and its parts, and carry; one microbatch in memory at
+  a time."""
   weights = loss.weights(batch)
 
   def score(params, batch, rng, carry):
     outputs, carry = _outputs(module, params, batch, rng, carry)
     total, means = _total(loss(outputs, batch), weights)
-    return total, ({'loss': total} | means, carry)
+    scaled = total if scale is None else total * scale
+    return scaled, ({'loss': total} | means, carry)
 
   gradient = jax.grad(score, has_aux=True)
   if num_microbatches == 1:
@@ -87,22 +90,22 @@ def _gradients(module, loss, num_microbatches, params, batch, rng, carry):
 
   def add(sums, inputs):
     grads, (means, carry) = gradient(params, *inputs)
-    return jax.tree.map(jnp.add, sums, (grads, means)), carry
+    return (precision.add_gradients(sums[0], grads), jax.tree.map(jnp.add, sums[1], means)), carry
 
   parts = _cut((dict(batch), carry), num_microbatches)
   inputs = parts[0], jax.random.split(rng, num_microbatches), parts[1]
   shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], inputs))
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][0]))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (shapes[0], shapes[1][0]))
   (grads, means), carry = jax.lax.scan(add, zeros, inputs)
   return grads, means, _join(carry)
 
 
-def _cached_gradients(module, loss, num_microbatches, params, batch, rng, carry):
+def _cached_gradients(module, loss, num_microbatches, scale, params, batch, rng, carry):
   """`_gradients` of a loss that compares all rows, by caching the gradient of its inputs
   (arXiv:2101.06983, section 3): outputs of each microbatch, one loss of them all, then each
   microbatch once more, backwards."""
   if num_microbatches == 1:
-    return _gradients(module, loss, 1, params, batch, rng, carry)
+    return _gradients(module, loss, 1, scale, params, batch, rng, carry)
   weights, parts = loss.weights(batch), _cut(dict(batch), num_microbatches)
   rngs = jax.random.split(rng, num_microbatches)
   one = lambda params, part, rng: _outputs(module, params, part, rng, None)[0]
@@ -111,7 +114,8 @@ def _cached_gradients(module, loss, num_microbatches, params, batch, rng, carry)
   def score(outputs):  # a leaf without rows, such as a temperature, is the same in every part
     whole = jax.tree.map(lambda x: _join(x) if x.ndim > 1 else x.mean(0), outputs)
     total, means = _total(loss(whole, batch), weights)
-    return total, {'loss': total} | means
+    scaled = total if scale is None else total * scale
+    return scaled, {'loss': total} | means
 
   cotangents, means = jax.grad(score, has_aux=True)(outputs)
 
@@ -120,7 +124,7 @@ def _cached_gradients(module, loss, num_microbatches, params, batch, rng, carry)
     _, vjp = jax.vjp(lambda params: one(params, *part), params)
     return jax.tree.map(jnp.add, grads, vjp(cotangent)[0]), None
 
-  zeros = jax.tree.map(jnp.zeros_like, params)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
   return jax.lax.scan(add, zeros, (parts, rngs, cotangents))[0], means, carry
 
 
@@ -135,12 +139,16 @@ def train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransform
 
   Returns:
     The next state, and float32 scalars: `loss` (before the update), its parts where it has more
-    than one, `grad_norm`, and `weight` (tokens, or rows, that counted).
+    than one, `grad_norm`, `weight` (tokens, or rows, that counted), and those of a loss scale.
   """
   rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
   gradients = _cached_gradients if loss.whole_batch else _gradients
-  grads, means, carry = gradients(module, loss, num_microbatches, state.params, batch, rng,
+  scale = precision.loss_scale(state.opt_state)
+  grads, means, carry = gradients(module, loss, num_microbatches, scale, state.params, batch, rng,
                                   state.carry)
+  grads, seen = precision.split_histories(grads)
+  if scale is not None:
+    grads = jax.tree.map(lambda x: x / scale, grads)
   if loss.l1 or loss.l2:
     value, more = jax.value_and_grad(loss.penalty)(state.params)
     grads = jax.tree.map(jnp.add, grads, more)
@@ -148,16 +156,17 @@ def train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransform
 
   def sampled_gradient():  # for an optimiser that asks for it
     sampled = sophia.SampledLoss(jax.random.fold_in(rng, sophia.STREAM))
-    found = _gradients(module, sampled, num_microbatches, state.params, sophia.with_rows(batch),
-                       rng, state.carry)[0]
+    found = _gradients(module, sampled, num_microbatches, None, state.params,
+                       sophia.with_rows(batch), rng, state.carry)[0]
     return found, sampled.weights(batch)['tokens']
 
   updates, opt_state = optax.with_extra_args_support(optimizer).update(
       grads, state.opt_state, state.params, sampled_gradient=sampled_gradient)
-  params = optax.apply_updates(state.params, updates)
+  params = precision.apply_updates(state.params, updates, state.step)
+  params = precision.put_histories(params, seen)
   means = means if len(means) > 2 else {'loss': means['loss']}
   metrics = {**means, 'grad_norm': optax.tree.norm(grads),
-             'weight': next(iter(loss.weights(batch).values()))}
+             'weight': next(iter(loss.weights(batch).values())), **precision.metrics(opt_state)}
   return TrainState(state.step + 1, params, opt_state, state.rng, carry), metrics
 
 
@@ -169,7 +178,11 @@ def jit_train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTrans
 
   Args:
     tpu_options: NAME=VALUE of the compiler, where the mesh is of TPUs.
+
+  Raises:
+    UserError: products that keep a history are in a pipeline, or under a loss of whole batches.
   """
+  precision.check(module.config, loss, rules)
   shardings = jax.tree.map(lambda x: x.sharding, state)
   on_device = jax.tree.map(lambda x: x.with_memory_kind('device'), shardings.opt_state)
   is_offloaded = on_device != shardings.opt_state
