@@ -47,8 +47,8 @@ class Subject:
 
   @property
   def exact(self) -> Any:
-    return change(self.config, dtype='float32', dropout_rate=0.0, attention_dropout_rate=0.0,
-                  layer_drop_rate=0.0)
+    return change(self.config, dtype='float32', param_dtype='float32', products=None,
+                  dropout_rate=0.0, attention_dropout_rate=0.0, layer_drop_rate=0.0)
 
   @functools.cached_property
   def batch(self) -> Batch:
