@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """What each precision of gin/precision/ costs and loses: writes lm/training/PRECISION.md.
 
-  python scripts/benchmark_precision.py compile   # memory and cycles by the TPU compiler: some 15 minutes
-  python scripts/benchmark_precision.py train     # losses on the quickstart's data: some 15 minutes
+  python scripts/benchmark_precision.py compile   # memory and cycles by the TPU compiler
+  python scripts/benchmark_precision.py train     # losses on the quickstart's data
 """
 import argparse
 import contextlib
@@ -31,15 +31,17 @@ HEAD = """# What a precision costs and loses
 
 Written by `python scripts/benchmark_precision.py compile` and `... train`.
 
-Llama 2 7B's dimensions, four layers, parameters over all devices (fsdp), 8 sequences of 4,096 tokens,
-AdamW, remat 'full': HBM a device at the peak, and cycles by the compiler's own estimate with those of
-the kernels, if they never wait. A product in int8 takes half the cycles of one in bfloat16 on a v5e, but
-with 4,096 tokens a chip quantising takes more than that back. float16 has no attention kernel on TPUs.
+Llama 2 7B's dimensions, four layers, parameters over all devices (fsdp), 8 sequences of 4,096
+tokens, AdamW, remat 'full': HBM a device at the peak, and cycles by the compiler's own estimate with
+those of the kernels, if they never wait. A product in int8 takes half the cycles of one in bfloat16
+on a v5e, but with 4,096 tokens a chip quantising takes more than that back. float16 has no
+attention kernel on TPUs.
 
 """
 TRAINED = """
-A Llama-like model of 2 layers and d_model 128 on the quickstart's text, 400 steps of 16 x 128 tokens:
-loss on held-out text after the last. Seeds of bfloat16 differ by {spread:.4f} (standard deviation of five).
+A Llama-like model of 2 layers and d_model 128 on the quickstart's text, 400 steps of 16 x 128
+tokens: loss on held-out text after the last. Seeds of bfloat16 differ by {spread:.4f} (standard
+deviation of five).
 
 """
 

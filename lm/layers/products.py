@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from lm.parallel.rules import Rules
 from pallas_kernels import platform, stochastic_rounding
-from pallas_kernels.matmul import cpu, matmul
+from pallas_kernels.matmul import dot, matmul
 
 Products = Optional[Literal['int8', 'fp8', 'fp8_delayed']]
 HISTORY = 16  # steps
@@ -119,7 +119,7 @@ def _dot(a: jax.Array, b_KN: jax.Array, is_cut: bool) -> jax.Array:
   def on_cpu(a, b):
     if is_cut or not platform.cpu_has_bfloat16_units():
       return jnp.einsum('...k,kn->...n', a.astype(jnp.float32), b.astype(jnp.float32))
-    a_MK = cpu.row_major(a.reshape(-1, a.shape[-1]).astype(jnp.bfloat16))
-    return cpu.dot(a_MK, b.astype(jnp.bfloat16)).reshape(*a.shape[:-1], -1)
+    a_MK = a.reshape(-1, a.shape[-1]).astype(jnp.bfloat16)
+    return dot(a_MK, b.astype(jnp.bfloat16)).reshape(*a.shape[:-1], -1)
 
   return platform.by_platform(on_cpu, native, a, b_KN)

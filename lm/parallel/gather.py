@@ -48,7 +48,8 @@ def _place(x, rules, names, choose):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def product(function: Callable, rules: Rules, names: tuple[str | None, ...], x: jax.Array,
             w: jax.Array, *more: jax.Array) -> jax.Array:
-  """`function(x, w, *more)` of a parameter w, gathered in the dtype of x in both passes and never kept.
+  """`function(x, w, *more)` of a parameter w, gathered in the dtype of x in both passes and never
+  kept.
 
   The gradient of w keeps the dtype of w, as it does in `function`.
   """

@@ -73,8 +73,8 @@ def _join(tree: Any) -> Any:
 
 
 def _gradients(module, loss, num_microbatches, scale, params, batch, rng, carry):
-  """Gradient, times `scale`, means of the loss and its parts, and carry; one microbatch in memory at
-  a time."""
+  """Gradient, times `scale`, means of the loss and its parts, and carry; one microbatch in memory
+  at a time."""
   weights = loss.weights(batch)
 
   def score(params, batch, rng, carry):

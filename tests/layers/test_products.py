@@ -1,4 +1,4 @@
-"""Products in 8 bits: how far they may be from exact ones, and that their gradients have no bias."""
+"""Products in 8 bits: how far they may be from exact ones, and gradients without bias."""
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,5 +1,5 @@
-"""Every precision learns; what few bits need of the step: skipped steps, unbiased updates, histories
-that are no parameters."""
+"""Every precision learns; what few bits need of the step: skipped steps, unbiased updates, and
+histories that are no parameters."""
 import dataclasses
 import functools
 import json

@@ -1,5 +1,5 @@
-"""A train step in each precision, compiled for a TPU: run in a child by test_precision.py, which reads
-the last line."""
+"""A train step in each precision, compiled for a TPU: run in a child by test_precision.py, which
+reads the last line."""
 import json
 import os
 import re
@@ -29,7 +29,8 @@ ROWS, LENGTH = 8, 256
 
 def compiled(config, loss_scale, topology):
   """The step over four chips that share the parameters."""
-  rules = Rules().on(MeshConfig(fsdp=4).build(topologies.get_topology_desc(topology, 'tpu').devices))
+  devices = topologies.get_topology_desc(topology, 'tpu').devices
+  rules = Rules().on(MeshConfig(fsdp=4).build(devices))
   module = config.build(rules)
   optimizer = precision.prepare(AdamW().build(10), config.param_dtype, loss_scale)
   state = abstract_state(module, optimizer, rules)
