@@ -19,7 +19,8 @@ def count(tmp_path, name, **macros):
   """Parameters of the model of a gin file."""
   lines = [f"include 'gin/models/{name}.gin'", 'from __gin__ import dynamic_registration',
            'from lm.models import scaling', 'scaling.num_params.model = %MODEL',
-           'ATTENTION = None', *(f'{macro} = {value}' for macro, value in macros.items())]
+           'ATTENTION = None', "DTYPE = 'bfloat16'", "PARAM_DTYPE = 'float32'", 'PRODUCTS = None',
+           *(f'{macro} = {value}' for macro, value in macros.items())]
   path = tmp_path / 'count.gin'
   path.write_text('\n'.join(lines) + '\n')
   config.parse([str(path)])

@@ -125,7 +125,7 @@ def test_a_rule_that_names_a_mesh_axis_twice_is_refused():
 
 def test_a_parameter_that_no_rule_covers_is_named():
   class Bare(nn.Module):
-    config = types.SimpleNamespace(init_carry=lambda batch_size: None)
+    config = types.SimpleNamespace(init_carry=lambda batch_size: None, param_dtype='float32')
 
     @nn.compact
     def initialize(self):
