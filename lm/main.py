@@ -15,6 +15,7 @@ COMMANDS = {
     'evaluate': 'score the held-out files with the last checkpoint of a run',
     'generate': 'continue prompts with the last checkpoint of a run',
     'cache': 'train the vocabulary and build the token cache, without training',
+    'compare': 'runs beside each other: curves with seeds as bands, tables with their spread',
     'compile': 'what the train step needs of chips that are not there: memory, time, money',
     'plan': 'how to spread the train step over TPUs that are not there: time, memory, money',
     'doctor': "check the invariants of the codebase on this config's model and mesh",
@@ -29,8 +30,13 @@ def _parser() -> argparse.ArgumentParser:
   for name, text in COMMANDS.items():
     command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, epilog=(
         '--gin.NAME=VALUE overrides a macro (NUM_STEPS) or a binding (gpt.GPTConfig.d_model).'))
-    command.add_argument('--gin_file', action='append', default=[], help='repeatable')
-    command.add_argument('--run_dir', help='directory of the run')
+    if name == 'compare':
+      command.add_argument('runs', nargs='+', metavar='RUN', help='directories of runs; those that '
+                           'differ in the seed alone are one line')
+      command.add_argument('--out', metavar='DIR', help='compare.html, .md, .tex and .json go here')
+    else:
+      command.add_argument('--gin_file', action='append', default=[], help='repeatable')
+      command.add_argument('--run_dir', help='directory of the run')
     command.add_argument('--json', metavar='FILE', help='write the result here')
     if name in ('train', 'evaluate'):
       command.add_argument('--coordinator', metavar='HOST:PORT', help='of process 0; found by '
@@ -98,6 +104,8 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
   if args.command == 'convert':
     from lm.commands import convert
     return convert.execute(args, bindings)
+  if args.command == 'compare':
+    return _compare(args)
   if args.command == 'compile':
     from lm.commands import compile as compile_command
     return compile_command.execute(args, bindings)
@@ -130,6 +138,16 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
                         args.seed)
   for completion in result['completions']:
     print(f'{completion["prompt"]}{completion["text"]}\n')
+  return result
+
+
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+  from lm.evaluation import compare
+  result = compare.compare(args.runs)
+  print(compare.markdown(result), end='')
+  if args.out:
+    page, *_ = compare.write(result, pathlib.Path(args.out))
+    print(f'page: {page}')
   return result
 
 

@@ -19,12 +19,14 @@ MAX_POINTS = 800  # More than the pixels of a phone; keeps the page small.
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-  """One curve: its name in the legend ('' for none), its points, its CSS classes."""
+  """One curve: its name in the legend ('' for none), its points, its CSS classes, and where it has
+  a spread its band: (x, low, high)."""
 
   name: str
   points: Sequence[tuple[float, float]]
   classes: str = 'c0'
   dots: bool = False
+  band: Sequence[tuple[float, float, float]] = ()
 
 
 def smooth(points: Sequence[tuple[float, float]], window: float) -> list[tuple[float, float]]:
@@ -78,6 +80,7 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str,
   kept = [dataclasses.replace(s, points=[p for p in s.points if all(map(math.isfinite, p))])
           for s in series]
   points = [point for s in kept for point in s.points]
+  points += [(x, y) for s in kept for x, *both in s.band for y in both]
   if not points:
     return ''
   x_low, x_high = _range([x for x, _ in points])
@@ -103,6 +106,9 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str,
                f'{html.escape(x_label)}</text>')
   parts.append(f'<text transform="rotate(-90)" x="{-(TOP + HEIGHT - BOTTOM) / 2}" y="12" '
                f'text-anchor="middle">{html.escape(y_label)}</text>')
+  parts += [_band([place(x, high) for x, _, high in s.band] +
+                  [place(x, low) for x, low, _ in reversed(s.band)], s.classes)
+            for s in kept if any(high > low for _, low, high in s.band)]
   parts += [_curve(s, [place(*p) for p in _thin(s.points)]) for s in kept]
   named = [s for s in kept if s.name]
   return _svg(parts, HEIGHT, y_label) + (_legend(named) if len(named) > 1 else '')
@@ -137,6 +143,11 @@ def _curve(series: Series, points: Sequence[tuple[float, float]]) -> str:
       parts.append(f'<circle class="dot {series.classes}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>'
                    f'{html.escape(series.name)} {number(value)} at {number(step)}</title></circle>')
   return ''.join(parts)
+
+
+def _band(outline: Sequence[tuple[float, float]], classes: str) -> str:
+  path = 'L'.join(f'{x:.1f} {y:.1f}' for x, y in outline)
+  return f'<path class="band {classes}" d="M{path}Z"/>'
 
 
 def _legend(series: Sequence[Series]) -> str:

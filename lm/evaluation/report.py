@@ -17,9 +17,11 @@ MODEL, GZIP, XZ = 'model', 'gzip -9', 'xz -9'
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60646c; --line: #e0e1e6; --page: #fcfcfd;
-  --card: #ffffff; --c0: #2563c9; --c1: #d9730d; --c2: #5b8c5a; }
+  --card: #ffffff; --c0: #2563c9; --c1: #d9730d; --c2: #5b8c5a; --c3: #a8326e; --c4: #7a5bc7;
+  --c5: #8a6d00; --c6: #0d8a8f; --c7: #7b4a2b; }
 @media (prefers-color-scheme: dark) { :root { --ink: #edeef0; --soft: #a3a7ae; --line: #34373c;
-  --page: #111113; --card: #18191b; --c0: #70a5ff; --c1: #ff9f4a; --c2: #8fca8c; } }
+  --page: #111113; --card: #18191b; --c0: #70a5ff; --c1: #ff9f4a; --c2: #8fca8c; --c3: #f08bb9;
+  --c4: #b9a3f5; --c5: #e0c04a; --c6: #5fd0d3; --c7: #d3a07c; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 16px; max-width: 1080px; color: var(--ink);
   background: var(--page); font: 15px/1.5 system-ui, sans-serif; }
@@ -39,10 +41,12 @@ svg text.name { fill: var(--ink); } svg text.value { font-size: 9px; }
 .grid { stroke: var(--line); } .axis { stroke: var(--soft); fill: none; }
 .curve { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 .curve.faint { stroke-width: 1; opacity: .3; } i.faint { opacity: .3; }
-.curve.c0 { stroke: var(--c0); } .curve.c1 { stroke: var(--c1); } .curve.c2 { stroke: var(--c2); }
-rect.c0, circle.c0 { fill: var(--c0); } rect.c1, circle.c1 { fill: var(--c1); }
-rect.c2, circle.c2 { fill: var(--c2); }
-i.c0 { background: var(--c0); } i.c1 { background: var(--c1); } i.c2 { background: var(--c2); }
+.c0 { --own: var(--c0); } .c1 { --own: var(--c1); } .c2 { --own: var(--c2); }
+.c3 { --own: var(--c3); } .c4 { --own: var(--c4); } .c5 { --own: var(--c5); }
+.c6 { --own: var(--c6); } .c7 { --own: var(--c7); }
+.curve { stroke: var(--own); } rect, circle { fill: var(--own); }
+.legend i { background: var(--own); }
+.band { fill: var(--own); opacity: .18; stroke: none; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 13px; color: var(--soft); }
 .legend i { display: inline-block; width: 12px; height: 4px; margin-right: 6px;
   vertical-align: middle; border-radius: 2px; }
@@ -74,9 +78,9 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     UserError: there is nothing to report, a file is not what a run writes, or the disk is full.
   """
   run_dir = pathlib.Path(run_dir)
-  rows = _read_rows(run_dir / 'metrics.jsonl')
-  evaluation = _read_json(run_dir / 'evaluation.json')
-  samples = _read_json(run_dir / 'samples.json')
+  rows = read_rows(run_dir / 'metrics.jsonl')
+  evaluation = read_json(run_dir / 'evaluation.json')
+  samples = read_json(run_dir / 'samples.json')
   if not rows and evaluation is None:
     raise UserError(f'{run_dir} has neither metrics.jsonl nor evaluation.json to report on; '
                     'give the --run_dir of a run of `lm train`')
@@ -91,14 +95,23 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     raise UserError(f'evaluation.json or samples.json in {run_dir} lacks a field ({error!r}); run '
                     '`lm evaluate --run_dir` again') from error
   title = html.escape(run_dir.absolute().name)
-  page = ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+  return write(run_dir / 'report.html', document(title, '\n'.join(body)))
+
+
+def document(title: str, body: str) -> str:
+  """A whole page; title and body are HTML."""
+  return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
           '<meta name="viewport" content="width=device-width, initial-scale=1">'
           f'<title>{title}</title><style>{STYLE}</style></head><body>\n'
-          f'<h1>{title}</h1>\n' + '\n'.join(body) + '\n</body></html>\n')
-  return _write(run_dir / 'report.html', page)
+          f'<h1>{title}</h1>\n{body}\n</body></html>\n')
 
 
-def _write(path: pathlib.Path, page: str) -> pathlib.Path:
+def write(path: pathlib.Path, page: str) -> pathlib.Path:
+  """Replaces a file at once.
+
+  Raises:
+    UserError: the disk is full, or not writable.
+  """
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
   try:
     temporary.write_text(page, encoding='utf-8')
@@ -110,7 +123,8 @@ def _write(path: pathlib.Path, page: str) -> pathlib.Path:
   return path
 
 
-def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a metrics.jsonl, up to one that is torn."""
   rows = []
   if path.exists():
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
@@ -121,7 +135,8 @@ def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   return rows
 
 
-def _read_json(path: pathlib.Path) -> Any:
+def read_json(path: pathlib.Path) -> Any:
+  """What a JSON file holds; None where there is none."""
   try:
     return json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError:
