@@ -186,7 +186,6 @@ class Trainer:
         # While devices compute, all hosts say that they have begun, and agree whether to stop.
         asked = self.hosts.gather(watchdog.step_key(step), received[:1])
         row = {name: float(value) for name, value in metrics.items()}
-        stopped_by = received[:1] if self.hosts.count == 1 else sum(asked, [])
         timer.step_done(tokens_per_step)
         watch.beat(step + 1)
         self._check_finite(step, row['loss'], checkpointer)
@@ -196,6 +195,7 @@ class Trainer:
         writer.write(step, 'train', row)
         losses.append(row['loss'])
         bar.update(step, row['loss'], row.get('tokens_per_second'), row.get('mfu'))
+        stopped_by = received[:1] if self.hosts.count == 1 else sum(asked, [])
         with timer.paused():
           self._evaluate_and_save(step, state, validate, checkpointer, writer, bool(stopped_by),
                                   bar)
