@@ -11,9 +11,9 @@ that stands there is not repeated. Drawing needs matplotlib (the extra `test`).
 
 Seen with 200 steps, three seeds and rates up to the * (validation loss, nats a byte, +- standard
 deviation): muon 1.814* +- 0.011, adafactor 2.029* 0.015, soap 2.058* 0.024, lamb 2.071 0.033,
-schedule_free 2.123 0.025, adam 2.235 0.025, adamw 2.265 0.007, rmsprop 2.343 0.006, lion 2.573*
+schedule_free 2.123* 0.025, adam 2.235 0.025, adamw 2.265 0.007, rmsprop 2.343* 0.006, lion 2.573*
 0.043, sgd 2.618 0.034, sophia 2.634 0.046, adagrad 2.742* 0.024. So short a run says little of long
-ones, least of Lion and Sophia.
+ones, least of Lion and Sophia. RATES have been moved to the best ones since.
 """
 import argparse
 import json
