@@ -51,3 +51,13 @@ def test_its_momentum_is_sharded_as_the_parameter(tiny_configs):
              if jax.tree_util.keystr(path).endswith("['attention']['out']['kernel']")]
   assert moments and all(x.sharding.spec == kernel.sharding.spec for x in moments)
   assert 'fsdp' in str(kernel.sharding.spec)
+
+
+def test_kernels_outside_the_blocks_are_one_matrix_each():
+  """A head's dense layer [D, D] is orthogonalised as a whole, not row by row."""
+  params = {'head': {'dense': {'kernel': jnp.eye(8) + 0.1}, 'table': jnp.ones((5, 8))}}
+  transform = Muon(clip_norm=None, weight_decay=0.0).build(10)
+  grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+  updates, _ = transform.update(grads, transform.init(params), params)
+  values = np.linalg.svd(np.asarray(updates['head']['dense']['kernel']), compute_uv=False)
+  assert values.max() / values.min() < 2.5  # of a normal matrix it is some 30

@@ -5,7 +5,7 @@ groups, decay, clipping and matrices by a parameter's path; `averaging.py` avera
 evaluated; `quantized.py` 8-bit state; `muon.py`, `soap.py`, `sophia.py` what optax has not.
 
 Bytes of state for each number of a parameter, of float32 parameters (a test compares). A matrix is
-a kernel of a block, here of blocks of 256 by 256; Muon and SOAP leave all others to AdamW. An
+a kernel of a block or head, here in blocks of 256 by 256; Muon and SOAP leave the rest to AdamW. An
 average (`average_decay`) adds 4.
 
   optimiser      matrix   others   with state_bits=8

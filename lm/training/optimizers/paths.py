@@ -79,11 +79,11 @@ def depth_factor(layer_decay: float, num_layers: int, path: tuple, ndim: int) ->
 
 
 def is_matrix(params: Any) -> Any:
-  """True for the blocks' kernels, [layers, inputs..., outputs...]; embeddings, heads and the rest
-  are AdamW's, wherever an optimiser is for matrices alone."""
+  """True for the kernels of blocks and heads, [layers, inputs..., outputs...] or without layers;
+  embeddings and the rest are AdamW's, where an optimiser is for matrices alone."""
   def of(path, _):
     names = names_of(path)
-    return names[-1] == 'kernel' and 'layers' in names
+    return names[-1] == 'kernel'
   return jax.tree_util.tree_map_with_path(of, params)
 
 
