@@ -101,7 +101,7 @@ class Optimizer:
 
 def _matrices(transform: optax.GradientTransformation, b1: float, b2: float,
               epsilon: float = 1e-8) -> optax.GradientTransformation:
-  """A transformation of the blocks' matrices, and Adam of the rest."""
+  """A transformation of the kernels of blocks and heads, and Adam of the rest."""
   return optax.partition({True: transform, False: optax.scale_by_adam(b1, b2, epsilon)},
                          paths.is_matrix)
 
@@ -231,7 +231,7 @@ class LAMB(Optimizer):
 
 @dataclasses.dataclass(frozen=True)
 class Muon(Optimizer):
-  """Muon (Jordan et al. 2024; arXiv:2502.16982) for the blocks' matrices, AdamW for all else.
+  """Muon (Jordan et al. 2024; arXiv:2502.16982) for kernels of blocks and heads, AdamW for the rest.
 
   momentum: of Muon; b1, b2: of AdamW.
   """
@@ -271,7 +271,7 @@ class Sophia(Optimizer):
 
 @dataclasses.dataclass(frozen=True)
 class SOAP(Optimizer):
-  """SOAP (arXiv:2409.11321) for the blocks' matrices, AdamW for all else.
+  """SOAP (arXiv:2409.11321) for kernels of blocks and heads, AdamW for the rest.
 
   every: steps between two updates of the eigenvectors.
   block_size: the largest side of a block that has a preconditioner of its own. Devices that share a
