@@ -231,7 +231,7 @@ class LAMB(Optimizer):
 
 @dataclasses.dataclass(frozen=True)
 class Muon(Optimizer):
-  """Muon (Jordan et al. 2024; arXiv:2502.16982) for kernels of blocks and heads, AdamW for the rest.
+  """Muon (Jordan et al. 2024; arXiv:2502.16982) for kernels of blocks and heads, else AdamW.
 
   momentum: of Muon; b1, b2: of AdamW.
   """
