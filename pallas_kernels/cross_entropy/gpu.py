@@ -26,7 +26,7 @@ from pallas_kernels.grouped_matmul.gpu import Blocks, Side, dot, load, mask_of
 DTYPES = jnp.bfloat16, jnp.float32
 CHUNK_BYTES = 2**26
 # rows are tokens, columns of the vocabulary
-HALF, FLOAT32 = Blocks(128, 128, 64, 8, 3), Blocks(64, 64, 32, 8, 2)
+HALF, FLOAT32 = Blocks(128, 256, 64, 8, 3), Blocks(64, 64, 32, 8, 2)
 OF_TOKENS = 'lse', 'scale', 'expected', 'flat'  # `statistics.of_gradient`
 
 

@@ -28,7 +28,7 @@ def quantize(x: jax.Array, dtype: jax.typing.DTypeLike = jnp.int8) -> tuple[jax.
   Raises:
     ValueError: another dtype.
   """
-  if dtype not in QUANTIZED:
+  if jnp.dtype(dtype) not in QUANTIZED:
     raise ValueError(f'dtype={jnp.dtype(dtype).name} must be int8 or float8_e4m3fn')
   return reference.quantize(x, dtype)
 

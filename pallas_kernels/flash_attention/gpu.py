@@ -28,15 +28,16 @@ class Blocks(NamedTuple):
   stages: int
 
 
-# {card: {pass: {columns of a head: blocks}}}, of 2-byte elements: the largest tiles at which ptxas
-# keeps all registers and two programs of 4 warps, or one of 8, fit into an SM.
+# {card: {pass: {columns of a head: blocks}}}, of 2-byte elements. Those of the H100 are the fastest
+# of some ten that were timed on one; those of the A100, which were not, are the largest tiles at
+# which ptxas keeps all registers and two programs of 4 warps, or one of 8, fit into an SM.
 TABLE = {
-    'h100': {'forward': {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3),
-                         256: Blocks(64, 64, 8, 2)},
-             'query_gradient': {64: Blocks(64, 64, 4, 3), 128: Blocks(128, 64, 8, 2),
-                                256: Blocks(64, 32, 8, 2)},
-             'key_gradient': {64: Blocks(64, 128, 8, 2), 128: Blocks(64, 64, 4, 2),
-                              256: Blocks(32, 64, 8, 2)},
+    'h100': {'forward': {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 3),
+                         256: Blocks(64, 64, 4, 2)},
+             'query_gradient': {64: Blocks(64, 64, 4, 2), 128: Blocks(128, 64, 8, 3),
+                                256: Blocks(64, 64, 4, 2)},
+             'key_gradient': {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 3),
+                              256: Blocks(128, 32, 8, 2)},
              'distance_gradient': {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 64, 8, 2),
                                    256: Blocks(32, 32, 4, 2)}},
     'a100': {'forward': {64: Blocks(128, 64, 4, 2), 128: Blocks(128, 64, 8, 3),
@@ -141,39 +142,38 @@ def _arrays(query, key, value, terms, masking):
 
 
 def _call(kernel, tiles: Tiles, blocks: Blocks, side: str, arrays, masking, outs, interpret):
-  """Runs a kernel over (tiles of a side, heads of that side, B), the 'query', 'key' or 'diagonal';
-  `outs` are shapes by name."""
-  by_key = side == 'key'
+  """Runs a kernel over (tiles of a side, query heads, B), the 'query', 'key' or 'diagonal'; `outs`
+  are shapes by name."""
   B, N, K = arrays['query'].shape[0], arrays['query'].shape[2], arrays['key'].shape[2]
-  G = N // K
   known = not any(name in arrays for name in ('offset', 'prefix', 'query_ids'))
   # XLA would compute what follows from the lengths alone at each call, by kernels of its own.
   with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
     seen = visited(tiles, masking)
     seen = gpu_positions.by_diagonal(seen) if side == 'diagonal' else seen
-    arrays = arrays | bounds(seen, 1 if by_key else 2)
+    arrays = arrays | bounds(seen, 1 if side == 'key' else 2)
   up = lambda length, size: pl.cdiv(length, size) * size
   T, S = up(tiles.T, tiles.queries), up(tiles.S, tiles.keys)
-  heads = G if by_key and G > 1 else None
-  key_head = lambda h: h if by_key or G == 1 else jax.lax.div(h, G)
+  key_head = lambda h: h if N == K else jax.lax.div(h, N // K)
   row_of = lambda x: (lambda b: b) if x.shape[0] == B else (lambda b: 0)
 
   def spec(name, x):
     row = row_of(x)
     if name in ('query', 'dout', 'out', 'dquery'):
-      return pl.BlockSpec((None, T, heads, tiles.width), lambda i, h, b: (b, 0, h, 0))
-    if name in ('key', 'value', 'dkey', 'dvalue'):
+      return pl.BlockSpec((None, T, None, tiles.width), lambda i, h, b: (b, 0, h, 0))
+    if name in ('key', 'value'):
       return pl.BlockSpec((None, S, None, tiles.width), lambda i, h, b: (b, 0, key_head(h), 0))
+    if name in ('dkey', 'dvalue'):
+      return pl.BlockSpec((None, S, None, tiles.width), lambda i, h, b: (b, 0, h, 0))
     if name in ('lse', 'delta'):
-      return pl.BlockSpec((None, heads, T), lambda i, h, b: (b, h, 0))
+      return pl.BlockSpec((None, None, T), lambda i, h, b: (b, h, 0))
     if name in ('bias', 'dbias'):
-      return pl.BlockSpec((None, heads, T, S), lambda i, h, b: (row(b), h, 0, 0))
+      return pl.BlockSpec((None, None, T, S), lambda i, h, b: (row(b), h, 0, 0))
     if name == 'distance_bias':
-      return pl.BlockSpec((heads, x.shape[1]), lambda i, h, b: (h, 0))
+      return pl.BlockSpec((None, x.shape[1]), lambda i, h, b: (h, 0))
     if name == 'sums':
       return pl.BlockSpec((None, None, None, *x.shape[3:]), lambda i, h, b: (b, h, i, 0, 0))
     if name == 'seeds':
-      return pl.BlockSpec((None, heads or 1), lambda i, h, b: (b, h))
+      return pl.BlockSpec((None, 1), lambda i, h, b: (b, h))
     if name == 'offset':
       return pl.BlockSpec((1,), lambda i, h, b: (b,))
     if name == 'sinks':
@@ -181,9 +181,9 @@ def _call(kernel, tiles: Tiles, blocks: Blocks, side: str, arrays, masking, outs
     length = {'query_ids': T, 'key_ids': S, 'prefix': S}.get(name, x.shape[-1])
     return pl.BlockSpec((None, length), lambda i, h, b: (row(b), 0))
 
-  grid = arrays['first'].shape[1], K if by_key else N, B
   return pl.pallas_call(
-      kernel, grid=grid, in_specs=[{name: spec(name, x) for name, x in arrays.items()}],
+      kernel, grid=(arrays['first'].shape[1], N, B),
+      in_specs=[{name: spec(name, x) for name, x in arrays.items()}],
       out_specs={name: spec(name, x) for name, x in outs.items()}, out_shape=outs,
       compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
       interpret=interpret, name=f'flash_attention_{kernel.func.__name__}')(arrays)
@@ -212,7 +212,7 @@ def forward(options, query, key, value, terms, masking, *, interpret=False, card
 def backward(options, query, key, value, terms, masking, out, lse, g, dlse, *, interpret=False,
              card=None, blocks=None):
   """`reference.backward`; the arguments after dlse are those of `forward`."""
-  (B, T, N, _), (S, K) = query.shape, key.shape[1:3]
+  (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
   arrays = _arrays(query, key, value, terms, masking)
   lse_BNT = lse.reshape(B, N, T)
   delta_BNT = jnp.einsum('btnh,btnh->bnt', g, out, preferred_element_type=jnp.float32)
@@ -226,8 +226,12 @@ def backward(options, query, key, value, terms, masking, out, lse, g, dlse, *, i
   outs = _call(functools.partial(gpu_kernels.query_gradient, tiles), tiles, of_queries, 'query',
                arrays, masking, outs, interpret)
   tiles, of_keys = _tiles('key_gradient', options, query, key, terms, card, blocks)
-  outs |= _call(functools.partial(gpu_kernels.key_gradient, tiles, N // K), tiles, of_keys, 'key',
-                arrays, masking, {'dkey': key, 'dvalue': value}, interpret)
+  of_heads = jax.ShapeDtypeStruct((B, S, N, H), key.dtype if N == K else jnp.float32)
+  outs |= _call(functools.partial(gpu_kernels.key_gradient, tiles), tiles, of_keys, 'key', arrays,
+                masking, {'dkey': of_heads, 'dvalue': of_heads}, interpret)
+  if N > K:  # the heads of a group are programs of their own: few key-value heads fill no GPU
+    outs |= {name: outs[name].reshape(B, S, K, N // K, H).sum(3).astype(key.dtype)
+             for name in ('dkey', 'dvalue')}
   dbias = outs.get('dbias')
   if bias is not None and bias.shape[0] < B:
     dbias = dbias.sum(0, keepdims=True).astype(bias.dtype)

@@ -52,10 +52,9 @@ def _within(first, size: int, length: int):
   return first + jnp.arange(size) < length if length % size else None
 
 
-def _row(ref, head, first, size: int, length: int):
+def _row(ref, first, size: int, length: int):
   """Elements first .. first + size of a row of `length`, zeros beyond it."""
-  index = pl.ds(first, size)
-  return load(ref, index if head is None else (head, index), _within(first, size, length))
+  return load(ref, pl.ds(first, size), _within(first, size, length))
 
 
 def _outer(rows, columns):
@@ -66,24 +65,22 @@ def _outer(rows, columns):
   return rows[:, None] & columns[None]
 
 
-def _place(tiles: Tiles, head, first, size: int, length: int):
-  """(index, mask) of the rows first .. first + size in [length, width], or of a head of
-  [length, heads, width]."""
+def _place(tiles: Tiles, first, size: int, length: int):
+  """(index, mask) of the rows first .. first + size in [length, width]."""
   columns = jnp.arange(tiles.width) < tiles.H if tiles.H < tiles.width else None
-  index = (pl.ds(first, size),) if head is None else (pl.ds(first, size), head)
-  return index, _outer(_within(first, size, length), columns)
+  return (pl.ds(first, size),), _outer(_within(first, size, length), columns)
 
 
-def _queries(tiles, ref, name, head, first):
-  return load(ref[name], *_place(tiles, head, first, tiles.queries, tiles.T))
+def _queries(tiles, ref, name, first):
+  return load(ref[name], *_place(tiles, first, tiles.queries, tiles.T))
 
 
 def _keys(tiles, ref, name, first):
-  return load(ref[name], *_place(tiles, None, first, tiles.keys, tiles.S))
+  return load(ref[name], *_place(tiles, first, tiles.keys, tiles.S))
 
 
 def _store(tiles, ref, first, size: int, length: int, x):
-  index, mask = _place(tiles, None, first, size, length)
+  index, mask = _place(tiles, first, size, length)
   plgpu.store(ref.at[index], x.astype(ref.dtype), mask=mask)
 
 
@@ -94,10 +91,10 @@ def _sides(tiles, ref, first_q, first_k):
   if 'offset' in ref:
     queries['place'] += ref['offset'][0]
   if 'query_ids' in ref:
-    queries['ids'] = _row(ref['query_ids'], None, first_q, tiles.queries, tiles.T)
-    keys['ids'] = _row(ref['key_ids'], None, first_k, tiles.keys, tiles.S)
+    queries['ids'] = _row(ref['query_ids'], first_q, tiles.queries, tiles.T)
+    keys['ids'] = _row(ref['key_ids'], first_k, tiles.keys, tiles.S)
   if 'prefix' in ref:
-    keys['prefix'] = _row(ref['prefix'], None, first_k, tiles.keys, tiles.S) != 0
+    keys['prefix'] = _row(ref['prefix'], first_k, tiles.keys, tiles.S) != 0
   return queries, keys
 
 
@@ -108,12 +105,12 @@ def _broadcast(tiles, ref, first_q, first_k, query_axis: int):
           {name: jnp.expand_dims(x, query_axis) for name, x in keys.items()})
 
 
-def _kept(tiles, ref, probs, head, first_q, first_k, query_axis: int):
+def _kept(tiles, ref, probs, first_q, first_k, query_axis: int):
   """A tile of probabilities, or of their gradients, after dropout."""
   if not tiles.options.dropout_rate:
     return probs
   queries, keys = _broadcast(tiles, ref, first_q, first_k, query_axis)
-  seed = ref['seeds'][0 if head is None else head]
+  seed = ref['seeds'][0]
   words = dropout.of_places(queries['place']) ^ (dropout.of_keys(keys['place']) ^ seed)
   return probs * dropout.of_words(tiles.options.dropout_rate, words)
 
@@ -142,14 +139,13 @@ def _visible(tiles, ref, first_q, first_k, query_axis: int):
   return mask
 
 
-def _bias_place(tiles, head, first_q, first_k):
-  """(index, mask) of a tile of [T, S], or of a head of [heads, T, S]."""
+def _bias_place(tiles, first_q, first_k):
+  """(index, mask) of a tile of [T, S]."""
   mask = _outer(_within(first_q, tiles.queries, tiles.T), _within(first_k, tiles.keys, tiles.S))
-  index = pl.ds(first_q, tiles.queries), pl.ds(first_k, tiles.keys)
-  return index if head is None else (head, *index), mask
+  return (pl.ds(first_q, tiles.queries), pl.ds(first_k, tiles.keys)), mask
 
 
-def _base_2_scores(tiles, ref, products, head, first_q, first_k, query_axis: int):
+def _base_2_scores(tiles, ref, products, first_q, first_k, query_axis: int):
   """Scores in units of log 2, and d(score) / d(scaled product) where that is not 1 (or None)."""
   scale, softcap = tiles.options.scale, tiles.options.softcap
   if softcap is None:
@@ -158,13 +154,13 @@ def _base_2_scores(tiles, ref, products, head, first_q, first_k, query_axis: int
     bent = jnp.tanh(products * (scale / softcap))
     scores, slope = bent * (softcap * LOG2_E), 1 - bent * bent
   if 'bias' in ref:
-    bias = load(ref['bias'], *_bias_place(tiles, head, first_q, first_k)).astype(jnp.float32)
+    bias = load(ref['bias'], *_bias_place(tiles, first_q, first_k)).astype(jnp.float32)
     scores += (bias.T if query_axis else bias) * LOG2_E
   if 'distance_bias' in ref:
     queries, keys = _broadcast(tiles, ref, first_q, first_k, query_axis)
     reach = ref['distance_bias'].shape[-1] // 2
     entry = jnp.clip(keys['place'] - queries['place'], -reach, reach) + reach
-    bias = load(ref['distance_bias'], (entry,) if head is None else (head, entry), None)
+    bias = load(ref['distance_bias'], (entry,), None)
     scores += bias.astype(jnp.float32) * LOG2_E
   mask = _visible(tiles, ref, first_q, first_k, query_axis)
   return scores if mask is None else jnp.where(mask, scores, MASKED * LOG2_E), slope
@@ -174,17 +170,17 @@ def forward(tiles: Tiles, ref, out):
   """Attends with one tile of queries of one head."""
   block = pl.num_programs(0) - 1 - pl.program_id(0)  # those that see most begin first
   first_q = block * tiles.queries
-  query = _queries(tiles, ref, 'query', None, first_q)
+  query = _queries(tiles, ref, 'query', first_q)
 
   def visit(i, state):
     sums, largest, total = state
     first_k = i * tiles.keys
     products = dot(query, _keys(tiles, ref, 'key', first_k), (1, 1))
-    scores, _ = _base_2_scores(tiles, ref, products, None, first_q, first_k, 0)
+    scores, _ = _base_2_scores(tiles, ref, products, first_q, first_k, 0)
     above = jnp.maximum(largest, scores.max(1))
     exps, shrink = jnp.exp2(scores - above[:, None]), jnp.exp2(largest - above)
     value = _keys(tiles, ref, 'value', first_k)
-    kept = _kept(tiles, ref, exps, None, first_q, first_k, 0)
+    kept = _kept(tiles, ref, exps, first_q, first_k, 0)
     part = dot(kept.astype(value.dtype), value, (1, 0))
     return sums * shrink[:, None] + part, above, total * shrink + exps.sum(1)
 
@@ -201,17 +197,17 @@ def forward(tiles: Tiles, ref, out):
               mask=_within(first_q, tiles.queries, tiles.T))
 
 
-def _dscores(tiles, ref, operands, head, first_q, first_k, query_axis: int):
+def _dscores(tiles, ref, operands, first_q, first_k, query_axis: int):
   """Recomputes a tile: its probabilities after dropout, the gradient of its scores and that of its
   products before they are scaled; `operands` are query, key, value and dout."""
   query, key, value, dout = operands
   sides = lambda q, k: (k, q) if query_axis else (q, k)
   products = dot(*sides(query, key), (1, 1))
-  scores, slope = _base_2_scores(tiles, ref, products, head, first_q, first_k, query_axis)
-  lse, delta = (jnp.expand_dims(_row(ref[name], head, first_q, tiles.queries, tiles.T),
+  scores, slope = _base_2_scores(tiles, ref, products, first_q, first_k, query_axis)
+  lse, delta = (jnp.expand_dims(_row(ref[name], first_q, tiles.queries, tiles.T),
                                 1 - query_axis) for name in ('lse', 'delta'))
   probs = jnp.exp2(scores - lse * LOG2_E)
-  kept = lambda x: _kept(tiles, ref, x, head, first_q, first_k, query_axis)
+  kept = lambda x: _kept(tiles, ref, x, first_q, first_k, query_axis)
   dscores = probs * (kept(dot(*sides(dout, value), (1, 1))) - delta)
   return kept(probs), dscores, dscores if slope is None else dscores * slope
 
@@ -220,16 +216,16 @@ def query_gradient(tiles: Tiles, ref, out):
   """Computes 'dquery' of one tile of queries of one head and, where it is wanted, 'dbias'."""
   block = pl.num_programs(0) - 1 - pl.program_id(0)
   first_q = block * tiles.queries
-  query, dout = (_queries(tiles, ref, name, None, first_q) for name in ('query', 'dout'))
+  query, dout = (_queries(tiles, ref, name, first_q) for name in ('query', 'dout'))
 
   def write_dbias(i, x):
-    index, mask = _bias_place(tiles, None, first_q, i * tiles.keys)
+    index, mask = _bias_place(tiles, first_q, i * tiles.keys)
     plgpu.store(out['dbias'].at[index], x.astype(out['dbias'].dtype), mask=mask)
 
   def visit(i, dquery):
     first_k = i * tiles.keys
     key, value = (_keys(tiles, ref, name, first_k) for name in ('key', 'value'))
-    _, dscores, dproducts = _dscores(tiles, ref, (query, key, value, dout), None, first_q, first_k,
+    _, dscores, dproducts = _dscores(tiles, ref, (query, key, value, dout), first_q, first_k,
                                      0)
     if 'dbias' in out:
       write_dbias(i, dscores)
@@ -247,27 +243,25 @@ def query_gradient(tiles: Tiles, ref, out):
     lax.fori_loop(end, pl.cdiv(tiles.S, tiles.keys), unseen, None)
 
 
-def key_gradient(tiles: Tiles, group: int, ref, out):
-  """Computes the gradients of one tile of keys and values, from the `group` heads that share it.
+def key_gradient(tiles: Tiles, ref, out):
+  """Computes the gradients of one tile of keys and values by one head of queries.
 
   Scores are transposed, [keys, queries]: so the products that follow need no transpose.
   """
   block = pl.program_id(0)
   first_k = block * tiles.keys
   key, value = (_keys(tiles, ref, name, first_k) for name in ('key', 'value'))
-  first, end = ref['first'][block], ref['end'][block]
 
   def visit(i, sums):
     dkey, dvalue = sums
-    head = None if group == 1 else lax.div(i, end - first)
-    first_q = (first + (i if group == 1 else lax.rem(i, end - first))) * tiles.queries
-    query, dout = (_queries(tiles, ref, name, head, first_q) for name in ('query', 'dout'))
-    probs, _, dproducts = _dscores(tiles, ref, (query, key, value, dout), head, first_q, first_k, 1)
+    first_q = i * tiles.queries
+    query, dout = (_queries(tiles, ref, name, first_q) for name in ('query', 'dout'))
+    probs, _, dproducts = _dscores(tiles, ref, (query, key, value, dout), first_q, first_k, 1)
     dvalue += dot(probs.astype(dout.dtype), dout, (1, 0))
     return dkey + dot(dproducts.astype(query.dtype), query, (1, 0)), dvalue
 
   zeros = jnp.zeros((tiles.keys, tiles.width), jnp.float32)
-  dkey, dvalue = lax.fori_loop(0, group * (end - first), visit, (zeros, zeros))
+  dkey, dvalue = lax.fori_loop(ref['first'][block], ref['end'][block], visit, (zeros, zeros))
   _store(tiles, out['dkey'], first_k, tiles.keys, tiles.S, dkey * tiles.options.scale)
   _store(tiles, out['dvalue'], first_k, tiles.keys, tiles.S, dvalue)
 
@@ -279,9 +273,9 @@ def distance_gradient(tiles: Tiles, ref, out):
 
   def visit(i, sums):
     first_q, first_k = i * tiles.queries, (i + ahead) * tiles.keys
-    query, dout = (_queries(tiles, ref, name, None, first_q) for name in ('query', 'dout'))
+    query, dout = (_queries(tiles, ref, name, first_q) for name in ('query', 'dout'))
     key, value = (_keys(tiles, ref, name, first_k) for name in ('key', 'value'))
-    return sums + _dscores(tiles, ref, (query, key, value, dout), None, first_q, first_k, 0)[1]
+    return sums + _dscores(tiles, ref, (query, key, value, dout), first_q, first_k, 0)[1]
 
   out['sums'][...] = lax.fori_loop(ref['first'][diagonal], ref['end'][diagonal], visit,
                                    jnp.zeros((tiles.queries, tiles.keys), jnp.float32))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpu_cases import INTERPRET
 from pallas_kernels.flash_attention import dropout, gpu, tpu
 from pallas_kernels.flash_attention.reference import (MASKED, NO_KEY, Masking, Options, Terms,
                                                       places, visible)
@@ -83,7 +84,9 @@ def _results(module, options, static, args, g, dlse):
 
 def results(module, call: Call):
   """What `float64` returns, of an implementation."""
-  static = {'interpret': True, 'blocks': call.blocks} if module in (tpu, gpu) else {}
+  static = {}
+  if module in (tpu, gpu):
+    static = {'interpret': INTERPRET or module is tpu, 'blocks': call.blocks}
   return _results(module, call.options, tuple(static.items()), call[1:6], call.g, call.dlse)
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpu_cases import INTERPRET
 from pallas_kernels import gpu_compiler
 from pallas_kernels.cross_entropy import bench, cross_entropy, gpu, token_losses
 from pallas_kernels.cross_entropy.specs import SPECS
@@ -21,7 +22,8 @@ def test_loss_and_gradients_are_float64s(case, monkeypatch):
   options, has_bias, T, D, V, hidden_dtype, dtype = CASES[case]
   monkeypatch.setattr(gpu, 'CHUNK_BYTES', T * 4 * 128)  # the last chunk overlaps the one before
   args = operands(T, D, V, hidden_dtype, dtype, has_bias)
-  got = jax.jit(functools.partial(gpu.loss_and_gradients, options, blocks=TINY, interpret=True),
+  got = jax.jit(functools.partial(gpu.loss_and_gradients, options, blocks=TINY,
+                                  interpret=INTERPRET),
                 compiler_options={'xla_backend_optimization_level': 0})(*args)
   assert [x.dtype for x in got[:3]] == [jnp.float32, hidden_dtype, dtype]
   assert (got[3] is None) == (not has_bias)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from gpu_cases import INTERPRET
 from pallas_kernels import chips, gpu_compiler
 from pallas_kernels.decode_attention import bench, decode_attention, gpu
 from pallas_kernels.decode_attention.gpu import Blocks
@@ -24,7 +25,7 @@ MORE = {
 @functools.partial(jax.jit, static_argnums=(0, 1),
                    compiler_options={'xla_backend_optimization_level': 0})
 def run(options, blocks, query, lengths, bias, sinks, cache):
-  return gpu.decode_attention(options, query, cache, lengths, bias, sinks, interpret=True,
+  return gpu.decode_attention(options, query, cache, lengths, bias, sinks, interpret=INTERPRET,
                               blocks=blocks)
 
 

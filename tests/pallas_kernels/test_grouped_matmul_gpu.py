@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpu_cases import INTERPRET
 from pallas_kernels import chips, gpu_compiler
 from pallas_kernels.grouped_matmul import gpu, grouped_matmul
 from pallas_kernels.grouped_matmul.gpu import Blocks
@@ -23,8 +24,8 @@ def test_products_and_gradients_are_float64s(case):
 
   @functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
   def with_gradients(x, w, sizes, dy):
-    return (gpu.product(x, w, sizes, interpret=True, blocks=TINY),
-            *gpu.gradients(x, w, sizes, dy, interpret=True, blocks=(TINY, TINY)))
+    return (gpu.product(x, w, sizes, interpret=INTERPRET, blocks=TINY),
+            *gpu.gradients(x, w, sizes, dy, interpret=INTERPRET, blocks=(TINY, TINY)))
 
   got = with_gradients(*args)
   assert [a.dtype for a in got] == [x.dtype, x.dtype, w.dtype]
