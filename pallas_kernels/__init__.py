@@ -10,5 +10,6 @@ belongs inside `jax.shard_map`, as `lm/layers/kernels.py` has it.
 `python -m pallas_kernels.NAME.bench` prints a kernel's cycles, by the TPU compiler and without a
 TPU (`tpu_compiler.py`), at the shapes of its `specs.py`; `measure.py` adds the bytes that it moves.
 `CYCLES.md` has those of all kernels and TPUs, by `table.py`.
-`gpu_compiler.py` says which registers and shared memory a kernel takes on an NVIDIA GPU.
+`gpu_compiler.py` says which registers and shared memory a kernel takes on an NVIDIA GPU, and
+`gpu_times.py` times all of them on the one in hand: `TIMES.md` has those of an H100.
 """

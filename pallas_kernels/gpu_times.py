@@ -1,6 +1,6 @@
 """How fast and how exact the GPU kernels are, on the GPU in hand, beside XLA's and cuDNN's forms.
 
-    python -m pallas_kernels.gpu_times [--kernel norm ...] [--spec gpt2 ...] [--json FILE] > TIMES.md
+    python -m pallas_kernels.gpu_times [--kernel norm ...] [--spec gpt2 ...] [--json FILE]
 
 prints a table of each kernel: for each spec and pass the milliseconds of the kernel, of XLA's form
 (`reference`) and, where it takes the case, of cuDNN's attention or a product of unquantised
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import cross_entropy, decode_attention, flash_attention, grouped_matmul
 from pallas_kernels import measure, norm, quantized_matmul
@@ -158,10 +157,10 @@ def decode_cases(spec) -> dict[str, Case]:
 def grouped_cases(spec) -> dict[str, Case]:
   """The product, and both passes, of groups of uneven sizes."""
   M, K, N, G = spec
-  share = np.random.default_rng(0).dirichlet(np.full(G, 4.0))
-  sizes = np.floor(share * M).astype(np.int32)
-  sizes[0] += M - sizes.sum()
-  args = normal(0, (M, K)), normal(1, (G, K, N)) * jnp.bfloat16(K**-0.5), jnp.asarray(sizes)
+  share = jax.random.dirichlet(jax.random.key(3), jnp.full(G, 4.0))
+  sizes = jnp.floor(share * M).astype(jnp.int32)
+  sizes = sizes.at[0].add(M - sizes.sum())
+  args = normal(0, (M, K)), normal(1, (G, K, N)) * jnp.bfloat16(K**-0.5), sizes
   forms = {name: functools.partial(grouped_matmul.grouped_matmul, implementation=form)
            for name, form in (('gpu', 'gpu'), ('XLA', 'reference'))}
   flops = 2 * M * K * N
@@ -249,7 +248,7 @@ def measured(case: Case, programs: dict[str, Any], peaks) -> dict[str, Any]:
                      if name not in OTHER}
     del want
   floor = max(case.flops / peaks[0], case.moved / peaks[1])
-  row['seconds'] = seconds(working, case.args, int(np.clip(SECONDS_A_TURN / floor, 3, 300)))
+  row['seconds'] = seconds(working, case.args, min(max(int(SECONDS_A_TURN / floor), 3), 300))
   if 'gpu' in working:
     mine = row['seconds']['gpu']
     row['peak_share'], row['memory_share'] = (case.flops / mine / peaks[0],
