@@ -4,8 +4,8 @@ In: a model's config, an optimiser, a mesh, rules. Out: for each invariant wheth
 largest difference and the tolerance. Change `doctor_compare.py` for what is compared and how
 closely; add an invariant as a small function here, and to `invariants()`.
 
-Comparisons run in float32 without dropout, where a true difference stands out from rounding; the
-kernels also in bfloat16, and resuming exactly as the run trains.
+Comparisons run in float32, where a true difference stands out from rounding, and but for dropout's
+own without dropout. Kernels also run in bfloat16, and resuming exactly as the run trains.
 """
 from collections.abc import Mapping
 import dataclasses
@@ -55,11 +55,16 @@ def packed_equals_unpacked(s: Subject) -> tuple[float, float]:
 def accumulated_equals_whole(s: Subject) -> tuple[float, float]:
   """Gradients summed over microbatches are those of the batch."""
   batch_size, shards = s.shape[0], _batch_shards(s.rules)
-  parts = [n for n in range(2, batch_size + 1) if batch_size % (n * shards) == 0]
-  if not parts:
+  if not _microbatches(s, shards):
     raise Skipped(f'batch_size={batch_size} over {shards} devices leaves nothing to accumulate; '
                   f'try {2 * shards}')
-  return difference(s.gradients(num_microbatches=parts[0]), s.usual), s.tolerance
+  return difference(s.gradients(num_microbatches=_microbatches(s, shards)[0]),
+                    s.usual), s.tolerance
+
+
+def _microbatches(s, shards):
+  """Numbers of them into which the batch can be cut."""
+  return [n for n in range(2, s.shape[0] + 1) if s.shape[0] % (n * shards) == 0]
 
 
 def _batch_shards(rules: Rules) -> int:
@@ -68,12 +73,28 @@ def _batch_shards(rules: Rules) -> int:
 
 def sharded_equals_single(s: Subject) -> tuple[float, float]:
   """The mesh computes what one of its devices computes."""
-  mesh = s.rules.mesh
-  if mesh.size == 1:
+  if s.rules.mesh.size == 1:
     raise Skipped('the mesh has one device')
-  sizes, names = (1,) * len(mesh.axis_names), mesh.axis_names
-  one = jax.make_mesh(sizes, names, (AxisType.Auto,) * len(names), devices=[mesh.devices.flat[0]])
-  return difference(s.usual, s.gradients(rules=s.rules.on(one))), s.tolerance
+  return difference(s.usual, s.gradients(rules=_on_one_device(s.rules))), s.tolerance
+
+
+def _on_one_device(rules: Rules) -> Rules:
+  names, device = rules.mesh.axis_names, rules.mesh.devices.flat[0]
+  return rules.on(jax.make_mesh((1,) * len(names), names, (AxisType.Auto,) * len(names),
+                                devices=[device]))
+
+
+def dropout_equals_however_computed(s: Subject) -> tuple[float, float]:
+  """What is dropped does not depend on mesh, microbatches, scan and rematerialisation: all of them
+  at once are changed."""
+  is_ring = s.rules.attention == 'ring' and s.rules.shards('length') > 1
+  config = change(s.exact, dropout_rate=0.1, layer_drop_rate=0.1,
+                  attention_dropout_rate=0.0 if is_ring else 0.1)  # a ring draws by its own parts
+  other = change(config, scan_layers=not s.config.scanned,
+                 remat='none' if s.config.remat == 'full' else 'full')
+  found = s.gradients(other, _on_one_device(s.rules), num_microbatches=[
+      *_microbatches(s, 1), 1][0])
+  return difference(found, s.gradients(config)), s.tolerance
 
 
 def scanned_equals_unrolled(s: Subject) -> tuple[float, float]:
@@ -257,6 +278,7 @@ def invariants() -> dict[str, Any]:
       'sharded == single device': sharded_equals_single,
       'scanned == unrolled': scanned_equals_unrolled,
       'rematerialised == not': rematerialised_equals_not,
+      'dropout == dropout, however computed': dropout_equals_however_computed,
       **{f'kernel == reference ({name}, {dtype})': functools.partial(function, dtype=dtype)
          for name, function in kernels.items() for dtype in ('float32', 'bfloat16')},
       'cached decoding == full forward': cached_equals_full,

@@ -13,6 +13,7 @@ from lm.parallel.mesh import MeshConfig
 from lm.parallel.rules import Rules
 from lm.training import checkpoint, step
 from lm.training.optimizers import AdamW
+from pallas_kernels import dropout
 from pallas_kernels.cross_entropy import blocks
 from pallas_kernels.flash_attention import cpu
 
@@ -42,10 +43,10 @@ def test_every_invariant_holds_and_what_needs_more_devices_says_so():
                        ('memory == concatenated segments', 'carries no memory')):
     skipped = results.pop(name)
     assert skipped['holds'] is None and reason in skipped['reason']
-  assert len(results) == 13 and all(r['holds'] for r in results.values()), results
+  assert len(results) == 14 and all(r['holds'] for r in results.values()), results
   assert all(r['difference'] <= r['tolerance'] < 0.05 for r in results.values())
   json.dumps(results)  # `--json` can hold it
-  assert doctor.format_table(results).count('holds') == 13
+  assert doctor.format_table(results).count('holds') == 14
 
 
 def test_the_invariants_of_the_architecture_hold_for_a_llama():
@@ -85,6 +86,11 @@ def one_place_late(cache, new, start, original=attention._write):
   return original(cache, new, start + 1)
 
 
+def by_the_row(self, x, rate):
+  """What depends on which rows stand beside one."""
+  return x * jax.random.bernoulli(jax.random.key(0), 1 - rate, x.shape) / (1 - rate)
+
+
 def forgetful(self, abstract, original=checkpoint.Checkpointer.restore):
   step, state, data = original(self, abstract)
   return step, jax.tree.map(lambda x: x if x.ndim else x * 0, state), data
@@ -96,6 +102,7 @@ ILLNESSES = [
     ('scanned == unrolled', stack, 'unstack', twice_as_large),
     ('rematerialised == not', jax, 'checkpoint',
      lambda f, **_: lambda x, *inputs: f(x * 1.01, *inputs)),
+    ('dropout == dropout, however computed', dropout.Draws, 'dropout', by_the_row),
     ('kernel == reference (attention, bfloat16)', cpu, 'forward', without_mask),
     ('kernel == reference (cross_entropy, bfloat16)', blocks, 'loss_and_gradients', slightly_wrong),
     ('kernel == reference (matmul, bfloat16)', doctor, 'matmul', wrong_product),

@@ -15,6 +15,7 @@ from lm.layers.positions import Rotation, rotary
 from lm.layers.products import Products
 from lm.layers.relative_bias import of_one_query
 from lm.parallel.rules import Rules, constrain
+from pallas_kernels.dropout import Draws
 
 
 class KVCache(NamedTuple):
@@ -35,7 +36,7 @@ class Attention(nn.Module):
   scale: of the scores; None is H**-0.5.
   softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118, section 2).
   qk_norm: makes the norm of each head's query and key (Qwen 3, Gemma 3).
-  dropout_rate: of the probabilities, on when it is called with a key.
+  dropout_rate: of the probabilities, on when it is called with draws.
   implementation: of the kernel.
   products: what projections are computed in.
   """
@@ -91,7 +92,7 @@ class Attention(nn.Module):
                is_local: Bool[Array, ''] | None = None,
                memory: tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']] | None = None,
                memory_segment_ids: Int[Array, 'B S'] | None = None,
-               dropout_rng: jax.Array | None = None, zigzag: bool = False
+               draws: Draws | None = None, zigzag: bool = False
                ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
     """Attends to itself, to a cache, or to a memory.
 
@@ -135,7 +136,7 @@ class Attention(nn.Module):
           causal=self.causal, prefix=prefix, query_offset=cache_length,
           query_segment_ids=segment_ids, key_segment_ids=memory_segment_ids,
           distance_bias=distance_bias, **options,
-          **dropout(self.dropout_rate, dropout_rng, query_BTNH))
+          **dropout(self.dropout_rate, draws, query_BTNH))
     if is_local is None or self.window is None:
       out_BTNH = one(window=self.window)
     else:  # both windows are static, so that neither computes what it masks

@@ -12,6 +12,7 @@ from lm.layers.linear import Linear
 from lm.layers.mlp import Activation, activate
 from lm.layers.norms import Norm
 from lm.parallel.rules import Rules
+from pallas_kernels.dropout import Draws
 
 Pooling = Literal['mean', 'cls', 'last']
 
@@ -34,6 +35,10 @@ class Scores:
   def logits(self) -> Float[Array, 'B P V']:
     """All of them, float32."""
     return linear.logits(self.hidden, self.embedding, self.bias, self.softcap)
+
+  def log_probs(self) -> Float[Array, 'B P V']:
+    """Of all tokens, float32."""
+    return jax.nn.log_softmax(self.logits())
 
   def cross_entropy(self, targets_BT: Int[Array, 'B T'], loss_weights_BT: Float[Array, 'B T'],
                     **options: float) -> Float[Array, '']:
@@ -100,10 +105,10 @@ class Classifier(nn.Module):
   dropout_rate: float = 0.0
 
   @nn.compact
-  def __call__(self, x: Float[Array, '*rows D'], dropout_rng: jax.Array | None = None
+  def __call__(self, x: Float[Array, '*rows D'], draws: Draws | None = None
                ) -> Float[Array, '*rows C']:
     """[..., D] -> float32 logits [..., C]."""
-    x = linear.dropout(x.astype(jnp.float32), self.dropout_rate, dropout_rng)  # logits are float32
+    x = linear.dropout(x.astype(jnp.float32), self.dropout_rate, draws)  # logits are float32
     return Linear((self.d_model,), (self.num_classes,), ('embed', None), self.std, True,
                   name='dense')(x)
 
@@ -117,11 +122,11 @@ class SpanExtraction(nn.Module):
 
   @nn.compact
   def __call__(self, hidden_BTD: Float[Array, 'B T D'], mask_BT: Bool[Array, 'B T'],
-               dropout_rng: jax.Array | None = None
+               draws: Draws | None = None
                ) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
     """Logits of starts and of ends, [B, T] each; where the mask is false, -1e9."""
     classifier = Classifier(self.d_model, 2, self.std, self.dropout_rate, name='classifier')
-    logits = jnp.where(mask_BT[..., None], classifier(hidden_BTD, dropout_rng), -1e9)
+    logits = jnp.where(mask_BT[..., None], classifier(hidden_BTD, draws), -1e9)
     return logits[..., 0], logits[..., 1]
 
 

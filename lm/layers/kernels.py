@@ -13,6 +13,7 @@ from lm.parallel.ring import Ring, ring_attention
 from lm.parallel.rules import axes_of, per_device, Rules
 from pallas_kernels import cross_entropy as kernels
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.dropout import Draws
 from pallas_kernels.flash_attention import flash_attention
 
 # As `flash_attention`'s: None is the fastest that takes the case on the platform of the program.
@@ -149,12 +150,11 @@ def _all_to_all(axes, shards, kernel, **arrays):
   return jax.lax.all_to_all(out, axes, 1, 2, tiled=True)
 
 
-def dropout(rate: float, rng: jax.Array | None, query_BTNH: jax.Array) -> dict[str, Any]:
-  """The arguments of `attend` for dropout of its probabilities; none without a key."""
-  if rng is None or rate == 0:
+def dropout(rate: float, draws: Draws | None, query_BTNH: jax.Array) -> dict[str, Any]:
+  """The arguments of `attend` for dropout of its probabilities; none without draws."""
+  if draws is None or rate == 0:
     return {}
-  B, _, N, _ = query_BTNH.shape
-  return {'dropout_rate': rate, 'dropout_seeds': jax.random.bits(rng, (B, N))}
+  return {'dropout_rate': rate, 'dropout_seeds': draws.each(query_BTNH.shape[2])}
 
 
 def _call(kernel, rules, key_names, arguments, cuts_length=True):

@@ -12,6 +12,7 @@ from lm.layers import products
 from lm.layers.products import Products
 from lm.parallel import gather
 from lm.parallel.rules import Rules, axes_of, per_device
+from pallas_kernels.dropout import Draws
 
 
 def normal(std: float, *axes: str | None):
@@ -116,10 +117,11 @@ def keep_gradient_whole(x: Any) -> Any:
 keep_gradient_whole.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
-def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
-  """Zeroes elements with probability `rate` and scales the others by 1 / (1 - rate); no rng, no
-  dropout."""
-  if rng is None or rate == 0:
-    return x
-  keep = jax.random.bernoulli(rng, 1 - rate, x.shape)
-  return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+def dropout(x: jax.Array, rate: float, draws: Draws | None) -> jax.Array:
+  """x [B, D] or [B, T, D] after dropout; without draws, as it is."""
+  return x if draws is None else draws.dropout(x, rate)
+
+
+def split(draws: Draws | None, count: int) -> tuple[Draws | None, ...]:
+  """Draws for so many places of a layer."""
+  return (None,) * count if draws is None else draws.split(count)

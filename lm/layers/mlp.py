@@ -12,6 +12,7 @@ from lm.layers import linear
 from lm.layers.linear import Linear
 from lm.layers.products import Products
 from lm.parallel.rules import Rules, constrain
+from pallas_kernels.dropout import Draws
 
 Activation = Literal['gelu', 'gelu_exact', 'relu', 'swiglu', 'geglu', 'geglu_exact']
 
@@ -39,7 +40,7 @@ def activate(activation: Activation, *inputs: jax.Array) -> jax.Array:
 class MLP(nn.Module):
   """wo(f(wi(x))), or of a gated unit wo(f(wi_0(x)) * wi_1(x)).
 
-  dropout_rate: of the hidden layer (T5), on when it is called with a key.
+  dropout_rate: of the hidden layer (T5), on when it is called with draws.
   products: what both products are computed in.
   """
   d_model: int
@@ -54,7 +55,7 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: Float[Array, 'B T D'],
-               dropout_rng: jax.Array | None = None) -> Float[Array, 'B T D']:
+               draws: Draws | None = None) -> Float[Array, 'B T D']:
     """[B, T, D] -> [B, T, D]."""
     names = ('wi_0', 'wi_1') if is_gated(self.activation) else ('wi',)
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'length', 'act_embed')  # gathered once for both
@@ -63,7 +64,7 @@ class MLP(nn.Module):
                  self.rules, self.products, name=name)(x_BTD) for name in names]
     up = [checkpoint_name(x, 'mlp_in') for x in linear.keep_gradient_whole(up)]
     hidden_BTF = activate(self.activation, *up)
-    hidden_BTF = linear.dropout(hidden_BTF, self.dropout_rate, dropout_rng)
+    hidden_BTF = linear.dropout(hidden_BTF, self.dropout_rate, draws)
     hidden_BTF = constrain(hidden_BTF, self.rules, 'batch', 'length', 'mlp')
     wo = Linear((self.d_ff,), (self.d_model,), ('mlp', 'embed'), self.out_std, self.use_bias,
                 self.rules, self.products, name='wo')

@@ -10,6 +10,7 @@ from lm.layers.kernels import attend, dropout, Implementation
 from lm.layers.linear import Linear
 from lm.layers.products import Products
 from lm.parallel.rules import Rules, constrain
+from pallas_kernels.dropout import Draws
 
 
 def sinusoids(distance_S: Int[Array, ' S'], d_model: int) -> Float[Array, 'S D']:
@@ -41,7 +42,7 @@ class RelativeAttention(nn.Module):
   with position = R W_R, of sinusoids R. Without biases in the projections.
 
   window: keys that a query sees at most, its own included; None is all.
-  dropout_rate: of the probabilities, on when it is called with a key.
+  dropout_rate: of the probabilities, on when it is called with draws.
   implementation: of the kernel.
   products: what projections are computed in.
   """
@@ -59,7 +60,7 @@ class RelativeAttention(nn.Module):
   def __call__(self, x_BTD: Float[Array, 'B T D'], sinusoids_SD: Float[Array, 'S D'],
                biases: Float[Array, '2 N H'], memory_BMD: Float[Array, 'B M D'] | None = None,
                segment_ids: tuple[Int[Array, 'B T'], Int[Array, 'B S']] | None = None,
-               dropout_rng: jax.Array | None = None
+               draws: Draws | None = None
                ) -> Float[Array, 'B T D']:
     """Attends to the memory and to the tokens up to its own.
 
@@ -86,7 +87,7 @@ class RelativeAttention(nn.Module):
                       value=value_BSNH, window=self.window, relative_query=query_BTNH + v_NH,
                       relative_key=position_SNH, query_offset=memory_length,
                       query_segment_ids=query_segments, key_segment_ids=key_segments,
-                      **dropout(self.dropout_rate, dropout_rng, query_BTNH))
+                      **dropout(self.dropout_rate, draws, query_BTNH))
     out = Linear((self.num_heads, self.d_head), (self.d_model,), ('heads', 'head_dim', 'embed'),
                  self.std, products=self.products, name='out')
     return checkpoint_name(out(out_BTNH), 'attention_out')

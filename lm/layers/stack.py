@@ -4,6 +4,7 @@ Parameters are kept as one tree with a leading `layers` axis whether the stack i
 unrolled, so a checkpoint does not depend on how it is run.
 """
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from lm.errors import UserError
 from lm.parallel import pipeline
 from lm.parallel.rules import Rules
+from pallas_kernels.dropout import Draws
 
 # 'none', 'full', 'dots', or names of NAMED with + between them; one with @host is kept there.
 Remat = str
@@ -66,12 +68,12 @@ class Stack(nn.Module):
   """x -> block_L(...block_1(x)), each with its own parameters.
 
   block: makes one block from the rules of where it runs: a module, called as
-    `block(x, rows, shared, own_rows, own) -> (x, output)`.
+    `block(x, rows, shared, own_rows, own, draws) -> (x, output)`.
   scan: one compiled block in a loop (compile time does not grow with depth) or unrolled (on a CPU
     a quarter faster, since a loop copies each layer's parameters and residuals).
   remat: what the backward pass recomputes: nothing, all of a block, all but its matrix products, or
     all but what is named (`policy`).
-  drop_rate: the probability that a layer is left out, where a key is given (LayerDrop,
+  drop_rate: the probability that a layer is left out, where draws are given (LayerDrop,
     arXiv:1909.11556, section 3.1).
   rules: devices over which they cut the layers are the stages of a pipeline.
   """
@@ -84,7 +86,7 @@ class Stack(nn.Module):
 
   @nn.compact
   def __call__(self, x: Any, rows: Any, shared: Any, layer_rows: Any, per_layer: tuple[Any, ...],
-               drop_rng: jax.Array | None = None) -> tuple[Any, Any]:
+               draws: Draws | None = None) -> tuple[Any, Any]:
     """x, an array or a tree of them, goes from block to block.
 
     An unrolled stack also takes its parameters, `layer_rows` and any member of `per_layer` as a
@@ -96,7 +98,7 @@ class Stack(nn.Module):
       shared: what has no rows, for every block.
       layer_rows: leaves [L, B, ...], a slice for each.
       per_layer: leaves [L, ...] without rows, a slice for each.
-      drop_rng: turns `drop_rate` on.
+      draws: turns dropout on: each block gets its own.
 
     Returns:
       The last x, and the blocks' second results: stacked on a leading axis if scanned, else a list.
@@ -108,7 +110,7 @@ class Stack(nn.Module):
       first = lambda tree: unstack(tree)[0] if jax.tree.leaves(tree) else None
       block, one = self.block(self.rules), (first(layer_rows), tuple(map(first, per_layer)))
       rngs = jax.random.split(rng, self.num_layers)
-      stacked = jax.vmap(lambda r: block.init(r, x, rows, shared, *one)['params'])(rngs)
+      stacked = jax.vmap(lambda r: block.init(r, x, rows, shared, *one, None)['params'])(rngs)
       return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
 
     if self.is_initializing():
@@ -116,9 +118,12 @@ class Stack(nn.Module):
     else:  # `param` would trace all of `init` again, to compare shapes
       params = self.get_variable('params', 'layers')
 
-    drop = drop_rng is not None and self.drop_rate > 0
-    kept = jax.random.bernoulli(drop_rng, 1 - self.drop_rate, (self.num_layers,)) if drop else None
-    layers = params, *per_layer, kept
+    kept = None
+    if draws is not None and self.drop_rate > 0:
+      kept = draws.kept_layers(self.drop_rate, self.num_layers)
+    rows = rows, None if draws is None else dataclasses.replace(draws, batch=None)
+    index = None if draws is None else jnp.arange(self.num_layers)
+    layers = params, *per_layer, index, kept
     if self._has_stages and self._fills_stages(x, (layer_rows, *layers)):
       x, outputs = pipeline.run(self._apply, self._rematerialised, self.rules, x, rows, shared,
                                 layer_rows, layers)
@@ -152,12 +157,15 @@ class Stack(nn.Module):
     return unstack(tree) if jax.tree.leaves(tree) else [tree] * self.num_layers
 
   def _apply(self, rules):
-    """(x, rows, shared, own rows, (params, *own, kept)) -> (x, output) of one block."""
+    """(x, (rows, draws), shared, own rows, (params, *own, index, kept)) -> (x, output) of one
+    block."""
     block = self.block(rules)
 
     def apply(x, rows, shared, own_rows, layer):
-      params, *own, kept = layer
-      y, output = block.apply({'params': params}, x, rows, shared, own_rows, tuple(own))
+      params, *own, index, kept = layer
+      rows, draws = rows
+      y, output = block.apply({'params': params}, x, rows, shared, own_rows, tuple(own),
+                              None if draws is None else draws.fold(index))
       return y if kept is None else jax.tree.map(functools.partial(jnp.where, kept), y, x), output
 
     return apply

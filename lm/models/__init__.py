@@ -2,7 +2,7 @@
 
 `gpt.py`, `bert.py`, `t5.py` and `transformer_xl.py` are the families; `heads.py` puts a head on any
 of them; `scaling.py` makes them larger or smaller. Their common face is small: `initialize` touches
-every parameter, `outputs(batch, dropout_rng, carry)` gives what a loss scores, `encode` the hidden
+every parameter, `outputs(batch, draws, carry)` gives what a loss scores, `encode` the hidden
 states that a head stands on.
 
 A family is a frozen config dataclass (bound by `gin/models/`) and a Flax module whose `init` gives

@@ -126,11 +126,6 @@ class BERTConfig:
     return self.d_model // self.num_heads if self.d_head is None else self.d_head
 
   @property
-  def drops_branches(self) -> bool:
-    """Whether layers drop out anything, and need a key each."""
-    return bool(self.dropout_rate or self.attention_dropout_rate)
-
-  @property
   def scanned(self) -> bool:
     return self.num_layers >= SCAN_FROM_LAYERS if self.scan_layers is None else self.scan_layers
 
@@ -191,7 +186,7 @@ class _Block(nn.Module):
     else:
       self.output_norm = norm()
 
-  def attend(self, x_BTD, rows, is_local, places, rngs):
+  def attend(self, x_BTD, rows, is_local, places, draws, of_scores):
     """The branch of attention, dropped out; of `places` alone, if they are given."""
     (whole, local), segment_ids = rows
     if local is not None:
@@ -202,12 +197,12 @@ class _Block(nn.Module):
       memory = self.attention.keys_values(x_BTD, whole)
     branch_BPD, _ = self.attention(
         query_BPD, rotation=rotation, segment_ids=query_segment_ids, is_local=is_local,
-        memory=memory, memory_segment_ids=segment_ids, dropout_rng=rngs[2])
-    return linear.dropout(branch_BPD, self.config.dropout_rate, rngs[0])
+        memory=memory, memory_segment_ids=segment_ids, draws=of_scores)
+    return linear.dropout(branch_BPD, self.config.dropout_rate, draws)
 
-  def feed(self, x_BTD, rng):
+  def feed(self, x_BTD, draws):
     """The branch of the feed-forward layer, dropped out."""
-    return linear.dropout(self.mlp(x_BTD), self.config.dropout_rate, rng)
+    return linear.dropout(self.mlp(x_BTD), self.config.dropout_rate, draws)
 
   def constrain(self, x_BTD):
     """Activations between branches."""
@@ -217,13 +212,13 @@ class _Block(nn.Module):
 class PostNormBlock(_Block):
   """norm(x + attention(x)), then norm(x + mlp(x))."""
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], rows, shared, places, per_layer):
+  def __call__(self, x_BTD: Float[Array, 'B T D'], rows, shared, places, per_layer, draws):
     """Returns x [B, T, D], or of P places alone [B, P, D], and nothing beside it."""
-    rng, is_local = per_layer
-    rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
-    branch_BTD = self.attend(x_BTD, rows, is_local, places, rngs)
+    is_local, = per_layer
+    of_attention, of_mlp, of_scores = linear.split(draws, 3)
+    branch_BTD = self.attend(x_BTD, rows, is_local, places, of_attention, of_scores)
     x_BTD = self.constrain(self.attention_norm(_at(places, x_BTD) + branch_BTD))
-    x_BTD = self.mlp_norm(x_BTD + self.feed(x_BTD, rngs[1]))
+    x_BTD = self.mlp_norm(x_BTD + self.feed(x_BTD, of_mlp))
     return self.constrain(x_BTD), None
 
 
@@ -236,14 +231,14 @@ class PreNormBlock(_Block):
   """
 
   def __call__(self, carry: tuple[Float[Array, 'B T D'], Float[Array, 'B T D']], rows, shared,
-               places, per_layer):
+               places, per_layer, draws):
     """(x, normed x) -> the same of the next block, of all or of P places, and nothing beside it."""
-    rng, is_local = per_layer
-    rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
+    is_local, = per_layer
+    of_attention, of_mlp, of_scores = linear.split(draws, 3)
     x_BTD, normed_BTD = carry
-    branch_BTD = self.attend(normed_BTD, rows, is_local, places, rngs)
+    branch_BTD = self.attend(normed_BTD, rows, is_local, places, of_attention, of_scores)
     x_BTD = self.constrain(_at(places, x_BTD) + branch_BTD)
-    x_BTD = self.constrain(x_BTD + self.feed(self.mlp_norm(x_BTD), rngs[1]))
+    x_BTD = self.constrain(x_BTD + self.feed(self.mlp_norm(x_BTD), of_mlp))
     return (x_BTD, self.output_norm(x_BTD)), None
 
 
@@ -285,7 +280,7 @@ class BERT(nn.Module):
   def __call__(self, tokens_BT: Int[Array, 'B T'], positions: Int[Array, 'B T'] | None = None,
                segment_ids: Int[Array, 'B T'] | None = None,
                token_types: Int[Array, 'B T'] | None = None,
-               dropout_rng: jax.Array | None = None, places: Int[Array, 'B P'] | None = None
+               draws: linear.Draws | None = None, places: Int[Array, 'B P'] | None = None
                ) -> Float[Array, 'B T D'] | Float[Array, 'B P D']:
     """The last hidden states, normalised.
 
@@ -294,7 +289,7 @@ class BERT(nn.Module):
       positions: of each token in its document; None counts from the start of the row.
       segment_ids: a token sees only its own segment (packing, padding); None for all of the row.
       token_types: which sentence of its pair a token belongs to; None is the first.
-      dropout_rng: a key turns dropout on.
+      draws: turn dropout on.
       places: where states are asked for, None for everywhere. A last layer that is global and runs
         by itself then has the keys and values of all tokens, and all the rest of these alone.
     """
@@ -303,11 +298,8 @@ class BERT(nn.Module):
       raise ValueError(f'{tokens_BT.shape[1]} tokens are longer than max_length={cfg.max_length}; '
                        'learned positions end there')
     x_BTD = self._embed(tokens_BT, positions, token_types)
-    drop_rng = rngs = None
-    if dropout_rng is not None and (cfg.drops_branches or cfg.layer_drop_rate):
-      first, rest, drop_rng = jax.random.split(dropout_rng, 3)
-      x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, first)
-      rngs = jax.random.split(rest, cfg.num_layers) if cfg.drops_branches else None
+    of_embedding, of_layers = linear.split(draws, 2)
+    x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, of_embedding)
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
     rows = self._rotations(tokens_BT, positions), segment_ids
     x = x_BTD if cfg.norm_placement == 'post' else (x_BTD, x_BTD)
@@ -317,7 +309,7 @@ class BERT(nn.Module):
     is_uniform = self.blocks.is_uniform or cfg.layer_drop_rate
     if places is not None and is_last_global and not is_uniform:
       only, places = [None] * (cfg.num_layers - 1) + [places], None
-    x, _ = self.blocks(x, rows, None, only, (rngs, cfg.local_layers), drop_rng)
+    x, _ = self.blocks(x, rows, None, only, (cfg.local_layers,), of_layers)
     return _at(places, x if cfg.norm_placement == 'post' else x[1])
 
   def _embed(self, tokens_BT, positions, token_types):
@@ -355,7 +347,7 @@ class BERT(nn.Module):
     if self.config.sentence_classes:
       self.sentence_head(pooled_BD)
 
-  def encode(self, batch: dict[str, jax.Array], dropout_rng: jax.Array | None = None,
+  def encode(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None,
              places: Int[Array, 'B P'] | None = None
              ) -> Float[Array, 'B T D'] | Float[Array, 'B P D']:
     """The hidden states of `encoder_input_tokens`, or of some places there, for any head."""
@@ -363,9 +355,9 @@ class BERT(nn.Module):
       raise UserError(f'a BERT reads encoder_input_tokens, and this batch has {", ".join(batch)}; '
                       'choose an objective for encoders, such as masked LM')
     names = 'input_tokens', 'positions', 'segment_ids', 'token_types'
-    return self(*(batch.get(f'encoder_{name}') for name in names), dropout_rng, places)
+    return self(*(batch.get(f'encoder_{name}') for name in names), draws, places)
 
-  def outputs(self, batch: dict[str, jax.Array], dropout_rng: jax.Array | None = None,
+  def outputs(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None,
               carry: None = None) -> tuple[dict[str, Any], None]:
     """What a loss scores: `tokens` for `masked_target_tokens` at `masked_positions`, and `classes`
     for the `class_labels` of a batch that has them, if there are sentence classes.
@@ -376,7 +368,7 @@ class BERT(nn.Module):
     cfg, outputs = self.config, {}
     places = batch.get('masked_positions') if cfg.masked_lm else None
     has_classes = bool(cfg.sentence_classes) and 'class_labels' in batch
-    hidden = self.encode(batch, dropout_rng, None if has_classes else places)
+    hidden = self.encode(batch, draws, None if has_classes else places)
     if has_classes:
       outputs['classes'] = self.sentence_head(self.pooled(hidden))
       hidden = _at(places, hidden)

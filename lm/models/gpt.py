@@ -153,11 +153,6 @@ class GPTConfig:
     return self.init_std / self.width**0.5
 
   @property
-  def drops_branches(self) -> bool:
-    """Whether layers drop out anything, and need a key each."""
-    return bool(self.dropout_rate or self.attention_dropout_rate)
-
-  @property
   def scanned(self) -> bool:
     return self.num_layers >= SCAN_FROM_LAYERS if self.scan_layers is None else self.scan_layers
 
@@ -221,12 +216,12 @@ class Block(nn.Module):
   rules: Rules
 
   @nn.compact
-  def __call__(self, x_BTD: Float[Array, 'B T D'], rows, distance_bias, cache, per_layer):
+  def __call__(self, x_BTD: Float[Array, 'B T D'], rows, distance_bias, cache, per_layer, draws):
     """Returns x [B, T, D], and this layer's cache and penalties."""
     cfg = self.config
     rotations, segment_ids, prefix, cache_length = rows
-    rng, is_local = per_layer
-    rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
+    is_local, = per_layer
+    of_attention, of_mlp, of_scores = linear.split(draws, 3)
     out_std = cfg.kernel_std / (2 * cfg.num_layers)**0.5  # GPT-2: L blocks add 2L branches
     norm = functools.partial(Norm, cfg.norm, cfg.norm_epsilon, cfg.use_bias, cfg.norm_unit_offset)
     attention = Attention(
@@ -240,16 +235,16 @@ class Block(nn.Module):
                                   rotation=_choose(rotations, is_local),
                                   distance_bias=distance_bias, segment_ids=segment_ids,
                                   prefix=prefix, cache=cache, cache_length=cache_length,
-                                  is_local=is_local, dropout_rng=rngs[2],
+                                  is_local=is_local, draws=of_scores,
                                   zigzag=_is_zigzag(cfg, self.rules, x_BTD, prefix, cache))
     if cfg.branch_norm:
       branch_BTD = norm(name='attention_branch_norm')(branch_BTD)
-    x_BTD += linear.dropout(branch_BTD, cfg.dropout_rate, rngs[0])
+    x_BTD += linear.dropout(branch_BTD, cfg.dropout_rate, of_attention)
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
     branch_BTD, penalties = self._feed_forward(norm(name='mlp_norm')(x_BTD), segment_ids, out_std)
     if cfg.branch_norm:
       branch_BTD = norm(name='mlp_branch_norm')(branch_BTD)
-    x_BTD += linear.dropout(branch_BTD, cfg.dropout_rate, rngs[1])
+    x_BTD += linear.dropout(branch_BTD, cfg.dropout_rate, of_mlp)
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
     return x_BTD, (cache, penalties)
 
@@ -306,7 +301,7 @@ class GPT(nn.Module):
 
   def __call__(self, tokens_BT: Int[Array, 'B T'], positions: Int[Array, 'B T'] | None = None,
                segment_ids: Int[Array, 'B T'] | None = None, cache: Cache | None = None,
-               dropout_rng: jax.Array | None = None, prefix: Bool[Array, 'B T'] | None = None
+               draws: linear.Draws | None = None, prefix: Bool[Array, 'B T'] | None = None
                ) -> tuple[Float[Array, 'B T D'], Cache | None]:
     """The last hidden states, normalised, and the cache with these tokens.
 
@@ -316,12 +311,12 @@ class GPT(nn.Module):
       segment_ids: a token sees only its own segment (packing); None for one document a row.
       cache: from `GPTConfig.init_cache` or an earlier call; None to attend within these tokens.
         It must have room for T more: what is written past its end replaces its last tokens.
-      dropout_rng: a key turns dropout on.
+      draws: turn dropout on.
       prefix: the tokens that all others of their segment may see (prefix LM).
     """
-    return self._forward(tokens_BT, positions, segment_ids, cache, dropout_rng, prefix)[:2]
+    return self._forward(tokens_BT, positions, segment_ids, cache, draws, prefix)[:2]
 
-  def _forward(self, tokens_BT, positions, segment_ids, cache, dropout_rng, prefix):
+  def _forward(self, tokens_BT, positions, segment_ids, cache, draws, prefix):
     """Also returns the penalties, summed over the layers."""
     cfg = self.config
     B, T = tokens_BT.shape
@@ -344,18 +339,18 @@ class GPT(nn.Module):
       x_BTD *= jnp.asarray(cfg.d_model**0.5, x_BTD.dtype)
     if cfg.positions == 'learned':
       x_BTD += linear.embed(self.position_embedding, positions, cfg.dtype)
-    drop_rng = rngs = None
-    if dropout_rng is not None and (cfg.drops_branches or cfg.layer_drop_rate):
-      first, rest, drop_rng = jax.random.split(dropout_rng, 3)
-      x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, first)
-      rngs = jax.random.split(rest, cfg.num_layers) if cfg.drops_branches else None
+    if is_zigzag and draws is not None:
+      places = jnp.broadcast_to(jnp.arange(T), (B, T))
+      draws = dataclasses.replace(draws, places=ring.zigzag(places, self.rules))
+    of_embedding, of_layers = linear.split(draws, 2)
+    x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, of_embedding)
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
     num_keys = T if cache is None else jax.tree.leaves(cache.layers)[0].shape[-2]
     distance_bias = alibi(cfg.num_heads, num_keys) if cfg.positions == 'alibi' else None
     rows = self._rotations(positions), segment_ids, prefix, length_B
     layers = None if cache is None else cache.layers
-    x_BTD, outputs = self.blocks(x_BTD, rows, distance_bias, layers, (rngs, cfg.local_layers),
-                                 drop_rng)
+    x_BTD, outputs = self.blocks(x_BTD, rows, distance_bias, layers, (cfg.local_layers,),
+                                 of_layers)
     layers, penalties = outputs if cfg.scanned else map(list, zip(*outputs))
     if not cfg.scanned:
       penalties = jax.tree.map(lambda *x: jnp.stack(x), *penalties)
@@ -380,21 +375,21 @@ class GPT(nn.Module):
     """Touches every parameter: what `init` runs."""
     self(jnp.zeros((1, 1), jnp.int32))
 
-  def encode(self, batch: dict[str, jax.Array], dropout_rng: jax.Array | None = None
+  def encode(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None
              ) -> Float[Array, 'B T D']:
     """The hidden states of `decoder_input_tokens`, for a head of another kind."""
-    return self._batch(batch, dropout_rng)[0]
+    return self._batch(batch, draws)[0]
 
-  def outputs(self, batch: dict[str, jax.Array], dropout_rng: jax.Array | None = None,
+  def outputs(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None,
               carry: None = None) -> tuple[dict[str, Any], None]:
     """What a loss scores: `tokens` for `decoder_target_tokens`, and the experts' `penalties`."""
-    hidden_BTD, _, penalties = self._batch(batch, dropout_rng)
+    hidden_BTD, _, penalties = self._batch(batch, draws)
     scores = Scores(hidden_BTD, self.head(), None, self.config.logits_softcap, self.rules)
     return {'tokens': scores, 'penalties': penalties}, carry
 
-  def _batch(self, batch, dropout_rng):
+  def _batch(self, batch, draws):
     return self._forward(batch['decoder_input_tokens'], batch.get('decoder_positions'),
-                         batch.get('decoder_segment_ids'), None, dropout_rng,
+                         batch.get('decoder_segment_ids'), None, draws,
                          batch.get('decoder_prefix'))
 
   def head(self) -> Float[Array, 'V D']:

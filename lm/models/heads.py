@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from lm.layers import heads
+from lm.layers import heads, linear
 from lm.layers.heads import Pooling
 from lm.parallel.rules import Rules
 
@@ -170,39 +170,39 @@ class _Head(nn.Module):
     self.trunk.initialize()
     self.outputs({'encoder_input_tokens': jnp.zeros((1, 1), jnp.int32)})
 
-  def hidden(self, batch, dropout_rng):
-    """Hidden states [B, T, D], the mask of what is not padding [B, T], and a key for the head."""
+  def hidden(self, batch, draws):
+    """Hidden states [B, T, D], the mask of what is not padding [B, T], and draws for the head."""
     prefix = 'encoder' if 'encoder_input_tokens' in batch else 'decoder'
     features = {f'{side}_{name}': batch[f'{prefix}_{name}'] for side in ('encoder', 'decoder')
                 for name in _FEATURES if f'{prefix}_{name}' in batch}
-    rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
-    hidden_BTD = self.trunk.encode(features, rngs[0])
+    of_trunk, of_head = linear.split(draws, 2)
+    hidden_BTD = self.trunk.encode(features, of_trunk)
     segment_ids = features.get('encoder_segment_ids', jnp.ones(hidden_BTD.shape[:2], jnp.int32))
-    return hidden_BTD, segment_ids > 0, rngs[1]
+    return hidden_BTD, segment_ids > 0, of_head
 
 
 class Classifier(_Head):
   """Classes of sequences."""
 
-  def outputs(self, batch: dict[str, jax.Array], dropout_rng: jax.Array | None = None,
+  def outputs(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None,
               carry: None = None) -> tuple[dict[str, Any], None]:
     """What a loss scores: 'classes', float32 logits [B, C] for `class_labels`."""
-    hidden_BTD, mask_BT, rng = self.hidden(batch, dropout_rng)
+    hidden_BTD, mask_BT, draws = self.hidden(batch, draws)
     if self.config.pooling == 'pooler':
       pooled_BD = self.trunk.pooled(hidden_BTD)
     else:
       pooled_BD = heads.pool(hidden_BTD, mask_BT, self.config.pooling)
-    return {'classes': self.head(pooled_BD, rng)}, carry
+    return {'classes': self.head(pooled_BD, draws)}, carry
 
 
 class Tagger(_Head):
   """Classes of tokens."""
 
-  def outputs(self, batch: dict[str, jax.Array], dropout_rng: jax.Array | None = None,
+  def outputs(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None,
               carry: None = None) -> tuple[dict[str, Any], None]:
     """What a loss scores: 'tags', float32 logits [B, T, C] for `tag_labels` with `tag_weights`."""
-    hidden_BTD, _, rng = self.hidden(batch, dropout_rng)
-    return {'tags': self.head(hidden_BTD, rng)}, carry
+    hidden_BTD, _, draws = self.hidden(batch, draws)
+    return {'tags': self.head(hidden_BTD, draws)}, carry
 
 
 class SpanExtractor(_Head):
@@ -213,10 +213,10 @@ class SpanExtractor(_Head):
     cfg = self.config
     return heads.SpanExtraction(cfg.d_model, cfg.init_std, cfg.head_dropout_rate)
 
-  def outputs(self, batch: dict[str, jax.Array], dropout_rng: jax.Array | None = None,
+  def outputs(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None,
               carry: None = None) -> tuple[dict[str, Any], None]:
     """What a loss scores: 'starts' and 'ends', float32 logits [B, T]; of padding -1e9."""
-    starts_BT, ends_BT = self.head(*self.hidden(batch, dropout_rng))
+    starts_BT, ends_BT = self.head(*self.hidden(batch, draws))
     return {'starts': starts_BT, 'ends': ends_BT}, carry
 
 
@@ -233,19 +233,19 @@ class Embedder(_Head):
     self.trunk.initialize()
     self(jnp.ones((1, 1), jnp.int32))
 
-  def __call__(self, tokens_BT: Int[Array, 'B T'], dropout_rng: jax.Array | None = None
+  def __call__(self, tokens_BT: Int[Array, 'B T'], draws: linear.Draws | None = None
                ) -> Float[Array, 'B E']:
     """Vectors of rows of tokens; 0s behind the last other token of a row are padding."""
     places = jnp.arange(tokens_BT.shape[1])
     length_B1 = jnp.max((tokens_BT != 0) * (places + 1), axis=1, keepdims=True)
     is_text = places < length_B1
     batch = {'encoder_input_tokens': tokens_BT, 'encoder_segment_ids': is_text.astype(jnp.int32)}
-    return self.head(*self.hidden(batch, dropout_rng)[:2])
+    return self.head(*self.hidden(batch, draws)[:2])
 
-  def outputs(self, batch: dict[str, jax.Array], dropout_rng: jax.Array | None = None,
+  def outputs(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None,
               carry: None = None) -> tuple[dict[str, Any], None]:
     """What a loss scores: 'embeddings', as of a `DualEncoder` without a temperature."""
-    return {'embeddings': _embeddings(self, self, batch, dropout_rng)}, carry
+    return {'embeddings': _embeddings(self, self, batch, draws)}, carry
 
 
 class DualEncoder(nn.Module):
@@ -268,13 +268,13 @@ class DualEncoder(nn.Module):
     if self.config.document is not None:
       self.document.initialize()
 
-  def outputs(self, batch: dict[str, jax.Array], dropout_rng: jax.Array | None = None,
+  def outputs(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None,
               carry: None = None) -> tuple[dict[str, Any], None]:
     """What a loss scores: 'embeddings', float32 {'query': [B, E], 'document': [B, E], 'negative':
     [B, n, E]} of `query_tokens`, `document_tokens` and, if there are any, `negative_tokens`; and
     the learned 'temperature'."""
     document = self.query if self.config.document is None else self.document
-    outputs = {'embeddings': _embeddings(self.query, document, batch, dropout_rng)}
+    outputs = {'embeddings': _embeddings(self.query, document, batch, draws)}
     if self.config.temperature is not None:
       above = jax.lax.stop_gradient(jnp.maximum(self.scale - math.log(100), 0))  # can come back
       outputs['temperature'] = jnp.exp(above - self.scale)
@@ -282,7 +282,7 @@ class DualEncoder(nn.Module):
 
 
 def _embeddings(query: Embedder, document: Embedder, batch: dict[str, jax.Array],
-                dropout_rng: jax.Array | None) -> dict[str, jax.Array]:
+                draws: linear.Draws | None) -> dict[str, jax.Array]:
   """Vectors of all sides; those of one encoder and one length are computed in one call."""
   sides = {'query': batch['query_tokens'][:, None], 'document': batch['document_tokens'][:, None]}
   if 'negative_tokens' in batch:
@@ -290,12 +290,13 @@ def _embeddings(query: Embedder, document: Embedder, batch: dict[str, jax.Array]
   calls = collections.defaultdict(list)
   for name, tokens in sides.items():
     calls[name != 'query' or query is document, tokens.shape[-1]].append(name)
-  rngs = [None] * len(calls) if dropout_rng is None else jax.random.split(dropout_rng, len(calls))
-  vectors = {}
-  for ((is_document, length), names), rng in zip(calls.items(), rngs):
+  vectors, streams = {}, linear.split(draws, len(calls))
+  for ((is_document, length), names), of_call in zip(calls.items(), streams):
     # Joined within each row of the batch, so that no row leaves its device.
     rows = jnp.concatenate([sides[name] for name in names], axis=1)
-    joint = (document if is_document else query)(rows.reshape(-1, length), rng)
+    if of_call is not None:
+      of_call = dataclasses.replace(of_call, rows=of_call.each(rows.shape[1]).reshape(-1))
+    joint = (document if is_document else query)(rows.reshape(-1, length), of_call)
     ends = np.cumsum([sides[name].shape[1] for name in names])[:-1]
     vectors.update(zip(names, jnp.split(joint.reshape(*rows.shape[:2], -1), ends, axis=1)))
   return {name: x if name == 'negative' else x[:, 0] for name, x in vectors.items()}

@@ -110,11 +110,6 @@ class T5Config:
     return layers if self.decoder else 0
 
   @property
-  def drops_branches(self) -> bool:
-    """Whether layers drop out anything, and need a key each."""
-    return bool(self.dropout_rate or self.attention_dropout_rate)
-
-  @property
   def scanned(self) -> bool:
     deepest = max(self.num_layers, self.decoder_layers)
     return deepest >= SCAN_FROM_LAYERS if self.scan_layers is None else self.scan_layers
@@ -222,11 +217,11 @@ class Block(nn.Module):
   causal: bool  # the decoder's
 
   @nn.compact
-  def __call__(self, x_BTD: Float[Array, 'B T D'], rows: Rows, distance_bias, cache, per_layer):
+  def __call__(self, x_BTD: Float[Array, 'B T D'], rows: Rows, distance_bias, cache, per_layer,
+               draws):
     """Returns x [B, T, D] and this layer's cache; distance_bias: [N, 2R + 1], or None where each
     layer has its own."""
-    cfg, (rng,) = self.config, per_layer
-    rngs = (None,) * 6 if rng is None else jax.random.split(rng, 6)
+    cfg, of = self.config, linear.split(draws, 6)
     tokens = None if cache is None else cache.tokens
     if cfg.bias_per_layer:
       distance_bias = _relative_bias(cfg, self.causal)()
@@ -235,8 +230,8 @@ class Block(nn.Module):
     branch_BTD, tokens = self._attention('attention', self.causal)(
         self._norm('attention_norm')(x_BTD), segment_ids=rows.segment_ids,
         distance_bias=distance_bias, cache=tokens, cache_length=rows.cache_length, zigzag=is_zigzag,
-        dropout_rng=rngs[4])
-    x_BTD = self._add(x_BTD, branch_BTD, rngs[0])
+        draws=of[4])
+    x_BTD = self._add(x_BTD, branch_BTD, of[0])
     if self.causal:
       attention = self._attention('cross_attention', False)
       x_norm_BTD = self._norm('cross_attention_norm')(x_BTD)
@@ -246,13 +241,13 @@ class Block(nn.Module):
         memory = KVCache(*attention.keys_values(rows.memory))
       branch_BTD, _ = attention(x_norm_BTD, segment_ids=rows.query_segment_ids, memory=memory,
                                 memory_segment_ids=rows.memory_segment_ids,
-                                dropout_rng=rngs[5])
-      x_BTD = self._add(x_BTD, branch_BTD, rngs[1])
+                                draws=of[5])
+      x_BTD = self._add(x_BTD, branch_BTD, of[1])
       cache = None if cache is None else LayerCache(tokens, _swap(memory))
     mlp = MLP(cfg.d_model, cfg.d_ff, cfg.activation, False, cfg.d_model**-0.5, cfg.d_ff**-0.5,
               self.rules, cfg.dropout_rate, cfg.products, name='mlp')
-    branch_BTD = mlp(self._norm('mlp_norm')(x_BTD), rngs[2])
-    return self._add(x_BTD, branch_BTD, rngs[3]), cache
+    branch_BTD = mlp(self._norm('mlp_norm')(x_BTD), of[2])
+    return self._add(x_BTD, branch_BTD, of[3]), cache
 
   def _norm(self, name):
     return Norm('rmsnorm', self.config.norm_epsilon, name=name)
@@ -265,8 +260,8 @@ class Block(nn.Module):
                      dropout_rate=cfg.attention_dropout_rate,
                      implementation=cfg.attention_implementation, products=cfg.products, name=name)
 
-  def _add(self, x_BTD, branch_BTD, rng):
-    x_BTD += linear.dropout(branch_BTD, self.config.dropout_rate, rng)
+  def _add(self, x_BTD, branch_BTD, draws):
+    x_BTD += linear.dropout(branch_BTD, self.config.dropout_rate, draws)
     return constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
 
 
@@ -283,22 +278,19 @@ class Trunk(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: Float[Array, 'B T D'], rows: Rows, layers: Any = None,
-               dropout_rng: jax.Array | None = None) -> tuple[Float[Array, 'B T D'], Any]:
+               draws: linear.Draws | None = None) -> tuple[Float[Array, 'B T D'], Any]:
     """Returns hidden states, normalised, and each layer's cache, where `layers` has one."""
     cfg = self.config
     num_layers = cfg.decoder_layers if self.causal else cfg.num_layers
     distance_bias = None if cfg.bias_per_layer else _relative_bias(cfg, self.causal)()
-    first = last = rngs = drop_rng = None
-    if dropout_rng is not None:
-      first, last, rest, drop_rng = jax.random.split(dropout_rng, 4)
-      rngs = jax.random.split(rest, num_layers) if cfg.drops_branches else None
-    x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, first)
+    of_embedding, of_layers, of_hidden = linear.split(draws, 3)
+    x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, of_embedding)
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
     stack = Stack(lambda rules: Block(cfg, rules, self.causal, parent=None), num_layers,
                   cfg.scanned, cfg.remat, cfg.layer_drop_rate, self.rules, name='blocks')
-    x_BTD, layers = stack(x_BTD, rows, distance_bias, layers, (rngs,), drop_rng)
+    x_BTD, layers = stack(x_BTD, rows, distance_bias, layers, (), of_layers)
     x_BTD = Norm('rmsnorm', cfg.norm_epsilon, name='final_norm')(x_BTD)
-    return linear.dropout(x_BTD, cfg.dropout_rate, last), layers
+    return linear.dropout(x_BTD, cfg.dropout_rate, of_hidden), layers
 
 
 class T5(nn.Module):
@@ -322,7 +314,7 @@ class T5(nn.Module):
   def __call__(self, encoder_tokens: Int[Array, 'B S'], decoder_tokens: Int[Array, 'B T'],
                encoder_segment_ids: Int[Array, 'B S'] | None = None,
                decoder_segment_ids: Int[Array, 'B T'] | None = None,
-               dropout_rng: jax.Array | None = None) -> Float[Array, 'B T D']:
+               draws: linear.Draws | None = None) -> Float[Array, 'B T D']:
     """The decoder's hidden states, normalised.
 
     Takes no positions: documents are packed one behind another, so that the distance within one is
@@ -335,28 +327,28 @@ class T5(nn.Module):
         input a row.
       decoder_segment_ids: a token sees only its own segment of both; None for one output a row,
         to segment 1.
-      dropout_rng: a key turns dropout on.
+      draws: turn dropout on.
     """
-    rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
-    memory_BSD = self._encode(encoder_tokens, encoder_segment_ids, rngs[0])
+    of_encoder, of_decoder = linear.split(draws, 2)
+    memory_BSD = self._encode(encoder_tokens, encoder_segment_ids, of_encoder)
     return self.decode(decoder_tokens, memory_BSD, encoder_segment_ids, decoder_segment_ids,
-                       dropout_rng=rngs[1])[0]
+                       draws=of_decoder)[0]
 
-  def _encode(self, tokens_BT, segment_ids, dropout_rng):
+  def _encode(self, tokens_BT, segment_ids, draws):
     x_BTD = linear.embed(self.token_embedding, tokens_BT, self.config.dtype, self.rules)
-    return self.encoder(x_BTD, Rows(segment_ids), dropout_rng=dropout_rng)[0]
+    return self.encoder(x_BTD, Rows(segment_ids), draws=draws)[0]
 
-  def encode(self, batch: dict[str, jax.Array], dropout_rng: jax.Array | None = None
+  def encode(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None
              ) -> Float[Array, 'B S D']:
     """The encoder's hidden states of `encoder_input_tokens`: the decoder's memory, or for a
     head."""
     return self._encode(batch['encoder_input_tokens'], batch.get('encoder_segment_ids'),
-                        dropout_rng)
+                        draws)
 
   def decode(self, tokens_BT: Int[Array, 'B T'], memory_BSD: Float[Array, 'B S D'] | None = None,
              memory_segment_ids: Int[Array, 'B S'] | None = None,
              segment_ids: Int[Array, 'B T'] | None = None, cache: Cache | None = None,
-             dropout_rng: jax.Array | None = None
+             draws: linear.Draws | None = None
              ) -> tuple[Float[Array, 'B T D'], Cache | None]:
     """The decoder's hidden states, normalised, and the cache with these tokens.
 
@@ -367,7 +359,7 @@ class T5(nn.Module):
       memory_segment_ids: the encoder's.
       segment_ids: as `decoder_segment_ids` of a call; with a cache None.
       cache: from `T5Config.init_cache` or an earlier call, with room for T more tokens.
-      dropout_rng: a key turns dropout on.
+      draws: turn dropout on.
     """
     if cache is not None and segment_ids is not None:
       raise ValueError('segment_ids pack outputs for training; with a cache each row is one '
@@ -386,11 +378,14 @@ class T5(nn.Module):
     if is_zigzag:
       tokens_BT, segment_ids, query_segment_ids = jax.tree.map(
           lambda x: ring.zigzag(x, self.rules), (tokens_BT, segment_ids, query_segment_ids))
+    if is_zigzag and draws is not None:
+      places = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+      draws = dataclasses.replace(draws, places=ring.zigzag(places, self.rules))
     length_B = None if cache is None else cache.length_B
     rows = Rows(segment_ids, length_B, memory_BSD, memory_segment_ids, query_segment_ids)
     x_BTD = linear.embed(self.token_embedding, tokens_BT, self.config.dtype, self.rules)
     hidden_BTD, layers = self.decoder(x_BTD, rows, None if cache is None else cache.layers,
-                                      dropout_rng)
+                                      draws)
     if is_zigzag:
       hidden_BTD = ring.unzigzag(hidden_BTD, self.rules)
     if cache is not None:
@@ -402,7 +397,7 @@ class T5(nn.Module):
     tokens = jnp.zeros((1, 1), jnp.int32)
     self(tokens, tokens) if self.config.decoder else self._encode(tokens, None, None)
 
-  def outputs(self, batch: dict[str, jax.Array], dropout_rng: jax.Array | None = None,
+  def outputs(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None,
               carry: None = None) -> tuple[dict[str, Any], None]:
     """What a loss scores: `tokens` for `decoder_target_tokens`.
 
@@ -414,7 +409,7 @@ class T5(nn.Module):
                        'what `encode` gives, or set decoder=True')
     hidden_BTD = self(batch['encoder_input_tokens'], batch['decoder_input_tokens'],
                       batch.get('encoder_segment_ids'), batch.get('decoder_segment_ids'),
-                      dropout_rng)
+                      draws)
     scores = Scores(self._scaled(hidden_BTD), self.head(), rules=self.rules)
     return {'tokens': scores}, carry
 

@@ -107,11 +107,6 @@ class TransformerXLConfig:
     return self.d_model // self.num_heads if self.d_head is None else self.d_head
 
   @property
-  def drops_branches(self) -> bool:
-    """Whether layers drop out anything, and need a key each."""
-    return bool(self.dropout_rate or self.attention_dropout_rate)
-
-  @property
   def scanned(self) -> bool:
     return self.num_layers >= SCAN_FROM_LAYERS if self.scan_layers is None else self.scan_layers
 
@@ -155,13 +150,14 @@ class Block(nn.Module):
   rules: Rules
 
   @nn.compact
-  def __call__(self, x_BTD: Float[Array, 'B T D'], segment_ids, shared, memory_BMD, per_layer):
+  def __call__(self, x_BTD: Float[Array, 'B T D'], segment_ids, shared, memory_BMD, per_layer,
+               draws):
     """Returns x [B, T, D], and the layer's next memory [B, M, D]."""
     cfg = self.config
-    (sinusoids_SD, biases), (rng,) = shared, per_layer
-    rngs = (None,) * 4 if rng is None else jax.random.split(rng, 4)
+    sinusoids_SD, biases = shared
+    of_attention, of_hidden, of_mlp, of_scores = linear.split(draws, 4)
     norm = lambda name: Norm('layernorm', cfg.norm_epsilon, True, name=name)
-    drop = lambda x, rng: linear.dropout(x, cfg.dropout_rate, rng)
+    drop = lambda x, draws: linear.dropout(x, cfg.dropout_rate, draws)
     window = cfg.memory_length if cfg.same_length else None
     attention = RelativeAttention(cfg.d_model, cfg.num_heads, cfg.head_dim, cfg.init_std,
                                   self.rules, window, cfg.attention_dropout_rate,
@@ -176,10 +172,10 @@ class Block(nn.Module):
       memory_BMD = jax.lax.stop_gradient(memory_BMD)
       memory = jnp.concatenate([memory_BMD, jax.lax.stop_gradient(x_BTD)], 1)
       memory = memory[:, -cfg.memory_length:]
-    branch_BTD = attention(x_BTD, sinusoids_SD, biases, memory_BMD, segment_ids, rngs[3])
-    x_BTD = norm('attention_norm')(x_BTD + drop(branch_BTD, rngs[0]))
+    branch_BTD = attention(x_BTD, sinusoids_SD, biases, memory_BMD, segment_ids, of_scores)
+    x_BTD = norm('attention_norm')(x_BTD + drop(branch_BTD, of_attention))
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
-    x_BTD = norm('mlp_norm')(x_BTD + drop(mlp(x_BTD, rngs[1]), rngs[2]))
+    x_BTD = norm('mlp_norm')(x_BTD + drop(mlp(x_BTD, of_hidden), of_mlp))
     return constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed'), memory
 
 
@@ -204,7 +200,7 @@ class TransformerXL(nn.Module):
                         cfg.remat, cfg.layer_drop_rate, self.rules)
 
   def __call__(self, tokens_BT: Int[Array, 'B T'], memory: Memory | None = None,
-               segment_ids: Int[Array, 'B T'] | None = None, dropout_rng: jax.Array | None = None
+               segment_ids: Int[Array, 'B T'] | None = None, draws: linear.Draws | None = None
                ) -> tuple[Float[Array, 'B T D'], Memory | None]:
     """The last hidden states, and the memory with these tokens.
 
@@ -214,7 +210,7 @@ class TransformerXL(nn.Module):
         config has; None to attend within these tokens, and to remember none.
       segment_ids: a token sees only its own segment (packing); not with a memory, whose rows are
         one stream each.
-      dropout_rng: a key turns dropout on.
+      draws: turn dropout on.
     """
     cfg = self.config
     B, T = tokens_BT.shape
@@ -225,16 +221,14 @@ class TransformerXL(nn.Module):
     if memory is not None and memory.hidden.shape[2] != M:
       raise ValueError(f'the memory has {memory.hidden.shape[2]} places and memory_length={M}; '
                        "make it with this config's init_carry")
-    rng = drop_rng = rngs = None
-    if dropout_rng is not None and (cfg.drops_branches or cfg.layer_drop_rate):
-      rng, rest, drop_rng = jax.random.split(dropout_rng, 3)
-      rngs = jax.random.split(rest, cfg.num_layers) if cfg.drops_branches else None
-    token_rng, place_rng, last_rng = (None,) * 3 if rng is None else jax.random.split(rng, 3)
+    of_tokens, of_distances, of_layers, of_hidden = linear.split(draws, 4)
     distance_S = jnp.arange(M + T)
     if cfg.clamp_length is not None:
       distance_S = jnp.minimum(distance_S, cfg.clamp_length)
-    sinusoids_SD = linear.dropout(sinusoids(distance_S, cfg.d_model), cfg.dropout_rate, place_rng)
-    x_BTD = linear.dropout(self._embed(tokens_BT), cfg.dropout_rate, token_rng)
+    sinusoids_SD = sinusoids(distance_S, cfg.d_model)
+    if draws is not None:
+      sinusoids_SD = of_distances.dropout_of_all(sinusoids_SD, cfg.dropout_rate)
+    x_BTD = linear.dropout(self._embed(tokens_BT), cfg.dropout_rate, of_tokens)
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
 
     hidden, pairs = None, None if segment_ids is None else (segment_ids, segment_ids)
@@ -244,11 +238,11 @@ class TransformerXL(nn.Module):
       ones_BT = jnp.ones((B, T), jnp.int32)
       pairs = ones_BT, jnp.concatenate([stands_BM.astype(jnp.int32), ones_BT], axis=1)
     shared = sinusoids_SD, None if cfg.untie_biases else self.head_biases()
-    x_BTD, layers = self.blocks(x_BTD, pairs, shared, hidden, (rngs,), drop_rng)
+    x_BTD, layers = self.blocks(x_BTD, pairs, shared, hidden, (), of_layers)
     if memory is not None:
       hidden = jnp.swapaxes(layers, 0, 1) if cfg.scanned else jnp.stack(layers, axis=1)
       memory = Memory(hidden, jnp.minimum(memory.filled + T, M))
-    return linear.dropout(x_BTD, cfg.dropout_rate, last_rng), memory
+    return linear.dropout(x_BTD, cfg.dropout_rate, of_hidden), memory
 
   def carry_shardings(self) -> Memory:
     """Of the memory: devices that share the length of a row share that of its memory."""
@@ -264,13 +258,13 @@ class TransformerXL(nn.Module):
     """Touches every parameter: what `init` runs."""
     self.scores(self(jnp.zeros((1, 1), jnp.int32))[0])
 
-  def encode(self, batch: dict[str, jax.Array], dropout_rng: jax.Array | None = None
+  def encode(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None
              ) -> Float[Array, 'B T D']:
     """The hidden states of `decoder_input_tokens`, for a head of another kind; without memory."""
     return self(batch['decoder_input_tokens'], None, batch.get('decoder_segment_ids'),
-                dropout_rng)[0]
+                draws)[0]
 
-  def outputs(self, batch: dict[str, jax.Array], dropout_rng: jax.Array | None = None,
+  def outputs(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None,
               carry: Memory | None = None) -> tuple[dict[str, Any], Memory | None]:
     """What a loss scores: `tokens` for `decoder_target_tokens`, and the next memory.
 
@@ -280,10 +274,10 @@ class TransformerXL(nn.Module):
     """
     tokens_BT, restart_B = batch['decoder_input_tokens'], batch.get('decoder_restart')
     if carry is None or restart_B is None:
-      hidden_BTD, _ = self(tokens_BT, None, batch.get('decoder_segment_ids'), dropout_rng)
+      hidden_BTD, _ = self(tokens_BT, None, batch.get('decoder_segment_ids'), draws)
     else:
       carry = carry._replace(filled=jnp.where(restart_B == 1, 0, carry.filled))
-      hidden_BTD, carry = self(tokens_BT, carry, None, dropout_rng)
+      hidden_BTD, carry = self(tokens_BT, carry, None, draws)
     return {'tokens': self.scores(hidden_BTD)}, carry
 
   def scores(self, hidden_BTD: Float[Array, 'B T D']) -> Scores | AdaptiveScores:

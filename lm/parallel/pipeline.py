@@ -112,7 +112,7 @@ def run(layer: Callable, rematerialised: Callable, rules: Rules, x: Any, rows: A
     x, rows: leaves [B, ...].
     shared: leaves without rows.
     layer_rows: leaves [L, B, ...].
-    per_layer: leaves [L, ...] without rows; a key is folded with the microbatch.
+    per_layer: leaves [L, ...] without rows.
 
   Returns:
     x, and the outputs of all layers, [L, B, ...]; what is a scalar of a layer is summed over all
@@ -128,10 +128,10 @@ def run(layer: Callable, rematerialised: Callable, rules: Rules, x: Any, rows: A
   x, sums, outputs = jax.shard_map(
       lambda *args: _stage(layer(rules.inside(cut.manual)), rematerialised, plan, cut, *args),
       mesh=rules.mesh, axis_names=cut.manual, check_vma=False,
-      in_specs=((P(stage), P(part)), P(stage, None, part), P(None, None, part), P(), of_layer,
+      in_specs=(P(stage), P(stage, None, part), P(None, None, part), P(), of_layer,
                 P(part, stage)),
       out_specs=(P(stage, None, part), P(stage), of_layer),
-  )((jnp.arange(plan.stages), jnp.arange(cut.num_parts)), *jax.tree.map(split, (x, rows)), shared,
+  )(jnp.arange(plan.stages), *jax.tree.map(split, (x, rows)), shared,
     jax.tree.map(jax.vmap(split), layer_rows), jax.tree.map(copies, per_layer))
   outputs = jax.tree.map(jax.vmap(cut.join), outputs)
   merge = lambda total, output: output if total is None else total
@@ -145,7 +145,7 @@ def _stage(layer, rematerialised, plan, cut, place, x, rows, shared, layer_rows,
     The microbatches that it keeps, finished; of its layers' outputs the scalars, and the others.
   """
   S, R, K = plan.stages, plan.turns, plan.teams
-  stage, part = (index[0] for index in place)
+  stage = place[0]
   per_layer = jax.tree.map(lambda a: a[0], per_layer)
   deal = functools.partial(_deal, plan, stage, cut.stage)
   grouped = lambda a: deal(a.reshape(R, -1, *a.shape[1:]))
@@ -167,14 +167,13 @@ def _stage(layer, rematerialised, plan, cut, place, x, rows, shared, layer_rows,
     here, waiting = exchange(*carry[:2], tick)
     done = jnp.clip(tick - stage, 0, plan.microbatches * R - 1)
     team, turn, member = done // (R * S), done // S % R, done % S
-    number = (team * S + member) * cut.num_parts + part
     own = jax.tree.map(lambda a: a[:, member, team], _at(layer_rows, turn))
 
     @rematerialised
     def one(carry, rows, shared, own_rows, place):
       x, gradients = carry
       own, gradients = _take(values, gradients, place)
-      x, output = layer(x, rows, shared, own_rows, jax.tree.map(lambda a: _folded(a, number), own))
+      x, output = layer(x, rows, shared, own_rows, own)
       return (x, gradients), output
 
     places = turn * group_size + jnp.arange(group_size)
@@ -256,11 +255,6 @@ def all_but_parameters(primitive: Any, *_, **__) -> bool:
   """
   return primitive.name not in ('convert_element_type', 'dynamic_slice', 'reshape', 'squeeze',
                                 'transpose')
-
-
-def _folded(a, number):
-  is_key = jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)
-  return jax.random.fold_in(a, number) if is_key else a
 
 
 class _Cut:

@@ -52,10 +52,14 @@ class Prediction(_Loss):
   label_smoothing: share of the target spread over the vocabulary (arXiv:1512.00567, section 7).
   z_loss: times logsumexp^2 of the logits (PaLM, arXiv:2204.02311, section 5).
   class_weight: of the other losses beside the tokens'.
+  r_drop: alpha of R-Drop (arXiv:2106.14448, equation 4): each row is computed twice, with dropout
+    of its own, and pays for how far the two predictions are from each other. The loss is half of
+    the paper's, so that its scale is that of one pass. All logits are in memory.
   """
   label_smoothing: float = 0.0
   z_loss: float = 0.0
   class_weight: float = 1.0
+  r_drop: float = 0.0
 
   whole_batch = False  # a sum over rows: microbatches are computed one by one
 
@@ -64,6 +68,11 @@ class Prediction(_Loss):
     if self.label_smoothing >= 1:
       raise ValueError(f'label_smoothing={self.label_smoothing} must be in [0, 1)')
 
+  @property
+  def passes(self) -> int:
+    """How often each row is computed."""
+    return 2 if self.r_drop else 1
+
   def weights(self, batch: Batch) -> Sums:
     """The normaliser of each sum: weights of tokens, rows with a class, rows with any token."""
     weights = {}
@@ -71,8 +80,10 @@ class Prediction(_Loss):
       weights_BT = batch[f'{_prefix(batch)}_loss_weights']
       weights['tokens'] = weights_BT.sum()
       weights['penalties'] = (weights_BT > 0).any(-1).sum().astype(jnp.float32)
-    return weights | {name: _label_weights(name, batch).sum() for name, (labels, _) in
-                      _LABELS.items() if labels in batch}
+    weights |= {name: _label_weights(name, batch).sum() for name, (labels, _) in _LABELS.items()
+                if labels in batch}
+    apart = {f'{name}_divergence': x for name, x in weights.items() if name != 'penalties'}
+    return weights | apart if self.r_drop else weights
 
   def __call__(self, outputs: Mapping[str, Any], batch: Batch) -> Sums:
     """The weighted sum of each loss; of one batch or of any rows of it."""
@@ -87,7 +98,17 @@ class Prediction(_Loss):
       sums[name] = self.class_weight * _label_losses(name, outputs, batch).sum()
     if outputs.get('penalties'):
       sums['penalties'] = sum(total for total, _ in outputs['penalties'].values())
-    return sums
+    return sums | self._divergences(outputs, batch) if self.r_drop else sums
+
+  def _divergences(self, outputs, batch):
+    """Between the predictions of the first half of the rows and those of the second."""
+    pairs = {}
+    if 'tokens' in outputs:
+      pairs['tokens'] = outputs['tokens'].log_probs(), _targets(batch)[1]
+    for name in filter(outputs.__contains__, _LABELS):
+      weights = self.class_weight * _label_weights(name, batch)
+      pairs[name] = jax.nn.log_softmax(outputs[name]), weights
+    return {f'{name}_divergence': self.r_drop * _divergence(*pair) for name, pair in pairs.items()}
 
   def of_rows(self, batch: Batch, counts_B: Bool[Array, ' B']) -> Batch:
     """The batch, where only these rows have weight in `metrics`."""
@@ -118,6 +139,13 @@ class Prediction(_Loss):
       metrics[f'{name}_accuracy'] = right.sum(), weights.sum()
       metrics.setdefault('loss', metrics[f'{name}_loss'])
     return metrics
+
+
+def _divergence(log_probs, weights):
+  """Weighted sum of the mean of both Kullback-Leibler divergences, of the two halves of the
+  rows."""
+  p, q = jnp.split(log_probs, 2)
+  return (((jnp.exp(p) - jnp.exp(q)) * (p - q)).sum(-1) / 2 * jnp.split(weights, 2)[0]).sum()
 
 
 def _prefix(batch):
@@ -192,7 +220,7 @@ class Contrastive(_Loss):
   symmetric: bool = False
   matryoshka_dims: tuple[int, ...] = ()
 
-  whole_batch = True
+  whole_batch, passes = True, 1
 
   def __post_init__(self):
     super().__post_init__()

@@ -12,6 +12,7 @@ from lm.parallel.rules import Rules
 from lm.training import precision
 from lm.training.optimizers import sophia
 from lm.training.state import TrainState
+from pallas_kernels.dropout import Draws
 
 Batch = Mapping[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -21,9 +22,12 @@ class Loss(Protocol):
   """What a step asks of a loss; see `lm/training/losses.py`.
 
   whole_batch: whether it compares rows with one another, so that it must see all of them at once.
+  passes: how often each row is computed, with dropout of its own: once, or twice, and the second
+    time in the second half of the rows.
   l1, l2: whether there is a `penalty` of the parameters.
   """
   whole_batch: bool
+  passes: int
   l1: float
   l2: float
 
@@ -43,8 +47,8 @@ class Loss(Protocol):
     """The batch, where only these rows have weight in `metrics`; not of a `whole_batch` loss."""
 
 
-def _outputs(module, params, batch, rng, carry):
-  return module.apply({'params': params}, batch, rng, carry, method='outputs')
+def _outputs(module, params, batch, draws, carry):
+  return module.apply({'params': params}, batch, draws, carry, method='outputs')
 
 
 def evaluate_batch(module: nn.Module, loss: Loss, params: Any, batch: Batch, carry: Any = None
@@ -67,49 +71,59 @@ def _cut(tree: Any, num_parts: int) -> Any:
   return jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
+def _cut_draws(draws: Draws, num_parts: int) -> Draws:
+  """Those of each part: what is drawn for a row does not depend on how the batch is cut."""
+  return Draws(_cut(draws.rows, num_parts), jnp.broadcast_to(draws.batch, (num_parts,)))
+
+
+def _twice(tree: Any) -> Any:
+  """[B, ...] leaves -> [2B, ...]."""
+  return jax.tree.map(lambda x: jnp.concatenate([x, x]), tree)
+
+
 def _join(tree: Any) -> Any:
   """The inverse of `_cut`."""
   return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def _gradients(module, loss, num_microbatches, scale, params, batch, rng, carry):
+def _gradients(module, loss, num_microbatches, scale, params, batch, draws, carry):
   """Gradient, times `scale`, means of the loss and its parts, and carry; one microbatch in memory
   at a time."""
   weights = loss.weights(batch)
 
-  def score(params, batch, rng, carry):
-    outputs, carry = _outputs(module, params, batch, rng, carry)
+  def score(params, batch, draws, carry):
+    outputs, carry = _outputs(module, params, batch, draws, carry)
     total, means = _total(loss(outputs, batch), weights)
     scaled = total if scale is None else total * scale
     return scaled, ({'loss': total} | means, carry)
 
   gradient = jax.grad(score, has_aux=True)
   if num_microbatches == 1:
-    grads, (means, carry) = gradient(params, batch, rng, carry)
+    grads, (means, carry) = gradient(params, batch, draws, carry)
     return grads, means, carry
 
   def add(sums, inputs):
     grads, (means, carry) = gradient(params, *inputs)
     return (precision.add_gradients(sums[0], grads), jax.tree.map(jnp.add, sums[1], means)), carry
 
-  parts = _cut((dict(batch), carry), num_microbatches)
-  inputs = parts[0], jax.random.split(rng, num_microbatches), parts[1]
+  inputs = (_cut(dict(batch), num_microbatches), _cut_draws(draws, num_microbatches),
+            _cut(carry, num_microbatches))
   shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], inputs))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (shapes[0], shapes[1][0]))
   (grads, means), carry = jax.lax.scan(add, zeros, inputs)
   return grads, means, _join(carry)
 
 
-def _cached_gradients(module, loss, num_microbatches, scale, params, batch, rng, carry):
+def _cached_gradients(module, loss, num_microbatches, scale, params, batch, draws, carry):
   """`_gradients` of a loss that compares all rows, by caching the gradient of its inputs
   (arXiv:2101.06983, section 3): outputs of each microbatch, one loss of them all, then each
   microbatch once more, backwards."""
   if num_microbatches == 1:
-    return _gradients(module, loss, 1, scale, params, batch, rng, carry)
+    return _gradients(module, loss, 1, scale, params, batch, draws, carry)
   weights, parts = loss.weights(batch), _cut(dict(batch), num_microbatches)
-  rngs = jax.random.split(rng, num_microbatches)
-  one = lambda params, part, rng: _outputs(module, params, part, rng, None)[0]
-  _, outputs = jax.lax.scan(lambda _, x: (None, one(params, *x)), None, (parts, rngs))
+  draws = _cut_draws(draws, num_microbatches)
+  one = lambda params, part, draws: _outputs(module, params, part, draws, None)[0]
+  _, outputs = jax.lax.scan(lambda _, x: (None, one(params, *x)), None, (parts, draws))
 
   def score(outputs):  # a leaf without rows, such as a temperature, is the same in every part
     whole = jax.tree.map(lambda x: _join(x) if x.ndim > 1 else x.mean(0), outputs)
@@ -125,7 +139,7 @@ def _cached_gradients(module, loss, num_microbatches, scale, params, batch, rng,
     return jax.tree.map(jnp.add, grads, vjp(cotangent)[0]), None
 
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-  return jax.lax.scan(add, zeros, (parts, rngs, cotangents))[0], means, carry
+  return jax.lax.scan(add, zeros, (parts, draws, cotangents))[0], means, carry
 
 
 def train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransformation,
@@ -142,10 +156,18 @@ def train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransform
     than one, `grad_norm`, `weight` (tokens, or rows, that counted), and those of a loss scale.
   """
   rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+  B = len(next(iter(batch.values())))
+  draws = Draws.of(rng, B)
   gradients = _cached_gradients if loss.whole_batch else _gradients
   scale = precision.loss_scale(state.opt_state)
-  grads, means, carry = gradients(module, loss, num_microbatches, scale, state.params, batch, rng,
-                                  state.carry)
+  rows, carry = batch, state.carry
+  if loss.passes == 2:
+    rows, carry = _twice((dict(batch), carry))
+    draws = Draws(jnp.concatenate([draws.rows, draws.fold(0).rows]), draws.batch)
+  grads, means, carry = gradients(module, loss, num_microbatches, scale, state.params, rows, draws,
+                                  carry)
+  if loss.passes == 2:
+    carry = jax.tree.map(lambda x: x[:len(x) // 2], carry)
   grads, seen = precision.split_histories(grads)
   if scale is not None:
     grads = jax.tree.map(lambda x: x / scale, grads)
@@ -157,7 +179,7 @@ def train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransform
   def sampled_gradient():  # for an optimiser that asks for it
     sampled = sophia.SampledLoss(jax.random.fold_in(rng, sophia.STREAM))
     found = _gradients(module, sampled, num_microbatches, None, state.params,
-                       sophia.with_rows(batch), rng, state.carry)[0]
+                       sophia.with_rows(batch), Draws.of(rng, B), state.carry)[0]
     return found, sampled.weights(batch)['tokens']
 
   updates, opt_state = optax.with_extra_args_support(optimizer).update(

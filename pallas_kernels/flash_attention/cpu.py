@@ -6,7 +6,7 @@ its caches.
 """
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import dropout
+from pallas_kernels import dropout
 from pallas_kernels.flash_attention.cpu_positions import ByDistance, sum_of_rows
 from pallas_kernels.flash_attention.reference import (MASKED, NO_KEY, Terms, places,
                                                       sinks_gradient, softcapped, visible)

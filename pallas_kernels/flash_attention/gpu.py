@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels import chips
-from pallas_kernels.flash_attention import dropout, gpu_kernels, gpu_positions
+from pallas_kernels import chips, dropout
+from pallas_kernels.flash_attention import gpu_kernels, gpu_positions
 from pallas_kernels.flash_attention.gpu_kernels import Tiles
 from pallas_kernels.flash_attention.reference import NO_KEY, Terms, sinks_gradient
 

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import dropout
+from pallas_kernels import dropout
 from pallas_kernels.flash_attention.reference import MASKED, NO_KEY, Options
 
 LOG2_E = 1.4426950408889634

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import dropout, positions
+from pallas_kernels import dropout
+from pallas_kernels.flash_attention import positions
 
 MASKED = -1e30  # finite, so that no row of scores gives NaN
 NO_KEY = MASKED / 2  # the least log-sum-exp: a row with no visible key has exp(MASKED - NO_KEY) = 0

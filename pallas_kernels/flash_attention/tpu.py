@@ -8,8 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chips
-from pallas_kernels.flash_attention import (block_sizes, dropout, tpu_backward, tpu_blocks,
+from pallas_kernels import chips, dropout
+from pallas_kernels.flash_attention import (block_sizes, tpu_backward, tpu_blocks,
                                             tpu_forward, tpu_positions)
 from pallas_kernels.flash_attention.reference import (MASKED, NO_KEY, Terms, places,
                                                       sinks_gradient)

@@ -18,8 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from pallas_kernels import dropout
 from pallas_kernels.chips import LANES
-from pallas_kernels.flash_attention import dropout, reference
+from pallas_kernels.flash_attention import reference
 from pallas_kernels.flash_attention.reference import MASKED, Masking, Options
 
 LOG2_E = 1.4426950408889634

@@ -129,7 +129,7 @@ class Affine(nn.Module):
   """x -> x * scale + shared + own, and x before."""
 
   @nn.compact
-  def __call__(self, x, rows, shared, own_rows, own):
+  def __call__(self, x, rows, shared, own_rows, own, draws):
     ones = nn.with_partitioning(nn.initializers.ones, ('embed',))
     scale = self.param('scale', ones, x.shape[-1:])
     return x * scale + shared + own[0] + rows + own_rows, x
@@ -160,7 +160,7 @@ class Shift(nn.Module):
   """x -> x + a random parameter."""
 
   @nn.compact
-  def __call__(self, x, rows, shared, own_rows, own):
+  def __call__(self, x, rows, shared, own_rows, own, draws):
     return x + self.param('shift', linear.normal(1.0, 'embed'), x.shape[-1:]), None
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from lm.errors import UserError
 from lm.models.bert import BERTConfig
+from pallas_kernels.dropout import Draws
 
 T = 12
 TINY = dict(vocab_size=37, max_length=16, d_model=16, num_layers=3, num_heads=4, d_ff=24,
@@ -46,7 +47,7 @@ def init(config):
 
 @functools.cache
 def jitted(config):
-  """(params, tokens, positions, segment_ids, token_types, dropout_rng) -> hidden."""
+  """(params, tokens, positions, segment_ids, token_types, draws) -> hidden."""
   return jax.jit(lambda params, *args: config.build().apply({'params': params}, *args))
 
 
@@ -222,9 +223,10 @@ def test_positions_begin_behind_the_offset():
 @pytest.mark.parametrize('where', ['dropout_rate', 'attention_dropout_rate'])
 def test_dropout_is_a_function_of_its_key_and_off_without_one(where):
   config = tiny('modernbert', **{where: 0.3})
-  ids, key = tokens(config), lambda seed: jax.random.key(seed, impl='rbg')
+  ids = tokens(config)
+  draws = lambda seed: Draws.of(jax.random.key(seed), len(ids))
   off = forward(config, ids)
-  one, same, other = (forward(config, ids, None, None, None, key(k)) for k in (1, 1, 2))
+  one, same, other = (forward(config, ids, None, None, None, draws(k)) for k in (1, 1, 2))
   np.testing.assert_array_equal(one, same)
   assert np.abs(one - other).max() > 0.1 and np.abs(one - off).max() > 0.1
 
@@ -233,7 +235,7 @@ def test_dropout_is_a_function_of_its_key_and_off_without_one(where):
 def test_without_its_layers_a_model_is_its_embedding(family):
   config = tiny(family, layer_drop_rate=1 - 1e-7)
   ids = tokens(config)
-  got = forward(config, ids, None, None, None, jax.random.key(0, impl='rbg'))
+  got = forward(config, ids, None, None, None, Draws.of(jax.random.key(0), len(ids)))
   want = config.build().apply({'params': init(config)}, ids, None, None, method='_embed')
   np.testing.assert_allclose(got, want, atol=1e-5)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lm.models.gpt import GPT, GPTConfig
+from pallas_kernels.dropout import Draws
 
 T = 12
 
@@ -38,12 +39,12 @@ def real_init(config):
 
 @functools.cache
 def jitted(config):
-  """(params, tokens, positions, segment_ids, cache, dropout_rng) -> (logits, cache)."""
+  """(params, tokens, positions, segment_ids, cache, draws) -> (logits, cache)."""
   module = config.build()
 
-  def logits(params, tokens, positions=None, segment_ids=None, cache=None, dropout_rng=None):
+  def logits(params, tokens, positions=None, segment_ids=None, cache=None, draws=None):
     hidden, cache = module.apply({'params': params}, tokens, positions, segment_ids, cache,
-                                 dropout_rng)
+                                 draws)
     return module.apply({'params': params}, hidden, method='logits'), cache
 
   return jax.jit(logits)
@@ -195,8 +196,8 @@ def test_dropout_is_a_function_of_its_key_and_off_without_one(tiny_configs, wher
   config = tiny_configs['gpt2'](**{where: 0.3})
   params, ids = init(config), tokens(config)
   off = forward(config, params, ids)
-  key = lambda seed: jax.random.key(seed, impl='rbg')
-  one, same, other = (forward(config, params, ids, dropout_rng=key(k)) for k in (1, 1, 2))
+  draws = lambda seed: Draws.of(jax.random.key(seed), len(ids))
+  one, same, other = (forward(config, params, ids, draws=draws(k)) for k in (1, 1, 2))
   np.testing.assert_array_equal(one, same)
   assert np.abs(one - other).max() > 0.1 and np.abs(one - off).max() > 0.1
   np.testing.assert_allclose(off, forward(tiny_configs['gpt2'](), params, ids), atol=1e-5)
@@ -206,7 +207,7 @@ def test_a_dropped_layer_is_left_out_and_only_where_a_key_is_given(tiny_configs)
   config = tiny_configs['gpt2'](layer_drop_rate=0.99999)
   params, ids = init(config), tokens(config)
   nothing = {**params, 'blocks': jax.tree.map(jnp.zeros_like, params['blocks'])}
-  dropped = forward(config, params, ids, dropout_rng=jax.random.key(1, impl='rbg'))
+  dropped = forward(config, params, ids, draws=Draws.of(jax.random.key(1), len(ids)))
   whole, none = forward(config, params, ids), forward(config, nothing, ids)
   np.testing.assert_allclose(dropped, none, atol=1e-5)
   assert np.abs(whole - none).max() > 0.1
@@ -214,8 +215,8 @@ def test_a_dropped_layer_is_left_out_and_only_where_a_key_is_given(tiny_configs)
 
 def test_dropout_differs_between_layers_and_keeps_the_mean(tiny_configs):
   from lm.layers.linear import dropout
-  x = jnp.ones((200, 100))
-  dropped = dropout(x, 0.25, jax.random.key(0))
+  x, draws = jnp.ones((200, 100)), Draws.of(jax.random.key(0), 200)
+  dropped = dropout(x, 0.25, draws)
   assert set(np.unique(dropped).round(5)) == {0, np.float32(1 / 0.75).round(5)}
   assert abs(dropped.mean() - 1) < 0.02
   np.testing.assert_array_equal(dropout(x, 0.25, None), x)

@@ -10,6 +10,7 @@ import pytest
 
 from lm.layers.relative_bias import alibi, of_one_query, relative_buckets, RelativeBias
 from lm.models.t5 import T5Config
+from pallas_kernels.dropout import Draws
 
 S, T = 11, 7
 TINY = dict(vocab_size=37, max_length=32, d_model=16, num_layers=3, num_decoder_layers=2,
@@ -46,7 +47,7 @@ ONES = jnp.ones_like(OUTPUTS)
 
 @functools.cache
 def jitted(config):
-  """(params, inputs, outputs, input segments, output segments, dropout_rng) -> logits."""
+  """(params, inputs, outputs, input segments, output segments, draws) -> logits."""
   module = config.build()
 
   def logits(params, *args, **kwargs):
@@ -214,8 +215,8 @@ def test_dropout_and_layer_drop_are_functions_of_their_key_and_off_without_one(d
   plain = FAMILIES['t5']
   config = dataclasses.replace(plain, **drops)
   args = INPUTS, OUTPUTS, segments(S, of=S), ONES
-  key = lambda seed: jax.random.key(seed, impl='rbg')
-  one, same, other = (forward(config, *args, dropout_rng=key(seed)) for seed in (1, 1, 2))
+  draws = lambda seed: Draws.of(jax.random.key(seed), len(INPUTS))
+  one, same, other = (forward(config, *args, draws=draws(seed)) for seed in (1, 1, 2))
   np.testing.assert_array_equal(one, same)
   assert np.abs(one - other).max() > 0.1
   off, want = (jitted(c).lower(params_of(plain), *args).as_text() for c in (config, plain))

@@ -12,6 +12,7 @@ from lm.layers.relative_attention import RelativeAttention, sinusoids
 from lm.models.transformer_xl import Memory, TransformerXLConfig
 from lm.parallel.rules import Rules
 from lm.training.losses import Prediction
+from pallas_kernels.dropout import Draws
 
 B, V, M, T = 2, 29, 8, 5
 TINY = TransformerXLConfig(vocab_size=V, max_length=T, memory_length=M, d_model=16, num_layers=3,
@@ -255,10 +256,10 @@ def test_adaptive_inputs_are_projected_rows_of_their_cluster():
                                    {'attention_dropout_rate': 0.3}])
 def test_dropout_and_its_absence(drops):
   config = dataclasses.replace(TINY, **drops)
-  run = lambda config, rng: apply(config, params_of(TINY), tokens(T), dropout_rng=rng)[0]
-  rng = jax.random.key(1)
-  np.testing.assert_array_equal(run(config, None), run(TINY, rng))
-  assert (run(config, rng) != run(config, jax.random.key(2))).any()
+  run = lambda config, draws: apply(config, params_of(TINY), tokens(T), draws=draws)[0]
+  one, other = (Draws.of(jax.random.key(seed), len(tokens(T))) for seed in (1, 2))
+  np.testing.assert_array_equal(run(config, None), run(TINY, one))
+  assert (run(config, one) != run(config, other)).any()
 
 
 @pytest.mark.parametrize('changes, message', [

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpu_cases import INTERPRET
-from pallas_kernels.flash_attention import dropout, gpu, tpu
+from pallas_kernels import dropout
+from pallas_kernels.flash_attention import gpu, tpu
 from pallas_kernels.flash_attention.reference import (MASKED, NO_KEY, Masking, Options, Terms,
                                                       places, visible)
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.flash_attention import dropout, flash_attention
+from pallas_kernels import dropout
+from pallas_kernels.flash_attention import flash_attention
 
 RATE = 0.1
 

@@ -14,7 +14,8 @@ COUNTED = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collecti
 HEAD = '''# One train step on 8 devices is that of one
 
 `python tests/parallel/mesh_table.py` writes this file. Packed rows, remat 'full', two microbatches,
-float32. The meshes are named in `sharded_models.py`.
+float32, dropout (of attention's probabilities too, but in a ring) and layers left out. The meshes
+are named in `sharded_models.py`.
 
 difference: the largest of the loss, its parts, every gradient and the carry, as a share of the
 largest element of each. Collectives of the compiled step, whose loops are written once. Largest

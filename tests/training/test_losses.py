@@ -95,6 +95,53 @@ def test_a_span_counts_when_all_of_its_tokens_are_right():
   assert tuple(map(float, metrics['span_exact_match'])) == (3, 4)
 
 
+def test_r_drop_is_half_of_the_papers_loss(masked_batch):
+  """arXiv:2106.14448, equations 1, 2 and 4, of both passes of each row."""
+  hidden, embedding, classes = normal(4, 5, 4), normal(11, 4), normal(4, 3)
+  batch = {name: np.concatenate([x, x]) for name, x in masked_batch.items()}
+  loss = Prediction(r_drop=0.7)
+  sums = loss(put({'tokens': Scores(hidden, embedding), 'classes': classes}), put(batch))
+  weights = loss.weights(put(batch))
+  got = sum(float(sums[name] / weights[name]) for name in sums)
+
+  def paper(logits, labels, weights):
+    logs = np.float64(logits) - np.log(np.exp(np.float64(logits)).sum(-1, keepdims=True))
+    p, q = np.split(logs, 2)
+    nll = sum(-np.take_along_axis(x, labels[..., None], -1)[..., 0] for x in (p, q))
+    apart = ((np.exp(p) * (p - q)).sum(-1) + (np.exp(q) * (q - p)).sum(-1)) / 2
+    return ((nll + 0.7 * apart) * weights).sum() / weights.sum()
+
+  want = paper(hidden @ embedding.T, masked_batch['masked_target_tokens'],
+               masked_batch['masked_loss_weights'])
+  want += paper(classes, masked_batch['class_labels'], np.ones(2))
+  assert got == pytest.approx(want / 2, rel=1e-5)
+
+
+@pytest.mark.supports('objectives', 'R-Drop')
+def test_a_step_with_r_drop_computes_each_row_twice_with_dropout_of_its_own():
+  config = BERTConfig(vocab_size=19, max_length=8, d_model=16, num_layers=1, num_heads=2, d_ff=24,
+                      dtype='float32', token_types=0, pooler=False, sentence_classes=0)
+  tokens = RNG.integers(1, 19, (4, 6)).astype(np.int32)
+  batch = {'encoder_input_tokens': tokens, 'masked_target_tokens': tokens,
+           'masked_positions': np.broadcast_to(np.arange(6, dtype=np.int32), (4, 6)),
+           'masked_loss_weights': RNG.integers(0, 2, (4, 6)).astype(np.float32)}
+  rules = Rules().on(MeshConfig().build(jax.devices()[:1]))
+
+  def gradients(rate, r_drop, num_microbatches=1):
+    module = dataclasses.replace(config, dropout_rate=rate).build(rules)
+    state = init_state(module, KEEP_GRADIENT, rules, seed=0)
+    state, metrics = jax.jit(functools.partial(
+        train_step, module, Prediction(r_drop=r_drop), KEEP_GRADIENT, num_microbatches))(state, batch)
+    return jax.device_get((state.opt_state, metrics))
+
+  (plain, _), (twice, metrics) = gradients(0.0, 0.0), gradients(0.0, 1.0)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), plain, twice)
+  assert abs(metrics['tokens_divergence']) < 1e-6
+  (whole, metrics), (parts, _) = gradients(0.2, 1.0), gradients(0.2, 1.0, num_microbatches=2)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), whole, parts)
+  assert metrics['tokens_divergence'] > 1e-4
+
+
 def test_the_penalty_is_of_matrices_alone():
   params = {'a': {'kernel': np.float32([[1, -2]]), 'bias': np.float32([7])},
             'norm': {'scale': np.float32([9])}, 'token_embedding': np.float32([[3]])}
