@@ -130,8 +130,9 @@ def test_a_step_with_r_drop_computes_each_row_twice_with_dropout_of_its_own():
   def gradients(rate, r_drop, num_microbatches=1):
     module = dataclasses.replace(config, dropout_rate=rate).build(rules)
     state = init_state(module, KEEP_GRADIENT, rules, seed=0)
-    state, metrics = jax.jit(functools.partial(
-        train_step, module, Prediction(r_drop=r_drop), KEEP_GRADIENT, num_microbatches))(state, batch)
+    step = jax.jit(functools.partial(train_step, module, Prediction(r_drop=r_drop), KEEP_GRADIENT,
+                                     num_microbatches))
+    state, metrics = step(state, batch)
     return jax.device_get((state.opt_state, metrics))
 
   (plain, _), (twice, metrics) = gradients(0.0, 0.0), gradients(0.0, 1.0)
