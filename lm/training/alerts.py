@@ -21,6 +21,7 @@ from typing import Optional
 SECONDS = 30.0  # that a command may take
 SECONDS_AT_END = 10.0  # that the end of a run waits for those on their way
 AT_ONCE = 4
+LONGEST = 4000  # characters; an environment holds no more than 128 KiB in a variable
 
 
 class Alerts:
@@ -42,11 +43,11 @@ class Alerts:
     if self._command is None:
       return
     self._running = [pair for pair in self._running if pair[0].is_alive()]
-    if len(self._running) >= AT_ONCE:
+    if kind == 'skipped' and len(self._running) >= AT_ONCE:  # there may be one at every step
       self._log(f'warning: no alert of {message!r}, since {AT_ONCE} commands still run')
       return
     what = {'run': str(self._run_dir.absolute()), 'step': self.step if step is None else step,
-            'kind': kind, 'message': message}
+            'kind': kind, 'message': message.replace('\0', ' ')[:LONGEST]}
     environment = {f'LM_{name.upper()}': str(value) for name, value in what.items()}
     try:
       child = subprocess.Popen(

@@ -41,7 +41,8 @@ class Goodput:
   """
 
   def __init__(self, run_dir: pathlib.Path | None = None,
-               clock: Callable[[], float] = time.perf_counter, wall: Callable[[], float] = time.time):
+               clock: Callable[[], float] = time.perf_counter,
+               wall: Callable[[], float] = time.time):
     self._path = run_dir and run_dir / FILE
     self._clock, self._wall, self._thread = clock, wall, threading.get_ident()
     self._seconds = dict.fromkeys(CATEGORIES, 0.0)

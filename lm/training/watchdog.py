@@ -64,8 +64,8 @@ class Watchdog:
     line = self._hosts.line
     absent = line.missing(step_key(step)) if line is not None else []
     who = f'not begun by {", ".join(absent)}; ' if absent else ''
-    text = (f'host {self._hosts.index} has been in step {step} for {self._seconds:.0f} s; {who}what '
-            f'its threads do stands in {path}')
+    text = (f'host {self._hosts.index} has been in step {step} for {self._seconds:.0f} s; {who}'
+            f'what its threads do stands in {path}')
     print(f'warning: {text}', file=self._stream, flush=True)
     if self._alert is not None:
       self._alert(step, text)

@@ -32,7 +32,8 @@ def folder(tmp_path_factory):
 
 def make_batch(seed=0, rows=4, length=12):
   """One sentence again and again; of another seed, another."""
-  ids = np.random.default_rng(seed).integers(1, 37, (1, length + 1)).astype(np.int32).repeat(rows, 0)
+  ids = np.random.default_rng(seed).integers(1, 37, (1, length + 1)).repeat(rows, 0)
+  ids = ids.astype(np.int32)
   return {'decoder_input_tokens': ids[:, :-1], 'decoder_target_tokens': ids[:, 1:],
           'decoder_loss_weights': np.ones((rows, length), np.float32)}
 
