@@ -32,7 +32,7 @@ def write(run_dir: pathlib.Path, step: int, completions: Sequence[Mapping[str, A
   rows += [{'step': step, **completion} for completion in completions]
   try:
     integrity.write_atomically(run_dir / FILE, ''.join(
-        json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+        json.dumps(row) + '\n' for row in rows))
   except OSError as error:
     raise UserError(f'{run_dir / FILE} cannot be written ({error.strerror}); free some space, then '
                     'start the same command again') from error

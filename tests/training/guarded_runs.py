@@ -26,7 +26,6 @@ class Spoilt:
 
   def __init__(self, rows, spoilt):
     self._rows, self._spoilt = rows, spoilt
-    self.read = set()
 
   def __len__(self):
     return len(self._rows)
@@ -75,9 +74,9 @@ def experiment(folder: pathlib.Path, **changes) -> run.Experiment:
   return config.build(run.Experiment)
 
 
-def train(folder, directory, spoilt=(), kill_at=None, **changes) -> dict:
+def train(folder, directory, spoilt=(), kill_at=None, whole=False, **changes) -> dict:
   """Trains on spoilt data; dies before the row of a step is written, `kill_at` = (step, which
-  time)."""
+  time); `whole` also evaluates, samples and reports."""
   loader_of, write, times = run._loader, monitor.MetricsWriter.write, []
 
   def spoil(experiment, prepared, split, seed):
@@ -95,7 +94,7 @@ def train(folder, directory, spoilt=(), kill_at=None, **changes) -> dict:
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(run, '_loader', spoil)
     patch.setattr(monitor.MetricsWriter, 'write', dying)
-    return run.fit(experiment(folder, **changes), directory)
+    return (run.train if whole else run.fit)(experiment(folder, **changes), directory)
 
 
 def rows(directory, split='train') -> list[dict]:

@@ -100,7 +100,8 @@ def test_a_failure_and_a_stuck_step_are_told(tmp_path):
       watch.beat(41)
       [stuck] = told(tmp_path / 'in')
     raise KeyError('lost')
-  assert (stuck['kind'], stuck['step']) == ('stuck', 41) and 'in step 41 for 0 s' in stuck['message']
+  assert (stuck['kind'], stuck['step']) == ('stuck', 41)
+  assert 'in step 41 for 0 s' in stuck['message']
   assert told(tmp_path / 'in')[1]['kind'] == 'failed'
 
 

@@ -4,12 +4,14 @@ import functools
 import json
 import math
 
+import guarded_runs as runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lm.errors import UserError
+from lm.evaluation import report
 from lm.parallel.mesh import MeshConfig
 from lm.parallel.rules import Rules
 from lm.training import guards, precision, state as state_lib, step as step_lib
@@ -17,17 +19,8 @@ from lm.training.guards import Guard
 from lm.training.losses import Prediction
 from lm.training.optimizers import AdamW, Schedule
 from lm.training.position import Position
-import guarded_runs as runs
 
 RULES = Rules().on(MeshConfig(data=1).build(jax.devices()[:1]))
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  """Texts, their cache, and what is trained on them."""
-  folder = tmp_path_factory.mktemp('guards')
-  runs.write_texts(folder)
-  return folder
 
 
 def make_batch(seed=0, rows=4, length=12):
@@ -114,6 +107,7 @@ def test_a_run_goes_on_over_batches_that_are_nan_or_noise(folder, tmp_path):
   # The schedule counts updates, not steps.
   rates = [row['learning_rate'] for row in rows]
   assert rates[20] == rates[19] and rates[30] == rates[29] and rates[31] < rates[30]
+  assert 'Skipped steps: 2.' in report.write_report(run).read_text()
 
 
 @pytest.fixture(scope='module')
@@ -140,6 +134,8 @@ def test_a_rollback_steps_over_the_data_and_says_so(rolled_back):
   position = runs.data_of(run, 40)
   assert position['stepped_over'] == windows and position['rollbacks'] == 2
   assert position['sequences'] == (40 + 6 + 5) * runs.BATCH
+  page = report.write_report(run).read_text()
+  assert 'Rolled back from step 21 (loss not finite) to step 15, over sequences 30 to 42.' in page
 
 
 def test_a_run_killed_before_and_after_its_rollbacks_repeats_itself_bit_for_bit(

@@ -19,7 +19,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 def start(folder, run, **changes):
   """`lm train` in a process of its own."""
   files = [f'--gin_file=gin/{name}.gin' for name in runs.PARTS]
-  bindings = [f'--gin.{name}={value}' for name, value in runs.bindings_of(folder, **changes).items()]
+  values = runs.bindings_of(folder, **changes)
+  bindings = [f'--gin.{name}={value}' for name, value in values.items()]
   return subprocess.Popen(
       [sys.executable, '-m', 'lm.main', 'train', *files, *bindings, f'--run_dir={run}',
        f'--json={run.parent / "result.json"}'], cwd=ROOT,
@@ -48,12 +49,11 @@ ALERT = 'sleep 0.3; cat >> {0}; printf "%s %s %s\\n" "$LM_KIND" "$LM_STEP" "$LM_
 
 
 @pytest.fixture(scope='module')
-def story(tmp_path_factory):
+def story(folder, tmp_path_factory):
   """A run is killed behind a checkpoint, starts again after three seconds, is told to trace, and to
   stop: what was seen."""
-  folder = tmp_path_factory.mktemp('story')
-  runs.write_texts(folder)
-  run, told = folder / 'run', folder / 'told'
+  place = tmp_path_factory.mktemp('story')
+  run, told = place / 'run', place / 'told'
   changes = {'NUM_STEPS': 10**6, 'CHECKPOINT_EVERY': 40, 'EVAL_EVERY': 1000,
              'loop__TrainConfig__alert_command': repr(ALERT.format(told)),
              'loop__TrainConfig__profile': '@profiling.Window()',
@@ -77,8 +77,8 @@ def story(tmp_path_factory):
   return {'run': run, 'began': began, 'down': up - killed, 'asked': asked, 'out': out, 'err': err,
           'status': child.returncode,
           'told': [json.loads(line) for line in told.read_text().splitlines()],
-          'environment': (folder / 'told.env').read_text().splitlines(),
-          'result': json.loads((folder / 'result.json').read_text())}
+          'environment': (place / 'told.env').read_text().splitlines(),
+          'result': json.loads((place / 'result.json').read_text())}
 
 
 def traces(run):
