@@ -4,11 +4,13 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import guarded_runs as runs
+import numpy as np
 import pytest
 
 from lm.training import goodput
@@ -16,14 +18,14 @@ from lm.training import goodput
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def start(folder, run, **changes):
+def start(folder, run, *flags, **changes):
   """`lm train` in a process of its own."""
   files = [f'--gin_file=gin/{name}.gin' for name in runs.PARTS]
   values = runs.bindings_of(folder, **changes)
   bindings = [f'--gin.{name}={value}' for name, value in values.items()]
   return subprocess.Popen(
-      [sys.executable, '-m', 'lm.main', 'train', *files, *bindings, f'--run_dir={run}',
-       f'--json={run.parent / "result.json"}'], cwd=ROOT,
+      [sys.executable, '-m', 'lm.main', 'train', *files, *bindings, *flags,
+       f'--run_dir={run}', f'--json={run.parent / "result.json"}'], cwd=ROOT,
       env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}, stdout=subprocess.PIPE,
       stderr=subprocess.PIPE, text=True)
 
@@ -123,3 +125,27 @@ def test_a_command_is_told_that_a_signal_stopped_the_run(story):
   assert story['told'] == [{'run': run, 'step': steps, 'kind': 'stopped',
                             'message': f'stopped by SIGTERM after step {steps}'}]
   assert story['environment'] == [f'stopped {steps} {run}']
+
+
+@pytest.mark.supports('faults survived', 'a rollback of several hosts')
+def test_hosts_go_back_together_over_the_windows_that_a_process_alone_steps_over(tmp_path):
+  """Some noise in texts that are learnt in a few steps makes the spikes."""
+  noise = bytes(np.random.default_rng(0).integers(33, 127, 200).tolist())
+  for name in 'ab':
+    (tmp_path / f'{name}.txt').write_bytes(b'to be or not to be ' * 150 + noise
+                                           + b'to be or not to be ' * 150)
+  guard = runs.guard('rollback', deviations=3.0, factor=1.3, batches_over=1, limit=50)
+  changes = {'BATCH_SIZE': 4, 'EVAL_EVERY': 100, **guard}
+  alone = runs.train(tmp_path, tmp_path / 'alone', **changes)
+  with socket.create_server(('localhost', 0)) as server:
+    port = server.getsockname()[1]
+  hosts = [start(tmp_path, tmp_path / 'run', f'--coordinator=localhost:{port}',
+                 '--num_processes=2', f'--process_id={i}', **changes) for i in range(2)]
+  for child in hosts:
+    _, err = child.communicate(timeout=300)
+    assert child.returncode == 0, err
+  result = json.loads((tmp_path / 'result.json').read_text())
+  assert result['rollbacks'] == alone['rollbacks'] > 0
+  windows = [runs.data_of(tmp_path / name, 40) for name in ('run', 'alone')]
+  assert windows[0] == windows[1] and windows[0]['stepped_over']
+  np.testing.assert_allclose(result['losses'], alone['losses'], rtol=1e-4)
