@@ -154,10 +154,11 @@ def train(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(),
     if result['stopped_by'] is None:
       with watched.goodput.spent('evaluation'):
         _finish(experiment, directory, prepared, hosts)
-    result['goodput'] = watched.end(result)
+    result['goodput'] = watched.close(result)
     if hosts.is_main:
       result['report'] = str(report.write_report(directory))
     hosts.wait_for_all('the report')
+    watched.tell(result)
     return result
 
 
@@ -166,7 +167,8 @@ def fit(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts()) -> dict[st
   directory = pathlib.Path(run_dir)
   with _claim(directory, hosts), _watched(experiment, directory, hosts) as watched:
     _, result = _fit(experiment, directory, hosts, watched)
-    result['goodput'] = watched.end(result)
+    result['goodput'] = watched.close(result)
+    watched.tell(result)
     return result
 
 
@@ -176,15 +178,18 @@ class _Watched:
   goodput: Goodput
   alerts: Alerts
 
-  def end(self, result: dict[str, Any]) -> dict[str, float]:
-    """Closes the account of a run that ended well; returns the share of each category."""
+  def close(self, result: dict[str, Any]) -> dict[str, float]:
+    """Ends the account of a run that ended well; returns the share of each category."""
+    self.goodput.close(finished=result['stopped_by'] is None)
+    return self.goodput.shares()
+
+  def tell(self, result: dict[str, Any]):
+    """Tells a person of the end."""
     stopped_by, text = result['stopped_by'], f'after step {result["steps"]}'
-    self.goodput.close(finished=stopped_by is None)
     if stopped_by:
       self.alerts.send('stopped', f'stopped by {stopped_by} {text}', result['steps'])
     else:
       self.alerts.send('finished', f'finished {text}', result['steps'])
-    return self.goodput.shares()
 
 
 @contextlib.contextmanager
@@ -193,6 +198,8 @@ def _watched(experiment: Experiment, directory: pathlib.Path, hosts: Hosts) -> I
   goodput = Goodput(directory if hosts.is_main else None)
   alerts = Alerts(experiment.train.alert_command if hosts.is_main else None, directory,
                   lambda text: print(text, file=sys.stderr))
+  if hosts.line is not None:
+    hosts.line.before_end = functools.partial(alerts.send, 'failed')
   with alerts.until_the_end():
     try:
       yield _Watched(goodput, alerts)

@@ -56,8 +56,12 @@ class Alerts:
     except OSError as error:
       self._log(f'warning: alert_command cannot be run ({error.strerror})')
       return
-    thread = threading.Thread(target=self._wait, args=(child, json.dumps(what)), name='alert',
-                              daemon=True)
+    with contextlib.suppress(BrokenPipeError):  # of a command that reads nothing
+      # Now, since this process may end at once; it is less than a pipe holds.
+      child.stdin.write(json.dumps(what).encode() + b'\n')
+      child.stdin.close()
+    child.stdin = None  # or `communicate` would flush it
+    thread = threading.Thread(target=self._wait, args=(child,), name='alert', daemon=True)
     thread.start()
     self._running.append((thread, child))
 
@@ -76,9 +80,9 @@ class Alerts:
         if thread.is_alive():
           _kill(child)
 
-  def _wait(self, child: subprocess.Popen, text: str):
+  def _wait(self, child: subprocess.Popen):
     try:
-      _, said = child.communicate(text.encode() + b'\n', SECONDS)
+      _, said = child.communicate(timeout=SECONDS)
       why = f'it ended with status {child.returncode}'
     except subprocess.TimeoutExpired:
       _kill(child)

@@ -1,10 +1,15 @@
 """A command is told what happens to a run, and can neither hold it up nor break it."""
+import concurrent.futures
+import functools
 import json
 import os
+import socket
+import threading
 import time
 
 import pytest
 
+from lm.parallel import line as line_lib
 from lm.parallel.distributed import Hosts
 from lm.training import alerts as alerts_lib
 from lm.training.alerts import Alerts
@@ -109,3 +114,21 @@ def test_no_command_is_no_alert(tmp_path):
   alerts = Alerts(None, tmp_path, lambda text: pytest.fail(text))
   with alerts.until_the_end():
     alerts.send('finished', 'x')
+
+
+def test_a_host_that_is_gone_is_told_before_the_others_end(tmp_path):
+  """Host 1 closes its connection without a word; host 0 would then end its process."""
+  ended = threading.Event()
+  alerts = Alerts(f'cat > {tmp_path}/in', tmp_path, lambda _: None)
+  with socket.create_server(('localhost', 0)) as server:
+    address = 'localhost', server.getsockname()[1]
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    lines = [pool.submit(line_lib.connect, address, i, 2, 20.0, lambda *_: ended.set())
+             for i in range(2)]
+    main, other = (line.result() for line in lines)
+  main.before_end = functools.partial(alerts.send, 'failed')
+  other._peers[0].connection.shutdown(socket.SHUT_RDWR)
+  assert ended.wait(20)
+  [alert] = told(tmp_path / 'in')
+  assert alert['kind'] == 'failed'
+  assert 'host 1' in alert['message'] and 'is gone' in alert['message']
