@@ -23,7 +23,7 @@ from lm.training.alerts import Alerts
 from lm.training.checkpoint import Checkpointer, restore_params
 from lm.training.goodput import Goodput
 from lm.training.optimizers import evaluated
-from lm.training.position import Position
+from lm.training.position import BatchSizes, Position
 from lm.training.precision import LossScale
 from lm.training.state import TrainState, abstract_state, init_state
 from lm.training.step import Loss, jit_train_step
@@ -36,6 +36,7 @@ class TrainConfig:
 
   num_steps: updates of the whole run.
   batch_size: sequences a step, over all devices and hosts.
+  batch_ramp: (last step, sequences a step) of smaller batches before that, in order.
   sequence_length: tokens a sequence.
   num_microbatches: parts of a batch computed one after another (gradient accumulation).
   checkpoint_every, eval_every: steps between checkpoints, and between validation losses.
@@ -71,16 +72,23 @@ class TrainConfig:
   sample_every: Optional[int] = None
   profile: profiling.Window = profiling.Window()
   alert_command: Optional[str] = None
+  batch_ramp: tuple[tuple[int, int], ...] = ()
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       if field.type is int and field.name != 'seed' and getattr(self, field.name) < 1:
         raise ValueError(f'{field.name}={getattr(self, field.name)} must be at least 1')
-    if self.batch_size % self.num_microbatches:
-      raise ValueError(f'batch_size={self.batch_size} does not divide into '
-                       f'num_microbatches={self.num_microbatches} equal parts')
+    for size in self.sizes.all:
+      if size % self.num_microbatches:
+        raise ValueError(f'batch_size={size} does not divide into '
+                         f'num_microbatches={self.num_microbatches} equal parts')
     if self.sample_every is not None and self.sample_every < 1:
       raise ValueError(f'sample_every={self.sample_every} must be at least 1, or None')
+
+  @property
+  def sizes(self) -> BatchSizes:
+    """Sequences of each step."""
+    return BatchSizes(self.batch_size, self.batch_ramp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,18 +152,19 @@ class Trainer:
         return session.train(received)
 
   def _check_rows(self):
-    rows = self.config.batch_size // self.config.num_microbatches
+    parts = self.config.num_microbatches
     shards = math.prod(self.rules.mesh.shape[axis] for axis in axes_of(self.rules.batch))
-    if rows % shards:
-      raise UserError(f'batch_size={self.config.batch_size} in {self.config.num_microbatches} '
-                      f'microbatches gives {rows} rows, which do not divide over {shards} devices; '
-                      f'the nearest batch_size that does is '
-                      f'{-(-rows // shards) * shards * self.config.num_microbatches}')
+    for size in self.config.sizes.all:
+      rows = size // parts
+      if rows % shards:
+        raise UserError(f'batch_size={size} in {parts} microbatches gives {rows} rows, which do '
+                        f'not divide over {shards} devices; the nearest batch_size that does is '
+                        f'{-(-rows // shards) * shards * parts}')
 
   def restore(self, checkpointer: Checkpointer) -> tuple[TrainState, Position]:
     """The last good checkpoint of this run, else imported parameters, else a new state."""
     config, size = self.config, self.config.batch_size
-    offload, beginning = config.offload_optimizer, Position(size)
+    offload, beginning = config.offload_optimizer, Position(config.sizes)
     abstract = abstract_state(self.module, self.optimizer, self.rules, size, offload)
     new = lambda: init_state(self.module, self.optimizer, self.rules, config.seed, size, offload)
     if checkpointer.holds_params_alone():
@@ -169,7 +178,7 @@ class Trainer:
     if restored is None:
       return new(), beginning
     step, state, data = restored
-    position = Position.described(size, data)
+    position = Position.described(config.sizes, data)
     here = self.describe(step, position)
     if data != here:
       raise UserError(f'the checkpoint of step {step} was trained on {data} and this run has '
@@ -185,7 +194,8 @@ class Trainer:
             'sequence_length': self.config.sequence_length}
 
   def step_function(self, state: TrainState, compiled: pathlib.Path | None) -> Callable:
-    """The step, proved to be the same on all hosts, or loaded where it is the same program."""
+    """The step of one batch size, proved to be the same on all hosts, or loaded where it is the
+    same program."""
     config = self.config
 
     def load(lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
@@ -212,14 +222,14 @@ class _Session:
     shown = self.hosts.is_main
     self.bar = (monitor.ProgressBar(self.config.num_steps, self.start) if shown
                 else monitor.Silent())
-    self.step_fn = trainer.step_function(state, compiled)
+    self.compiled, self.step_fns = compiled, {}  # a program for each batch size
     self.held_out = HeldOut(trainer.module, trainer.loss, trainer.validation_data, self.hosts,
                             self.config.eval_batches)
-    self.rows = GlobalBatch(trainer.rules, self.config.batch_size)
     self.rates = np.asarray(jax.vmap(trainer.schedule)(jnp.arange(self.config.num_steps)))
     self.timer = meters.StepTimer(self.goodput)
     self.losses: list[float] = []
-    self.skipped, self.save_at, self.is_compiled = 0, None, False
+    self.skipped = int(guards.metrics(state.opt_state).get('skipped_steps', 0))
+    self.save_at: int | None = None
 
   def close(self):
     """Ends what host 0 writes and shows."""
@@ -242,11 +252,13 @@ class _Session:
     if self._due(self.start) and self.start not in self.validated:  # a signal came before it
       self._validate(self.start)
     with self.goodput.spent('step'):
-      stopped_by = self._steps(received)
-      while isinstance(stopped_by, _Spike):
-        with self.goodput.spent('lost'):
-          self._roll_back(stopped_by)
-        stopped_by = self._steps(received)
+      end = None
+      while end is None and int(self.state.step) < self.config.num_steps and not self._is_over():
+        end = self._stretch(received)
+        if isinstance(end, _Spike):
+          with self.goodput.spent('lost'):
+            self._roll_back(end)
+          end = None
     with self.goodput.spent('checkpoint'):
       self.checkpointer.wait()
     total = self.timer.total()
@@ -257,18 +269,23 @@ class _Session:
             'first_step_seconds': self.timer.first_step_seconds,
             'peak_rss_bytes': meters.peak_rss_bytes(),
             'data_wait_share': total.get('data_wait_share'), 'skipped_steps': self.skipped,
-            'rollbacks': self.position.rollbacks, 'stopped_early': self._is_over(),
-            'stopped_by': stopped_by, 'losses': self.losses}
+            'rollbacks': self.position.rollbacks,
+            'stopped_early': self._is_over() and int(self.state.step) < self.config.num_steps,
+            'stopped_by': end, 'losses': self.losses}
 
-  def _steps(self, received: list[str]) -> '_Spike | str | None':
-    """Trains to the end (None), to a signal (its name), or to a spike that asks to go back."""
-    start, config = int(self.state.step), self.config
-    if self._is_over():
-      return None
-    first = self.position.sequences(start) // config.batch_size
-    with self.of.train_data.iterate(first, config.num_steps - start, self.rows.own) as batches:
-      for step in range(start + 1, config.num_steps + 1):
-        row, stopped_by = self._step(step, batches, received)
+  def _stretch(self, received: list[str]) -> '_Spike | str | None':
+    """Trains as long as batches have one size, or to a spike that asks to go back, or to a signal,
+    whose name it returns."""
+    done, config = int(self.state.step), self.config
+    size, until = config.sizes.of(done + 1)
+    last = min(config.num_steps, until or config.num_steps)
+    rows = GlobalBatch(self.of.rules, size)
+    data = self.of.train_data.from_row(self.position.sequences(done), size)
+    with data.iterate(0, last - done, rows.own) as batches:
+      for step in range(done + 1, last + 1):
+        with self.goodput.spent('data'):
+          batch = rows.place(next(batches))
+        row, stopped_by = self._step(step, size, batch, received)
         if self._goes_back(step, row):
           return _Spike(step, row['loss'])
         self._show(step, row)
@@ -277,26 +294,27 @@ class _Session:
         self.goodput.tick()
         if stopped_by:
           return stopped_by
-        if self._is_over():
+        if self._is_over() and step < config.num_steps:
           text = f'no better validation loss than {min(self.validated.values()):.4f} of late'
           self.bar.note(f'step {step}: {text}; stops early')
           self.alerts.send('stopped_early', text, step)
-          return None
+          break
     return None
 
-  def _step(self, step: int, batches: Any, received: list[str]
+  def _step(self, step: int, size: int, batch: Mapping[str, jax.Array], received: list[str]
             ) -> tuple[dict[str, float], str | None]:
     """One update: its metrics, and the signal by which all hosts stop after it."""
-    with self.goodput.spent('data'):
-      batch = self.rows.place(next(batches))
+    is_new = size not in self.step_fns
+    if is_new:
+      compiled = self.compiled if size == self.config.batch_size else None
+      self.step_fns[size] = self.of.step_function(self.state, compiled)
     with self.profiler.step(step):
-      with self.goodput.spent('step' if self.is_compiled else 'compile'):
-        self.state, metrics = self.step_fn(self.state, batch)
-      self.is_compiled = True
+      with self.goodput.spent('compile' if is_new else 'step'):
+        self.state, metrics = self.step_fns[size](self.state, batch)
       # While devices compute, all hosts say that they have begun, and agree whether to stop.
       asked = self.hosts.gather(watchdog.step_key(step), received[:1])
       row = {name: float(value) for name, value in metrics.items()}
-    self.timer.step_done(self.config.batch_size * self.config.sequence_length)
+    self.timer.step_done(size * self.config.sequence_length)
     self.watch.beat(step + 1)
     self.alerts.step, self.skipped = step, int(row.get('skipped_steps', 0))
     stopped_by = received[:1] if self.hosts.count == 1 else sum(asked, [])
@@ -305,8 +323,8 @@ class _Session:
   def _show(self, step: int, row: dict[str, float]):
     """The metrics of a step, where they are kept and shown."""
     # A skipped step leaves the schedule where it was.
-    row |= self.timer.window() | {'learning_rate': float(self.rates[max(0, step - 1
-                                                                        - self.skipped)])}
+    rate = self.rates[max(0, step - 1 - self.skipped)]
+    row |= self.timer.window() | {'learning_rate': float(rate)}
     if 'tokens_per_second' in row:
       row['mfu'] = row['tokens_per_second'] * self.of.flops_per_token / self.of.peak_flops
     self.writer.write(step, 'train', row)

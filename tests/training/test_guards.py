@@ -18,7 +18,7 @@ from lm.training import guards, precision, state as state_lib, step as step_lib
 from lm.training.guards import Guard
 from lm.training.losses import Prediction
 from lm.training.optimizers import AdamW, Schedule
-from lm.training.position import Position
+from lm.training.position import BatchSizes, Position
 
 RULES = Rules().on(MeshConfig(data=1).build(jax.devices()[:1]))
 
@@ -183,14 +183,15 @@ def test_rollbacks_are_bounded_and_the_checkpoint_stands(folder, tmp_path):
 
 
 def test_a_rollback_behind_an_earlier_one_steps_over_its_window_too():
-  start = Position(batch_size=4)
+  sizes = BatchSizes(4)
+  start = Position(sizes)
   first = start.after_spike(step=10, end=80, batches_over=5, rollbacks=1)
   assert first.stepped_over == ((40, 80),) and first.sequences(10) == 80
   assert first.sequences(12) == 88 and start.sequences(12) == 48
   # From step 12 back to step 8, whose checkpoint knows of no rollback.
   second = start.after_spike(step=8, end=first.sequences(12), batches_over=5, rollbacks=2)
   assert second.stepped_over == ((32, 88),) and second.rollbacks == 2
-  assert Position.described(4, json.loads(json.dumps(second.describe(9)))) == second
+  assert Position.described(sizes, json.loads(json.dumps(second.describe(9)))) == second
   assert second.describe(9)['sequences'] == 92 and start.describe(9) == {'sequences': 36}
 
 
