@@ -187,7 +187,9 @@ def _tell_training(result: dict[str, Any], run_dir: str):
     print(f'stopped by {result["stopped_by"]} after step {result["steps"]}, which is saved; '
           'the same command continues')
     return
-  print(f'trained {result["steps"]} steps, final loss {result["final_loss"]:.4f}')
+  loss, early = result['final_loss'], ' (stopped early)' if result['stopped_early'] else ''
+  print(f'trained {result["steps"]} steps{early}, final loss '
+        f'{"not finite" if loss is None else f"{loss:.4f}"}')
   directory = pathlib.Path(run_dir)
   evaluation = directory / 'evaluation.json'
   if evaluation.exists():

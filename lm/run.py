@@ -4,7 +4,8 @@
   metrics.jsonl     one object a row: step, split, loss, ...     events/  the same for TensorBoard
   checkpoints/      the latest and the best                      vocabulary/  to read and write text
   evaluation.json   held-out files, bits per byte                samples.json, report.html
-  stacks/           of each host, when a step was stuck
+  goodput.json      where the time went, over all starts         samples.jsonl  while training
+  stacks/           of each host, when a step was stuck          profile/    traces of steps
 """
 import contextlib
 import dataclasses
@@ -17,11 +18,12 @@ import pathlib
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 import optax
 
@@ -44,6 +46,8 @@ from lm.parallel.distributed import Hosts, digest, program_facts
 from lm.parallel.mesh import MeshConfig
 from lm.parallel.rules import Rules, axes_of
 from lm.training import checkpoint, losses, meters, monitor, precision
+from lm.training.alerts import Alerts
+from lm.training.goodput import Goodput
 from lm.training.loop import TrainConfig, Trainer
 from lm.training.optimizers import Optimizer
 from lm.training.state import abstract_params
@@ -77,6 +81,9 @@ class Experiment:
     if self.train.sequence_length > self.model.max_length:
       raise ValueError(f'sequence_length={self.train.sequence_length} is longer than the context '
                        f'max_length={self.model.max_length}; lower the one or raise the other')
+    if self.train.batch_ramp and self.objective.contiguous:
+      raise ValueError(f'batch_ramp={self.train.batch_ramp} does not go with contiguous=True, where '
+                       'each row of a batch goes on with that of the batch before; bind one alone')
     if isinstance(self.task, TextTask) and self.task.vocabulary.kind in ('bpe', 'unigram'):
       size = self.task.vocabulary.size
       if size > self.model.vocab_size:
@@ -86,7 +93,8 @@ class Experiment:
   def build_optimizer(self) -> optax.GradientTransformation:
     """The optimiser of this run's length, of the model's width, and in its precision."""
     optimizer = self.optimizer.build(self.train.num_steps, getattr(self.model, 'width', 1.0))
-    return precision.prepare(optimizer, self.model.param_dtype, self.train.loss_scale)
+    return precision.prepare(optimizer, self.model.param_dtype, self.train.loss_scale,
+                             self.train.guard)
 
   def bound_rules(self) -> Rules:
     """The rules on this machine's mesh."""
@@ -136,30 +144,74 @@ def train(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(),
           compiled: str | None = None) -> dict[str, Any]:
   """Prepares the data, trains, evaluates on the held-out files, samples, and writes the report.
 
-  Called again on the same directory it goes on where it stopped, and does again only what is
-  missing. Of several hosts all train and evaluate, and host 0 samples and writes. `compiled` is the
-  file of a train step (`lm compile --save`).
+  Returns what `Trainer.run` does, with `goodput` (the share of each category, of all starts) and
+  `report`. Called again on the same directory it goes on where it stopped, and does again only what
+  is missing. Of several hosts all train and evaluate, and host 0 samples and writes. `compiled` is
+  the file of a train step (`lm compile --save`).
   """
   directory = pathlib.Path(run_dir)
   if compiled and not pathlib.Path(compiled).is_file():
     raise UserError(f'--compiled={compiled} is no file; make one with `lm compile --save`')
-  with _claim(directory, hosts):
-    prepared, result = _fit(experiment, directory, hosts, compiled)
+  with _claim(directory, hosts), _watched(experiment, directory, hosts) as watched:
+    prepared, result = _fit(experiment, directory, hosts, watched, compiled)
     if result['stopped_by'] is None:
-      _finish(experiment, directory, prepared, hosts)
+      with watched.goodput.spent('evaluation'):
+        _finish(experiment, directory, prepared, hosts)
+    result['goodput'] = watched.close(result)
     if hosts.is_main:
       result['report'] = str(report.write_report(directory))
     hosts.wait_for_all('the report')
+    watched.tell(result)
     return result
 
 
 def fit(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts()) -> dict[str, Any]:
   """Trains and no more: what `train` does before it evaluates, samples and reports."""
-  with _claim(pathlib.Path(run_dir), hosts):
-    return _fit(experiment, pathlib.Path(run_dir), hosts)[1]
+  directory = pathlib.Path(run_dir)
+  with _claim(directory, hosts), _watched(experiment, directory, hosts) as watched:
+    _, result = _fit(experiment, directory, hosts, watched)
+    result['goodput'] = watched.close(result)
+    watched.tell(result)
+    return result
 
 
-def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts,
+@dataclasses.dataclass(frozen=True)
+class _Watched:
+  """What counts the seconds of a run, and what tells a person about it."""
+  goodput: Goodput
+  alerts: Alerts
+
+  def close(self, result: dict[str, Any]) -> dict[str, float]:
+    """Ends the account of a run that ended well; returns the share of each category."""
+    self.goodput.close(finished=result['stopped_by'] is None)
+    return self.goodput.shares()
+
+  def tell(self, result: dict[str, Any]):
+    """Tells a person of the end."""
+    stopped_by, text = result['stopped_by'], f'after step {result["steps"]}'
+    if stopped_by:
+      self.alerts.send('stopped', f'stopped by {stopped_by} {text}', result['steps'])
+    else:
+      self.alerts.send('finished', f'finished {text}', result['steps'])
+
+
+@contextlib.contextmanager
+def _watched(experiment: Experiment, directory: pathlib.Path, hosts: Hosts) -> Iterator[_Watched]:
+  """Open until the run ends, well or not; of several hosts, host 0 keeps and tells."""
+  goodput = Goodput(directory if hosts.is_main else None)
+  alerts = Alerts(experiment.train.alert_command if hosts.is_main else None, directory,
+                  lambda text: print(text, file=sys.stderr))
+  if hosts.line is not None:
+    hosts.line.before_end = functools.partial(alerts.send, 'failed')
+  with alerts.until_the_end():
+    try:
+      yield _Watched(goodput, alerts)
+    except BaseException:
+      goodput.close(finished=False)
+      raise
+
+
+def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts, watched: _Watched,
          compiled: str | None = None) -> tuple[Data, dict[str, Any]]:
   hosts.prove_same({'the digest of the configuration': digest(config.text()), **program_facts()})
   if hosts.is_main:
@@ -168,12 +220,13 @@ def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts,
   hosts.prove_same({'the digest of the data': _data_digest(prepared.info)})
   if hosts.is_main and not (directory / 'vocabulary').exists():
     prepared.vocabulary.save(directory / 'vocabulary')
-  result = _trainer(experiment, prepared, directory, hosts).run(compiled and pathlib.Path(compiled))
+  trainer = _trainer(experiment, prepared, directory, hosts, watched)
+  result = trainer.run(compiled and pathlib.Path(compiled))
   if hosts.is_main:  # whose file it is, with the losses of the steps before this start
     result['losses'] = [row['loss'] for row in monitor.read_rows(directory / monitor.METRICS)
                         if row['split'] == 'train']
-    if result['final_loss'] is None:
-      result['final_loss'] = result['losses'][-1]
+    finite = [loss for loss in result['losses'] if loss is not None]
+    result['final_loss'] = finite[-1] if finite else None
   return prepared, result
 
 
@@ -202,8 +255,8 @@ def _loader(experiment: Experiment, prepared: Data, split: str, seed: int) -> Lo
                 objective)
 
 
-def _trainer(experiment: Experiment, prepared: Data, directory: pathlib.Path, hosts: Hosts
-             ) -> Trainer:
+def _trainer(experiment: Experiment, prepared: Data, directory: pathlib.Path, hosts: Hosts,
+             watched: _Watched) -> Trainer:
   settings, rules = experiment.train, experiment.bound_rules()
   loader = functools.partial(_loader, experiment, prepared)
   return Trainer(
@@ -213,7 +266,23 @@ def _trainer(experiment: Experiment, prepared: Data, directory: pathlib.Path, ho
       loader('train', settings.seed), loader('validation', 0), _data_digest(prepared.info),
       directory, experiment.model.flops_per_token(settings.sequence_length),
       meters.peak_flops(experiment.model.dtype),
-      log=lambda text: print(text, file=sys.stderr) if hosts.is_main else None, hosts=hosts)
+      log=lambda text: print(text, file=sys.stderr) if hosts.is_main else None,
+      goodput=watched.goodput, alerts=watched.alerts,
+      sample=functools.partial(_sample, experiment, prepared.vocabulary, hosts), hosts=hosts)
+
+
+def _sample(experiment: Experiment, vocabulary: Any, hosts: Hosts, params: Any
+            ) -> Sequence[Mapping[str, Any]]:
+  """Completes the prompts with parameters that lie over the devices of all hosts, who all call it;
+  host 0 does it, on one device."""
+  if hosts.count > 1:
+    params = multihost_utils.process_allgather(params, tiled=True)
+  if not hosts.is_main or not experiment.prompts:
+    return ()
+  params = jax.device_put(jax.device_get(params), jax.local_devices()[0])
+  module = experiment.model.build(Rules())
+  return complete(module, params, vocabulary, list(experiment.prompts), experiment.sampling, 0,
+                  experiment.model.max_length)
 
 
 def _data_digest(info: dict[str, Any]) -> str:
@@ -222,10 +291,11 @@ def _data_digest(info: dict[str, Any]) -> str:
 
 
 def _finish(experiment: Experiment, directory: pathlib.Path, prepared: Data, hosts: Hosts):
-  """Evaluates and samples the last checkpoint, unless that stands already."""
+  """Evaluates and samples the checkpoint that later commands take, unless that stands already."""
   def stands() -> bool:
-    step = checkpoint.list_steps(directory / 'checkpoints')[-1]
-    path = directory / 'evaluation.json'
+    checkpoints, path = directory / 'checkpoints', directory / 'evaluation.json'
+    step = _chosen(experiment) and checkpoint.best_step(checkpoints)
+    step = checkpoint.list_steps(checkpoints)[-1] if step is None else step
     return path.exists() and json.loads(path.read_text())['step'] == step
 
   if hosts.ask_main('whether an evaluation stands', stands):
@@ -238,7 +308,8 @@ def _finish(experiment: Experiment, directory: pathlib.Path, prepared: Data, hos
 
 def evaluate(experiment: Experiment, run_dir: str, prepared: Data | None = None,
              hosts: Hosts = Hosts()) -> dict[str, Any]:
-  """Scores the held-out files with a run's last good checkpoint, and writes evaluation.json.
+  """Scores the held-out files with a run's last good checkpoint (under early stopping, its best),
+  and writes evaluation.json.
 
   Models of next tokens are measured in bits a byte of whole files, the others, and mixtures, by
   what their objective asks, on all held-out text. All hosts compute, over the run's mesh; a process
@@ -262,7 +333,7 @@ def evaluate(experiment: Experiment, run_dir: str, prepared: Data | None = None,
 
 def generate(experiment: Experiment, run_dir: str, prompts: Sequence[str], sampling: SamplingConfig,
              seed: int = 0) -> dict[str, Any]:
-  """Continues each prompt with a run's last good checkpoint."""
+  """Continues each prompt with a run's last good checkpoint; under early stopping, its best."""
   _, module, params = _load(experiment, run_dir)
   vocabulary = vocabularies.load(pathlib.Path(run_dir) / 'vocabulary')
   return {'completions': complete(module, params, vocabulary, list(prompts), sampling, seed,
@@ -282,13 +353,19 @@ def check_invariants(experiment: Experiment) -> dict[str, Any]:
 
 def _load(experiment: Experiment, run_dir: str, rules: Rules | None = None
           ) -> tuple[int, nn.Module, Any]:
-  """The step, the module, and the parameters of a run's last good checkpoint, sharded by `rules` or
-  on one device."""
+  """The step, the module, and the parameters of a run's last good checkpoint (under early stopping,
+  its best), sharded by `rules` or on one device."""
   module = experiment.model.build(rules or Rules())
   abstract = abstract_params(module, rules or jax.local_devices()[0])
   step, params = checkpoint.restore_params(pathlib.Path(run_dir) / 'checkpoints', abstract,
+                                           _chosen(experiment),
                                            log=lambda text: print(text, file=sys.stderr))
   return step, module, params
+
+
+def _chosen(experiment: Experiment) -> str | None:
+  """Which checkpoint `restore_params` takes."""
+  return 'best' if experiment.train.early_stopping else None
 
 
 def _load_on_mesh(experiment: Experiment, run_dir: str, hosts: Hosts) -> tuple[int, nn.Module, Any]:

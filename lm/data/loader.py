@@ -68,6 +68,19 @@ class ObjectiveRows:
     return self._objective(self._packed[row], rng, draw)
 
 
+class _From:
+  """A stream from one of its rows on."""
+
+  def __init__(self, rows: Rows, first: int):
+    self._rows, self._first = rows, first
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, row: int) -> objectives.Features:
+    return self._rows[self._first + row]
+
+
 class Loader:
   """Batches of a cache.
 
@@ -96,6 +109,10 @@ class Loader:
     loader = cls.__new__(cls)
     loader.batch_size, loader._rows = _checked(batch_size), rows
     return loader
+
+  def from_row(self, first: int, batch_size: int) -> Loader:
+    """Returns a loader of the same rows from row `first` on, which its step 0 begins with."""
+    return Loader.of_rows(_From(self._rows, first), batch_size)
 
   @property
   def steps_per_epoch(self) -> float:

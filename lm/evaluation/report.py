@@ -227,7 +227,21 @@ def _curves(rows: Sequence[Mapping]) -> str:
                   for title, chart in figures if chart)
   bad = [row['step'] for row in rows if row.get('non_finite')]
   note = f'<p>Not finite: {len(bad)} rows, the first at step {bad[0]:,}.</p>' if bad else ''
+  note += _guarded(rows)
   return f'<h2>Training</h2>{note}<div class="charts">{drawn}</div>' if drawn or note else ''
+
+
+def _guarded(rows: Sequence[Mapping]) -> str:
+  """What a guard did: how many steps were skipped, and each rollback."""
+  skipped = max((count for _, count in _points(rows, 'train', 'skipped_steps')), default=0)
+  lines = [f'Skipped steps: {skipped:,.0f}.'] if skipped else []
+  for row in rows:
+    if row.get('split') == 'rollback':
+      loss = 'not finite' if row['loss'] is None else f'{row["loss"]:.4g}'
+      lines.append(f'Rolled back from step {row["from_step"]:,} (loss {loss}) to step '
+                   f'{row["step"] - 1:,}, over sequences {row["first_sequence"]:,} to '
+                   f'{row["end_sequence"]:,}.')
+  return ''.join(f'<p>{line}</p>' for line in lines)
 
 
 def _comparison(evaluation: Mapping | None) -> str:

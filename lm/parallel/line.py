@@ -64,6 +64,9 @@ class Line:
     peers: of host 0, all others in order; of the others, host 0.
     index, names: this host, and what all are called.
     end: called with (status, sentence) when another host failed or is gone; must not return.
+
+  Attributes:
+    before_end: called with the sentence before that.
   """
 
   def __init__(self, peers: Sequence[Peer], index: int, names: Sequence[str],
@@ -74,6 +77,7 @@ class Line:
     self._values: dict[str, dict[int, Any]] = {}
     self._all: dict[str, list] = {}
     self._ending = threading.Lock()
+    self.before_end: Callable[[str], None] = lambda text: None
     threading.Thread(target=self._listen, name='line', daemon=True).start()
 
   def gather(self, key: str, value: Any, seconds: float | None = None) -> list[Any]:
@@ -188,6 +192,7 @@ class Line:
       return  # this host ends already, for a reason of its own
     for peer in self._peers:
       peer.send('failed', status, text)
+    self.before_end(text)
     self._end(status, text)
 
 

@@ -1,8 +1,11 @@
 """Logits in, better parameters out.
 
 `step.py` the pure train step; `state.py` its state; `losses.py`; `optimizers/` and schedules;
-`loop.py` batches to checkpoints, with signals and restarts; `validation.py` metrics of held-out
-rows; `checkpoint.py` saves and restores (with `checkpoint_io.py`, arrays by Orbax, and
-`integrity.py`, digests); `monitor.py` metrics.jsonl, TensorBoard and the progress bar; `meters.py`
-rates and the machine's peak; `watchdog.py` reports a stuck step.
+`precision.py` few bits; `loop.py` batches to checkpoints, with signals and restarts; `guards.py`
+NaNs and spikes, skipped or rolled back; `position.py` where in the data a step reads;
+`stopping.py` signals and early stopping; `validation.py` metrics of held-out rows; `checkpoint.py`
+saves and restores (with `checkpoint_io.py`, arrays by Orbax, and `integrity.py`, digests);
+`monitor.py` metrics.jsonl, TensorBoard and the progress bar; `samples.py` what is written on the
+way; `meters.py` rates and the machine's peak; `goodput.py` where the time goes; `profiling.py`
+traces; `watchdog.py` reports a stuck step; `alerts.py` tells a person.
 """

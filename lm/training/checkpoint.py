@@ -126,13 +126,16 @@ class Checkpointer:
       self._fail(step, saving, error)
     stay = {*self.steps()[-self.keep:], best_step(self.directory)}
     for old in set(self.steps()) - stay:
-      # Renamed first: a kill halfway must not leave what looks like a damaged checkpoint.
-      doomed = self.directory / f'{DELETING}{old:08d}'
-      try:
-        (self.directory / f'{old:08d}').rename(doomed)
-        shutil.rmtree(doomed)
-      except OSError as error:
-        self._log(f'warning: the old checkpoint of step {old} cannot be deleted ({error})')
+      self._delete(old)
+
+  def _delete(self, step: int) -> None:
+    # Renamed first: a kill halfway must not leave what looks like a damaged checkpoint.
+    doomed = self.directory / f'{DELETING}{step:08d}'
+    try:
+      (self.directory / f'{step:08d}').rename(doomed)
+      shutil.rmtree(doomed)
+    except OSError as error:
+      self._log(f'warning: the checkpoint of step {step} cannot be deleted ({error})')
 
   def _fail(self, step: int, saving: pathlib.Path, error: Exception) -> NoReturn:
     # Frees what the failed save took; otherwise a full disk would stay full.
@@ -185,12 +188,23 @@ class Checkpointer:
       return False  # Damaged: whoever loads it will say so.
     return bool(arrays) and all(name.startswith('params/') for name in arrays)
 
-  def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
+  def discard_after(self, step: int) -> None:
+    """Deletes the checkpoints of later steps: the run goes another way from here."""
+    self.wait()
+    if self._hosts.is_main:
+      for later in self.steps():
+        if later > step:
+          self._delete(later)
+    self._hosts.wait_for_all('the later checkpoints')
+
+  def restore(self, abstract_state: Any, as_saved: Callable[[Any, Iterable[str]], Any] | None = None
+              ) -> tuple[int, Any, dict[str, Any]] | None:
     """Loads the latest good checkpoint; sets damaged ones aside and says so through `log`.
 
     Args:
       abstract_state: the state's pytree with `jax.ShapeDtypeStruct` leaves; their shardings say
         where each array goes (any mesh; the one that saved does not matter).
+      as_saved: from that and the paths that the checkpoint holds to what is to be read.
 
     Returns:
       (step, state, data position), or None when the directory has no checkpoint.
@@ -210,6 +224,8 @@ class Checkpointer:
       return None
     directory = self.directory / f'{step:08d}'
     description = _read_description(directory)
+    if as_saved is not None:
+      abstract_state = as_saved(abstract_state, description['arrays'])
     state = checkpoint_io.read(directory / STATE, description['arrays'], abstract_state)
     return step, state, description['data']
 

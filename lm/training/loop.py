@@ -2,10 +2,8 @@
 import contextlib
 import dataclasses
 import math
-import os
 import pathlib
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 import flax.linen as nn
@@ -20,9 +18,12 @@ from lm.parallel import executable
 from lm.parallel.batches import GlobalBatch
 from lm.parallel.distributed import Hosts
 from lm.parallel.rules import Rules, axes_of
-from lm.training import meters, monitor, watchdog
+from lm.training import guards, meters, monitor, profiling, samples, stopping, watchdog
+from lm.training.alerts import Alerts
 from lm.training.checkpoint import Checkpointer, restore_params
+from lm.training.goodput import Goodput
 from lm.training.optimizers import evaluated
+from lm.training.position import BatchSizes, Position
 from lm.training.precision import LossScale
 from lm.training.state import TrainState, abstract_state, init_state
 from lm.training.step import Loss, jit_train_step
@@ -35,6 +36,7 @@ class TrainConfig:
 
   num_steps: updates of the whole run.
   batch_size: sequences a step, over all devices and hosts.
+  batch_ramp: (last step, sequences a step) of smaller batches before that, in order.
   sequence_length: tokens a sequence.
   num_microbatches: parts of a batch computed one after another (gradient accumulation).
   checkpoint_every, eval_every: steps between checkpoints, and between validation losses.
@@ -45,6 +47,12 @@ class TrainConfig:
   offload_optimizer: keeps the optimiser's state in the memory of the host.
   tpu_options: NAME=VALUE of the compiler of the step, on TPUs.
   loss_scale: what float16 needs; a step that overflows updates nothing.
+  guard: what is done about spikes and NaNs; None stops the run at a loss that is not finite.
+  early_stopping: ends the run where validation no longer improves; each best validation loss is
+    then saved, and later commands take the best checkpoint.
+  sample_every: steps after which the run's prompts are completed; None for none.
+  profile: the steps whose trace is kept.
+  alert_command: a line of shell that tells a person what happens; see `alerts.py`.
   """
   num_steps: int = 1000
   batch_size: int = 8
@@ -59,14 +67,28 @@ class TrainConfig:
   offload_optimizer: bool = False
   tpu_options: tuple[str, ...] = ()
   loss_scale: Optional[LossScale] = None
+  guard: Optional[guards.Guard] = None
+  early_stopping: Optional[stopping.EarlyStopping] = None
+  sample_every: Optional[int] = None
+  profile: profiling.Window = profiling.Window()
+  alert_command: Optional[str] = None
+  batch_ramp: tuple[tuple[int, int], ...] = ()
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       if field.type is int and field.name != 'seed' and getattr(self, field.name) < 1:
         raise ValueError(f'{field.name}={getattr(self, field.name)} must be at least 1')
-    if self.batch_size % self.num_microbatches:
-      raise ValueError(f'batch_size={self.batch_size} does not divide into '
-                       f'num_microbatches={self.num_microbatches} equal parts')
+    for size in self.sizes.all:
+      if size % self.num_microbatches:
+        raise ValueError(f'batch_size={size} does not divide into '
+                         f'num_microbatches={self.num_microbatches} equal parts')
+    if self.sample_every is not None and self.sample_every < 1:
+      raise ValueError(f'sample_every={self.sample_every} must be at least 1, or None')
+
+  @property
+  def sizes(self) -> BatchSizes:
+    """Sequences of each step."""
+    return BatchSizes(self.batch_size, self.batch_ramp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +99,8 @@ class Trainer:
   data_digest: of the training tokens; a run goes on only with the same.
   peak_flops: FLOP/s of all devices; flops_per_token: of a step; their ratio gives MFU.
   hosts: who train together; host 0 writes metrics and shows progress.
+  goodput: counts the seconds; alerts: tells a person.
+  sample: from parameters to completions of the run's prompts; all hosts call it.
   """
   config: TrainConfig
   module: nn.Module
@@ -91,180 +115,322 @@ class Trainer:
   flops_per_token: float
   peak_flops: float
   log: Callable[[str], None]
+  goodput: Goodput
+  alerts: Alerts
+  sample: Callable[[Any], Sequence[Mapping[str, Any]]]
   hosts: Hosts = Hosts()
 
   def run(self, compiled: pathlib.Path | None = None) -> dict[str, Any]:
     """Trains from the last good checkpoint to `num_steps`, or until a signal asks to stop.
 
-    Every step is a pure function of the state and its number, so a run that was killed repeats, bit
-    for bit, what it would have done.
+    Every step is a pure function of the state, its number and the position in the data, all of
+    which a checkpoint holds; so a run that was killed repeats, bit for bit, what it would have
+    done.
 
     Args:
       compiled: a file of `executable.save`, from which the step starts if it is the same program.
 
     Returns:
       `final_loss, losses, steps, tokens_per_second, mfu, first_step_seconds, peak_rss_bytes,
-      data_wait_share, stopped_by` (None, or the signal's name).
+      data_wait_share, skipped_steps, rollbacks, stopped_early, stopped_by` (None, or the signal's
+      name).
 
     Raises:
       UserError: the loss is not finite, the disk is full, the checkpoints are of another model.
     """
     self._check_rows()
-    checkpointer = Checkpointer(self.run_dir / 'checkpoints', self.config.keep_checkpoints,
-                                self.log, self.hosts)
-    with contextlib.closing(checkpointer):
-      state = self._restore(checkpointer)
-      start, total = int(state.step), self.config.num_steps
-      shown = self.hosts.is_main
-      writer = monitor.MetricsWriter(self.run_dir, start) if shown else monitor.Silent()
-      bar = monitor.ProgressBar(total, start) if shown else monitor.Silent()
-      with contextlib.closing(writer), contextlib.closing(bar), watchdog.Watchdog(
-          self.run_dir, self.hosts, self.config.stuck_after_seconds) as watch:
-        return self._steps(state, checkpointer, writer, bar, watch, compiled)
+    config = self.config
+    checkpointer = Checkpointer(self.run_dir / 'checkpoints', config.keep_checkpoints, self.log,
+                                self.hosts)
+    watch = watchdog.Watchdog(self.run_dir, self.hosts, config.stuck_after_seconds,
+                              alert=lambda step, text: self.alerts.send('stuck', text, step))
+    profiler = profiling.Profiler(self.run_dir, config.profile, self.hosts, self.log)
+    with contextlib.closing(checkpointer), profiler.on_signal():
+      state, position = self.restore(checkpointer)
+      session = _Session(self, checkpointer, watch, profiler, state, position, compiled)
+      with contextlib.closing(session), watch, stopping.signals() as received:
+        return session.train(received)
 
   def _check_rows(self):
-    rows = self.config.batch_size // self.config.num_microbatches
+    parts = self.config.num_microbatches
     shards = math.prod(self.rules.mesh.shape[axis] for axis in axes_of(self.rules.batch))
-    if rows % shards:
-      raise UserError(f'batch_size={self.config.batch_size} in {self.config.num_microbatches} '
-                      f'microbatches gives {rows} rows, which do not divide over {shards} devices; '
-                      f'the nearest batch_size that does is '
-                      f'{-(-rows // shards) * shards * self.config.num_microbatches}')
+    for size in self.config.sizes.all:
+      rows = size // parts
+      if rows % shards:
+        raise UserError(f'batch_size={size} in {parts} microbatches gives {rows} rows, which do '
+                        f'not divide over {shards} devices; the nearest batch_size that does is '
+                        f'{-(-rows // shards) * shards * parts}')
 
-  def _restore(self, checkpointer: Checkpointer) -> TrainState:
+  def restore(self, checkpointer: Checkpointer) -> tuple[TrainState, Position]:
     """The last good checkpoint of this run, else imported parameters, else a new state."""
-    size, offload = self.config.batch_size, self.config.offload_optimizer
+    config, size = self.config, self.config.batch_size
+    offload, beginning = config.offload_optimizer, Position(config.sizes)
     abstract = abstract_state(self.module, self.optimizer, self.rules, size, offload)
+    new = lambda: init_state(self.module, self.optimizer, self.rules, config.seed, size, offload)
     if checkpointer.holds_params_alone():
       _, params = restore_params(checkpointer.directory, abstract.params, log=self.log)
       self.log('starts from the imported parameters')
-      state = init_state(self.module, self.optimizer, self.rules, self.config.seed, size, offload)
-      return dataclasses.replace(state, params=params)
-    restored = checkpointer.restore(abstract)
+      return dataclasses.replace(new(), params=params), beginning
+    sharding = abstract.step.sharding
+    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=sharding)
+    restored = checkpointer.restore(abstract, lambda abstract, arrays: dataclasses.replace(
+        abstract, opt_state=guards.as_saved(abstract.opt_state, arrays, scalar)))
     if restored is None:
-      return init_state(self.module, self.optimizer, self.rules, self.config.seed, size, offload)
+      return new(), beginning
     step, state, data = restored
-    position = self._position(step)
-    if data != position:
+    position = Position.described(config.sizes, data)
+    here = self.describe(step, position)
+    if data != here:
       raise UserError(f'the checkpoint of step {step} was trained on {data} and this run has '
-                      f'{position}; take the same data, or another --run_dir')
+                      f'{here}; take the same data, or another --run_dir')
     self.log(f'continues from the checkpoint of step {step}')
-    return state
+    opt_state = guards.adopt(state.opt_state, config.guard, config.loss_scale,
+                             lambda x: jax.device_put(x, sharding))
+    return dataclasses.replace(state, opt_state=opt_state), position
 
-  def _position(self, step: int) -> dict[str, Any]:
-    """All that decides the batches from here on: the position in the data is a number of
-    sequences."""
-    return {'sequences': step * self.config.batch_size, 'seed': self.config.seed,
-            'data': self.data_digest,
+  def describe(self, step: int, position: Position) -> dict[str, Any]:
+    """All that decides the batches from here on, for a checkpoint."""
+    return {**position.describe(step), 'seed': self.config.seed, 'data': self.data_digest,
             'sequence_length': self.config.sequence_length}
 
-  def _steps(self, state: TrainState, checkpointer: Checkpointer,
-             writer: monitor.MetricsWriter | monitor.Silent,
-             bar: monitor.ProgressBar | monitor.Silent, watch: watchdog.Watchdog,
-             compiled: pathlib.Path | None) -> dict[str, Any]:
+  def step_function(self, state: TrainState, compiled: pathlib.Path | None) -> Callable:
+    """The step of one batch size, proved to be the same on all hosts, or loaded where it is the
+    same program."""
     config = self.config
-    start, tokens_per_step = int(state.step), config.batch_size * config.sequence_length
-    step_fn = self.hosts.same_program(jit_train_step(
+
+    def load(lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
+      program, why_not = executable.load(compiled, lowered, self.rules.mesh.devices.flat)
+      self.log(f'{why_not}; compiles' if why_not else f'starts from the executable in {compiled}')
+      return program
+    return self.hosts.same_program(jit_train_step(
         self.module, self.loss, self.optimizer, self.rules, state, config.num_microbatches,
-        config.tpu_options), compiled and (lambda lowered: self._loaded(lowered, compiled)))
-    held_out = HeldOut(self.module, self.loss, self.validation_data, self.hosts,
-                       config.eval_batches)
-    validate = lambda step, params: held_out(params, lambda: watch.beat(step + 1))
-    rows = GlobalBatch(self.rules, config.batch_size)
-    rates = np.asarray(jax.vmap(self.schedule)(jnp.arange(config.num_steps)))
-    timer, losses, stopped_by = meters.StepTimer(), [], []
-    watch.beat(start + 1)
-    # Where a signal asked to stop before it was.
-    if self._due(start) and not self.hosts.ask_main('evaluated', lambda: self._evaluated(start)):
-      writer.write(start, 'validation', validate(start, evaluated(state.opt_state, state.params)))
-    with _signals() as received, self.train_data.iterate(
-        start, config.num_steps - start, rows.own) as batches:
-      for step in range(start + 1, config.num_steps + 1):
-        with timer.waiting_for_data():
-          batch = rows.place(next(batches))
-        state, metrics = step_fn(state, batch)
-        # While devices compute, all hosts say that they have begun, and agree whether to stop.
-        asked = self.hosts.gather(watchdog.step_key(step), received[:1])
-        row = {name: float(value) for name, value in metrics.items()}
-        timer.step_done(tokens_per_step)
-        watch.beat(step + 1)
-        self._check_finite(step, row['loss'], checkpointer)
-        row |= timer.window() | {'learning_rate': float(rates[step - 1])}
-        if 'tokens_per_second' in row:
-          row['mfu'] = row['tokens_per_second'] * self.flops_per_token / self.peak_flops
-        writer.write(step, 'train', row)
-        losses.append(row['loss'])
-        bar.update(step, row['loss'], row.get('tokens_per_second'), row.get('mfu'))
-        stopped_by = received[:1] if self.hosts.count == 1 else sum(asked, [])
-        with timer.paused():
-          self._evaluate_and_save(step, state, validate, checkpointer, writer, bool(stopped_by),
-                                  bar)
-          watch.beat(step + 1)
-        if stopped_by:
-          break
-    checkpointer.wait()
-    total = timer.total()
+        config.tpu_options), load if compiled else None)
+
+
+class _Session:
+  """One start of a run: its state, and what is open until it ends."""
+
+  def __init__(self, trainer: Trainer, checkpointer: Checkpointer, watch: watchdog.Watchdog,
+               profiler: profiling.Profiler, state: TrainState, position: Position,
+               compiled: pathlib.Path | None):
+    self.of, self.config, self.hosts = trainer, trainer.config, trainer.hosts
+    self.goodput, self.alerts = trainer.goodput, trainer.alerts
+    self.checkpointer, self.watch, self.profiler = checkpointer, watch, profiler
+    self.state, self.position, self.start = state, position, int(state.step)
+    self.goodput.back_to(self.start)
+    self._open_metrics()
+    shown = self.hosts.is_main
+    self.bar = (monitor.ProgressBar(self.config.num_steps, self.start) if shown
+                else monitor.Silent())
+    self.compiled, self.step_fns = compiled, {}  # a program for each batch size
+    self.held_out = HeldOut(trainer.module, trainer.loss, trainer.validation_data, self.hosts,
+                            self.config.eval_batches)
+    self.rates = np.asarray(jax.vmap(trainer.schedule)(jnp.arange(self.config.num_steps)))
+    self.timer = meters.StepTimer(self.goodput)
+    self.losses: list[float] = []
+    self.skipped = int(guards.metrics(state.opt_state).get('skipped_steps', 0))
+    self.save_at: int | None = None
+
+  def close(self):
+    """Ends what host 0 writes and shows."""
+    self.writer.close()
+    self.bar.close()
+
+  def _open_metrics(self):
+    """The metrics up to the state's step, and the validation losses among them."""
+    step = int(self.state.step)
+    self.writer = (monitor.MetricsWriter(self.of.run_dir, step) if self.hosts.is_main
+                   else monitor.Silent())
+    found = self.hosts.ask_main('the validation losses', lambda: [
+        (row['step'], row['loss']) for row in monitor.read_rows(self.of.run_dir / monitor.METRICS)
+        if row['split'] == 'validation'])
+    self.validated = {at: math.nan if loss is None else loss for at, loss in found}
+
+  def train(self, received: list[str]) -> dict[str, Any]:
+    """All steps that are left; see `Trainer.run`."""
+    self.watch.beat(self.start + 1)
+    if self._due(self.start) and self.start not in self.validated:  # a signal came before it
+      self._validate(self.start)
+    with self.goodput.spent('step'):
+      end = None
+      while end is None and int(self.state.step) < self.config.num_steps and not self._is_over():
+        end = self._stretch(received)
+        if isinstance(end, _Spike):
+          with self.goodput.spent('lost'):
+            self._roll_back(end)
+          end = None
+    with self.goodput.spent('checkpoint'):
+      self.checkpointer.wait()
+    total = self.timer.total()
     rate = total.get('tokens_per_second')
-    return {'final_loss': losses[-1] if losses else None, 'steps': int(state.step),
+    return {'final_loss': self.losses[-1] if self.losses else None, 'steps': int(self.state.step),
             'tokens_per_second': rate,
-            'mfu': rate and rate * self.flops_per_token / self.peak_flops,
-            'first_step_seconds': timer.first_step_seconds,
+            'mfu': rate and rate * self.of.flops_per_token / self.of.peak_flops,
+            'first_step_seconds': self.timer.first_step_seconds,
             'peak_rss_bytes': meters.peak_rss_bytes(),
-            'data_wait_share': total.get('data_wait_share'),
-            'stopped_by': stopped_by[0] if stopped_by else None, 'losses': losses}
+            'data_wait_share': total.get('data_wait_share'), 'skipped_steps': self.skipped,
+            'rollbacks': self.position.rollbacks,
+            'stopped_early': self._is_over() and int(self.state.step) < self.config.num_steps,
+            'stopped_by': end, 'losses': self.losses}
 
-  def _loaded(self, lowered: jax.stages.Lowered, path: pathlib.Path) -> jax.stages.Compiled | None:
-    program, why_not = executable.load(path, lowered, self.rules.mesh.devices.flat)
-    self.log(f'{why_not}; compiles' if why_not else f'starts from the executable in {path}')
-    return program
+  def _stretch(self, received: list[str]) -> '_Spike | str | None':
+    """Trains as long as batches have one size, or to a spike that asks to go back, or to a signal,
+    whose name it returns."""
+    done, config = int(self.state.step), self.config
+    size, until = config.sizes.of(done + 1)
+    last = min(config.num_steps, until or config.num_steps)
+    rows = GlobalBatch(self.of.rules, size)
+    data = self.of.train_data.from_row(self.position.sequences(done), size)
+    with data.iterate(0, last - done, rows.own) as batches:
+      for step in range(done + 1, last + 1):
+        with self.goodput.spent('data'):
+          batch = rows.place(next(batches))
+        row, stopped_by = self._step(step, size, batch, received)
+        if self._goes_back(step, row):
+          return _Spike(step, row['loss'])
+        self._show(step, row)
+        self._evaluate_and_save(step, bool(stopped_by))
+        self.watch.beat(step + 1)
+        self.goodput.tick()
+        if stopped_by:
+          return stopped_by
+        if self._is_over() and step < config.num_steps:
+          text = f'no better validation loss than {min(self.validated.values()):.4f} of late'
+          self.bar.note(f'step {step}: {text}; stops early')
+          self.alerts.send('stopped_early', text, step)
+          break
+    return None
 
-  def _check_finite(self, step: int, loss: float, checkpointer: Checkpointer):
-    if not math.isfinite(loss):
-      checkpointer.wait()
-      saved = checkpointer.latest_step()
-      raise UserError(f'the loss of step {step} is {loss}; training stops and '
-                      f'{"no checkpoint" if saved is None else f"the checkpoint of step {saved}"} '
-                      'stands; lower LEARNING_RATE, raise WARMUP_STEPS, or look at the data of '
-                      'that step, then start again')
+  def _step(self, step: int, size: int, batch: Mapping[str, jax.Array], received: list[str]
+            ) -> tuple[dict[str, float], str | None]:
+    """One update: its metrics, and the signal by which all hosts stop after it."""
+    is_new = size not in self.step_fns
+    if is_new:
+      compiled = self.compiled if size == self.config.batch_size else None
+      self.step_fns[size] = self.of.step_function(self.state, compiled)
+    with self.profiler.step(step):
+      with self.goodput.spent('compile' if is_new else 'step'):
+        self.state, metrics = self.step_fns[size](self.state, batch)
+      # While devices compute, all hosts say that they have begun, and agree whether to stop.
+      asked = self.hosts.gather(watchdog.step_key(step), received[:1])
+      row = {name: float(value) for name, value in metrics.items()}
+    self.timer.step_done(size * self.config.sequence_length)
+    self.watch.beat(step + 1)
+    self.alerts.step, self.skipped = step, int(row.get('skipped_steps', 0))
+    stopped_by = received[:1] if self.hosts.count == 1 else sum(asked, [])
+    return row, stopped_by[0] if stopped_by else None
 
-  def _evaluate_and_save(self, step, state, validate, checkpointer, writer, stopping, bar):
-    """Validation loss and checkpoint where they are due; the last step has both."""
+  def _show(self, step: int, row: dict[str, float]):
+    """The metrics of a step, where they are kept and shown."""
+    # A skipped step leaves the schedule where it was.
+    rate = self.rates[max(0, step - 1 - self.skipped)]
+    row |= self.timer.window() | {'learning_rate': float(rate)}
+    if 'tokens_per_second' in row:
+      row['mfu'] = row['tokens_per_second'] * self.of.flops_per_token / self.of.peak_flops
+    self.writer.write(step, 'train', row)
+    self.losses.append(row['loss'])
+    self.bar.update(step, row['loss'], row.get('tokens_per_second'), row.get('mfu'))
+
+  def _goes_back(self, step: int, row: Mapping[str, float]) -> bool:
+    """Whether the step is a spike from which the run goes back; stops where that is no use."""
+    guard, loss, norm = self.config.guard, row['loss'], row['grad_norm']
+    overflowed = self.config.loss_scale is not None and not math.isfinite(norm)
+    what = f'the loss of step {step} is {loss:.4g} and the norm of its gradient {norm:.4g}'
+    if guard is None:
+      if not math.isfinite(loss) or not math.isfinite(norm) and not overflowed:
+        self._stop(what)
+      return False
+    spikes = int(row['spikes_in_a_row'])
+    if guard.action == 'skip' and spikes:
+      if spikes >= guard.limit:
+        self._stop(f'{what}, and {spikes} steps in a row were skipped')
+      if not overflowed:  # that is the daily business of a loss scale
+        self.bar.note(f'step {step}: skipped, for {what}')
+        self.alerts.send('skipped', what, step)
+      return False
+    if spikes and self.position.rollbacks >= guard.limit:
+      self._stop(f'{what}, after {self.position.rollbacks} rollbacks')
+    return spikes > 0
+
+  def _stop(self, what: str):
+    self.checkpointer.wait()
+    saved = self.checkpointer.latest_step()
+    raise UserError(f'{what}; training stops and '
+                    f'{"no checkpoint" if saved is None else f"the checkpoint of step {saved}"} '
+                    'stands; lower LEARNING_RATE, raise WARMUP_STEPS, set another GUARD, or look '
+                    'at the data of that step, then start again')
+
+  def _roll_back(self, spike: '_Spike'):
+    """Restores an earlier state and steps over the data between it and the spike."""
+    guard, rollbacks = self.config.guard, self.position.rollbacks + 1
+    end = self.position.sequences(spike.step)
+    self.checkpointer.wait()
+    target = self.hosts.ask_main('the checkpoint to go back to', lambda: _last_before(
+        self.checkpointer.steps(), spike.step - guard.steps_back))
+    self.checkpointer.discard_after(target)
+    self.state = None  # its memory goes to the one before
+    self.state, position = self.of.restore(self.checkpointer)
+    step = int(self.state.step)
+    self.position = position.after_spike(step, end, guard.batches_over, rollbacks)
+    self.writer.close()
+    self._open_metrics()
+    first, end = self.position.stepped_over[-1]
+    # One row and one checkpoint behind where the run goes on, so that a kill keeps both or none.
+    self.save_at = step + 1
+    self.writer.write(step + 1, 'rollback', {
+        'from_step': spike.step, 'loss': spike.loss, 'first_sequence': first, 'end_sequence': end,
+        'rollbacks': rollbacks})
+    self.goodput.back_to(step)
+    self.timer.went_back()
+    text = (f'the loss of step {spike.step} is {spike.loss:.4g}; back to step {step}, stepping '
+            f'over sequences {first:,} to {end:,}')
+    self.bar.note(text)
+    self.alerts.send('rollback', text, spike.step)
+
+  def _evaluate_and_save(self, step: int, stopping: bool):
+    """Validation loss, samples and checkpoint where they are due; the last step has all."""
     config = self.config
     last = step == config.num_steps
-    metrics = None
-    if last or (self._due(step) and not stopping):
-      metrics = validate(step, evaluated(state.opt_state, state.params))
-      writer.write(step, 'validation', metrics)
-      bar.note(f'step {step}: validation loss {metrics["loss"]:.4f}')
-    if last or stopping or step % config.checkpoint_every == 0:
-      checkpointer.save(step, state, self._position(step), metrics)
+    best = min(self.validated.values(), default=math.inf)
+    metrics = self._validate(step) if last or (self._due(step) and not stopping) else None
+    last = last or self._is_over()
+    if config.sample_every and (last or step % config.sample_every == 0):
+      with self.goodput.spent('evaluation'):
+        completions = self.of.sample(self._evaluated())
+        if self.hosts.is_main:
+          samples.write(self.of.run_dir, step, completions)
+    is_best = config.early_stopping and metrics and metrics['loss'] < best
+    if (last or stopping or is_best or step % config.checkpoint_every == 0
+        or step == self.save_at):
+      with self.goodput.spent('checkpoint'):
+        self.checkpointer.save(step, self.state, self.of.describe(step, self.position), metrics)
+      self.goodput.mark(step)
+
+  def _validate(self, step: int) -> dict[str, float]:
+    with self.goodput.spent('evaluation'):
+      metrics = self.held_out(self._evaluated(), lambda: self.watch.beat(step + 1))
+    self.writer.write(step, 'validation', metrics)
+    self.validated[step] = metrics['loss']
+    self.bar.note(f'step {step}: validation loss {metrics["loss"]:.4f}')
+    return metrics
+
+  def _evaluated(self) -> Any:
+    return evaluated(self.state.opt_state, self.state.params)
 
   def _due(self, step: int) -> bool:
     return step > 0 and step % self.config.eval_every == 0
 
-  def _evaluated(self, step: int) -> bool:
-    rows = monitor.read_rows(self.run_dir / monitor.METRICS)
-    return any(row['step'] == step and row['split'] == 'validation' for row in rows)
+  def _is_over(self) -> bool:
+    early = self.config.early_stopping
+    return early is not None and early.is_over(list(self.validated.values()))
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[str]]:
-  """Collects SIGTERM and SIGINT instead of dying of them; a second one is taken at its word."""
-  received: list[str] = []
+@dataclasses.dataclass(frozen=True)
+class _Spike:
+  step: int
+  loss: float
 
-  def handler(number, _):
-    if received:
-      os._exit(128 + number)
-    received.append(signal.Signals(number).name)
 
-  numbers = (signal.SIGTERM, signal.SIGINT)
-  try:
-    before = [signal.signal(number, handler) for number in numbers]
-  except ValueError:  # not in the main thread (a notebook's server): signals are its own
-    yield received
-    return
-  try:
-    yield received
-  finally:
-    for number, old in zip(numbers, before):
-      signal.signal(number, old)
+def _last_before(steps: Sequence[int], latest: int) -> int:
+  """The last of the steps that is no later, else the first; 0 where there is none."""
+  return max((step for step in steps if step <= latest), default=min(steps, default=0))

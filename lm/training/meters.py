@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lm.training.goodput import Goodput
 from pallas_kernels.platform import cpu_has_bfloat16_units
 
 # Dense peak in FLOP/s of one JAX device, from the vendors' data sheets: part of `device_kind`,
@@ -33,49 +33,40 @@ PEAK_FLOPS = (
 
 
 class StepTimer:
-  """Splits the wall time of training into steps, waiting for data, and all else.
+  """Rates of the steps, from the seconds that a `Goodput` counts as `step` and `data`.
 
   The first step compiles, so it is timed apart and stands in no rate.
 
   Example:
-    with timer.waiting_for_data():
-      batch = next(batches)
-    state, metrics = train_step(state, batch)
-    jax.block_until_ready(metrics)
-    timer.step_done(tokens=batch_size * length)
+    with goodput.spent('step'):
+      with goodput.spent('data'):
+        batch = next(batches)
+      state, metrics = train_step(state, batch)
+      jax.block_until_ready(metrics)
+      timer.step_done(tokens=batch_size * length)
   """
 
-  def __init__(self, clock: Callable[[], float] = time.perf_counter):
-    self._clock = clock
-    self._began = clock()
+  def __init__(self, goodput: Goodput):
+    self._goodput, self._began = goodput, goodput.seconds()
     self.first_step_seconds: float | None = None
-    self._window = self._total = (0, 0.0, 0.0)  # tokens, seconds, seconds waited for data
-    self._mark, self._waited = self._began, 0.0
-
-  @contextlib.contextmanager
-  def waiting_for_data(self) -> Iterator[None]:
-    """Counts the time inside as waiting for data."""
-    start = self._clock()
-    yield
-    self._waited += self._clock() - start
-
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """Leaves the time inside (evaluation, saving) out of every rate."""
-    start = self._clock()
-    yield
-    self._mark += self._clock() - start
+    self._window = self._total = (0, 0.0, 0.0)  # tokens, seconds, of these waited for data
+    self._mark = self._began
 
   def step_done(self, tokens: int) -> None:
     """Ends a step in which `tokens` targets were trained on."""
-    now = self._clock()
+    now = self._goodput.seconds()
     if self.first_step_seconds is None:
-      self.first_step_seconds = now - self._began
+      self.first_step_seconds = sum(now.values()) - sum(self._began.values())
     else:
-      added = (tokens, now - self._mark, self._waited)
+      step, waited = (now[name] - self._mark[name] for name in ('step', 'data'))
+      added = (tokens, step + waited, waited)
       self._window = tuple(a + b for a, b in zip(self._window, added))
       self._total = tuple(a + b for a, b in zip(self._total, added))
-    self._mark, self._waited = now, 0.0
+    self._mark = now
+
+  def went_back(self) -> None:
+    """Says that seconds of steps were counted as lost since the last step."""
+    self._mark = self._goodput.seconds()
 
   def window(self) -> dict[str, float]:
     """Gives `tokens_per_second` and `data_wait_share` since the last call; {} when no step was."""
@@ -83,7 +74,7 @@ class StepTimer:
     return _rates(*window)
 
   def total(self) -> dict[str, float]:
-    """Gives the same of the whole run but its first step."""
+    """Gives the same of the whole process but its first step."""
     return _rates(*self._total)
 
 

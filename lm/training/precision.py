@@ -8,7 +8,7 @@ so that their sum stays right (arXiv:2010.06192).
 """
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,13 @@ import optax
 
 from lm.errors import UserError
 from lm.parallel.rules import Rules
+from lm.training import guards
 from pallas_kernels import stochastic_rounding
 
 
 @dataclasses.dataclass(frozen=True)
 class LossScale:
-  """A dynamic loss scale (arXiv:1710.03740, section 3.2).
+  """A dynamic loss scale (arXiv:1710.03740, section 3.2); `guards.py` has the mechanism.
 
   initial: of the first step.
   growth_steps: steps without an overflow after which it doubles.
@@ -36,49 +37,6 @@ class LossScale:
       raise ValueError(f'growth_steps={self.growth_steps} must be at least 1')
 
 
-class ScaledState(NamedTuple):
-  """scale: of the next step's loss; good_steps: without an overflow; skipped_steps: with one."""
-  scale: jax.Array
-  good_steps: jax.Array
-  skipped_steps: jax.Array
-  inner: Any
-
-
-def scaled(optimizer: optax.GradientTransformation, config: LossScale
-           ) -> optax.GradientTransformation:
-  """The optimiser with a loss scale in its state; a gradient that is not finite updates nothing."""
-  optimizer = optax.with_extra_args_support(optimizer)
-
-  def init(params):
-    return ScaledState(jnp.float32(config.initial), jnp.int32(0), jnp.int32(0),
-                       optimizer.init(params))
-
-  def update(grads, state, params=None, **extra):
-    good = jnp.isfinite(optax.tree.norm(grads))
-    updates, inner = optimizer.update(grads, state.inner, params, **extra)
-    updates = jax.tree.map(lambda x: jnp.where(good, x, 0), updates)
-    inner = jax.tree.map(lambda new, old: jnp.where(good, new, old), inner, state.inner)
-    good_steps = jnp.where(good, state.good_steps + 1, 0)
-    grows = good_steps >= config.growth_steps
-    scale = jnp.where(good, jnp.where(grows, 2 * state.scale, state.scale), state.scale / 2)
-    return updates, ScaledState(jnp.clip(scale, 1, 2.0**126), jnp.where(grows, 0, good_steps),
-                                state.skipped_steps + ~good, inner)
-
-  return optax.GradientTransformationExtraArgs(init, update)
-
-
-def loss_scale(opt_state: Any) -> jax.Array | None:
-  """What the loss is multiplied by before its gradient is taken; None is nothing."""
-  return opt_state.scale if isinstance(opt_state, ScaledState) else None
-
-
-def metrics(opt_state: Any) -> dict[str, jax.Array]:
-  """Of the loss scale, where there is one."""
-  if not isinstance(opt_state, ScaledState):
-    return {}
-  return {'loss_scale': opt_state.scale, 'skipped_steps': opt_state.skipped_steps}
-
-
 def apply_updates(params: Any, updates: Any, step: jax.Array) -> Any:
   """`optax.apply_updates`, with stochastic rounding of bfloat16 parameters, other at each step."""
   def one(p, u):
@@ -90,11 +48,13 @@ def apply_updates(params: Any, updates: Any, step: jax.Array) -> Any:
 
 
 def prepare(optimizer: optax.GradientTransformation, param_dtype: str,
-            config: LossScale | None) -> optax.GradientTransformation:
-  """The optimiser for parameters of this dtype, and a loss that is scaled, or not."""
+            loss_scale: LossScale | None = None, guard: guards.Guard | None = None
+            ) -> optax.GradientTransformation:
+  """The optimiser for parameters of this dtype, a loss that is scaled or not, and a guard or
+  none."""
   if param_dtype == 'bfloat16':
     optimizer = in_bfloat16(optimizer)
-  return optimizer if config is None else scaled(optimizer, config)
+  return guards.guarded(optimizer, guard, loss_scale)
 
 
 def in_bfloat16(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lm.parallel.rules import Rules
-from lm.training import precision
+from lm.training import guards, precision
 from lm.training.optimizers import sophia
 from lm.training.state import TrainState
 from pallas_kernels.dropout import Draws
@@ -153,13 +153,13 @@ def train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransform
 
   Returns:
     The next state, and float32 scalars: `loss` (before the update), its parts where it has more
-    than one, `grad_norm`, `weight` (tokens, or rows, that counted), and those of a loss scale.
+    than one, `grad_norm`, `weight` (tokens, or rows, that counted), and those of a guard.
   """
   rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
   B = len(next(iter(batch.values())))
   draws = Draws.of(rng, B)
   gradients = _cached_gradients if loss.whole_batch else _gradients
-  scale = precision.loss_scale(state.opt_state)
+  scale = guards.loss_scale(state.opt_state)
   rows, carry = batch, state.carry
   if loss.passes == 2:
     rows, carry = _twice((dict(batch), carry))
@@ -183,12 +183,15 @@ def train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransform
     return found, sampled.weights(batch)['tokens']
 
   updates, opt_state = optax.with_extra_args_support(optimizer).update(
-      grads, state.opt_state, state.params, sampled_gradient=sampled_gradient)
+      grads, state.opt_state, state.params, loss=means['loss'], sampled_gradient=sampled_gradient)
+  # What the step saw must not outlive it where it is skipped.
+  seen, carry = guards.unless_skipped(state.opt_state, opt_state, (seen, carry),
+                                      (state.params, state.carry))
   params = precision.apply_updates(state.params, updates, state.step)
   params = precision.put_histories(params, seen)
   means = means if len(means) > 2 else {'loss': means['loss']}
   metrics = {**means, 'grad_norm': optax.tree.norm(grads),
-             'weight': next(iter(loss.weights(batch).values())), **precision.metrics(opt_state)}
+             'weight': next(iter(loss.weights(batch).values())), **guards.metrics(opt_state)}
   return TrainState(state.step + 1, params, opt_state, state.rng, carry), metrics
 
 

@@ -7,6 +7,7 @@ import pathlib
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from lm.parallel.distributed import Hosts
@@ -22,12 +23,13 @@ class Watchdog:
     hosts: who train together; each watches itself, and host 0 also says who has not come.
     seconds: of silence.
     stream: where to report (standard error by default).
+    alert: takes the step and a sentence.
   """
 
   def __init__(self, run_dir: pathlib.Path, hosts: Hosts, seconds: float,
-               stream: TextIO | None = None):
+               stream: TextIO | None = None, alert: Callable[[int, str], None] | None = None):
     self._directory, self._hosts, self._seconds = run_dir / STACKS, hosts, seconds
-    self._stream = stream or sys.stderr
+    self._stream, self._alert = stream or sys.stderr, alert
     self._step, self._last, self._told = 0, time.monotonic(), False
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
@@ -62,8 +64,11 @@ class Watchdog:
     line = self._hosts.line
     absent = line.missing(step_key(step)) if line is not None else []
     who = f'not begun by {", ".join(absent)}; ' if absent else ''
-    print(f'warning: host {self._hosts.index} has been in step {step} for {self._seconds:.0f} s; '
-          f'{who}what its threads do stands in {path}', file=self._stream, flush=True)
+    text = (f'host {self._hosts.index} has been in step {step} for {self._seconds:.0f} s; {who}'
+            f'what its threads do stands in {path}')
+    print(f'warning: {text}', file=self._stream, flush=True)
+    if self._alert is not None:
+      self._alert(step, text)
 
 
 def step_key(step: int) -> str:

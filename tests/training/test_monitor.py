@@ -195,26 +195,6 @@ def test_progress_on_a_terminal_is_one_bar_with_loss_speed_and_time_left():
     assert part in shown, shown
 
 
-def test_timer_rates_leave_out_the_first_step_and_pauses():
-  clock = Clock()
-  timer = monitor.StepTimer(clock)
-  clock.now = 20.0  # Compilation.
-  timer.step_done(100)
-  assert timer.first_step_seconds == 20.0 and timer.window() == {} and timer.total() == {}
-  for _ in range(4):
-    with timer.waiting_for_data():
-      clock.now += 0.5
-    clock.now += 1.5
-    timer.step_done(100)
-  assert timer.window() == {'tokens_per_second': 50.0, 'data_wait_share': 0.25}
-  with timer.paused():
-    clock.now += 1000.0
-  clock.now += 1.0
-  timer.step_done(100)
-  assert timer.window() == {'tokens_per_second': 100.0, 'data_wait_share': 0.0}
-  assert timer.total() == {'tokens_per_second': 500 / 9, 'data_wait_share': 2 / 9}
-
-
 class Device:
   process_index = 0
 

@@ -1,0 +1,11 @@
+"""What the tests of whole runs share."""
+import guarded_runs as runs
+import pytest
+
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+  """Texts, and the cache of them that the first run makes."""
+  folder = tmp_path_factory.mktemp('texts')
+  runs.write_texts(folder)
+  return folder
