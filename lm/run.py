@@ -61,6 +61,7 @@ class Experiment:
   task: a text, or a mixture of texts, each with an objective of its own.
   objective, loss: what the model is asked, and how its answer counts.
   prompts: texts that the trained model goes on with, for the report.
+  writers: who get the metrics beside metrics.jsonl and TensorBoard; see `lm/training/writers.py`.
   """
   task: TextTask | Mixture
   model: ModelConfig
@@ -72,6 +73,7 @@ class Experiment:
   rules: Rules = Rules()
   sampling: SamplingConfig = SamplingConfig()
   prompts: tuple[str, ...] = ()
+  writers: tuple[Any, ...] = ()
 
   def __post_init__(self):
     if self.train.sequence_length > self.model.max_length:
@@ -213,7 +215,8 @@ def _trainer(experiment: Experiment, prepared: Data, directory: pathlib.Path, ho
       loader('train', settings.seed), loader('validation', 0), _data_digest(prepared.info),
       directory, experiment.model.flops_per_token(settings.sequence_length),
       meters.peak_flops(experiment.model.dtype),
-      log=lambda text: print(text, file=sys.stderr) if hosts.is_main else None, hosts=hosts)
+      log=lambda text: print(text, file=sys.stderr) if hosts.is_main else None, hosts=hosts,
+      writers=experiment.writers)
 
 
 def _data_digest(info: dict[str, Any]) -> str:

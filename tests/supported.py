@@ -10,8 +10,8 @@ TESTS = pathlib.Path(__file__).resolve().parent
 README = TESTS.parent / 'README.md'
 BEGIN, END = '<!-- supported: python tests/supported.py -->\n', '<!-- end -->\n'
 AREAS = ('documents', 'vocabularies', 'data', 'objectives', 'models', 'sizes', 'layers',
-         'kernels', 'precision and parallelism', 'optimisers', 'faults survived', 'evaluation',
-         'decoding', 'weights of others')
+         'kernels', 'precision and parallelism', 'optimisers', 'faults survived', 'watching',
+         'evaluation', 'decoding', 'weights of others')
 
 
 def marks(source: str) -> list[tuple[str, ...]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from lm.errors import UserError
@@ -21,7 +22,8 @@ POLICIES = {'full': jax.checkpoint_policies.nothing_saveable,
             'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             'none': pipeline.all_but_parameters}
 # What blocks name: queries, keys and values; what the attention kernel returns, and its projection;
-# the feed-forward layer before its activation, and its result.
+# the feed-forward layer before its activation, and its result. Other names are for
+# `lm/training/probe.py` alone.
 NAMED = ('qkv', 'attention', 'attention_out', 'mlp_in', 'mlp_out')
 
 
@@ -158,6 +160,7 @@ class Stack(nn.Module):
     def apply(x, rows, shared, own_rows, layer):
       params, *own, kept = layer
       y, output = block.apply({'params': params}, x, rows, shared, own_rows, tuple(own))
+      y = jax.tree.map(lambda a: checkpoint_name(a, 'residual'), y)
       return y if kept is None else jax.tree.map(functools.partial(jnp.where, kept), y, x), output
 
     return apply

@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
 
 import flax.linen as nn
@@ -24,9 +24,11 @@ from lm.training import meters, monitor, watchdog
 from lm.training.checkpoint import Checkpointer, restore_params
 from lm.training.optimizers import evaluated
 from lm.training.precision import LossScale
+from lm.training.probe import Probe
 from lm.training.state import TrainState, abstract_state, init_state
 from lm.training.step import Loss, jit_train_step
 from lm.training.validation import HeldOut
+from lm.training.writers import Writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,8 @@ class TrainConfig:
   num_microbatches: parts of a batch computed one after another (gradient accumulation).
   checkpoint_every, eval_every: steps between checkpoints, and between validation losses.
   eval_batches: batches of the held-out text in a validation loss during training.
+  watch_every: steps between the norms by group and layer that are kept; at validation the model is
+    probed too (`probe.py`). 0 watches neither.
   keep_checkpoints: latest checkpoints that stay, besides the best by validation loss.
   seed: of the parameters, the order of the data, and dropout.
   stuck_after_seconds: a step that takes longer is reported, with the stacks of every host.
@@ -53,6 +57,7 @@ class TrainConfig:
   checkpoint_every: int = 100
   eval_every: int = 100
   eval_batches: int = 8
+  watch_every: int = 50
   keep_checkpoints: int = 2
   seed: int = 0
   stuck_after_seconds: int = 600
@@ -62,8 +67,9 @@ class TrainConfig:
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      if field.type is int and field.name != 'seed' and getattr(self, field.name) < 1:
-        raise ValueError(f'{field.name}={getattr(self, field.name)} must be at least 1')
+      least = 0 if field.name == 'watch_every' else 1
+      if field.type is int and field.name != 'seed' and getattr(self, field.name) < least:
+        raise ValueError(f'{field.name}={getattr(self, field.name)} must be at least {least}')
     if self.batch_size % self.num_microbatches:
       raise ValueError(f'batch_size={self.batch_size} does not divide into '
                        f'num_microbatches={self.num_microbatches} equal parts')
@@ -77,6 +83,7 @@ class Trainer:
   data_digest: of the training tokens; a run goes on only with the same.
   peak_flops: FLOP/s of all devices; flops_per_token: of a step; their ratio gives MFU.
   hosts: who train together; host 0 writes metrics and shows progress.
+  writers: who get the metrics too.
   """
   config: TrainConfig
   module: nn.Module
@@ -92,6 +99,7 @@ class Trainer:
   peak_flops: float
   log: Callable[[str], None]
   hosts: Hosts = Hosts()
+  writers: Sequence[Writer] = ()
 
   def run(self, compiled: pathlib.Path | None = None) -> dict[str, Any]:
     """Trains from the last good checkpoint to `num_steps`, or until a signal asks to stop.
@@ -116,7 +124,8 @@ class Trainer:
       state = self._restore(checkpointer)
       start, total = int(state.step), self.config.num_steps
       shown = self.hosts.is_main
-      writer = monitor.MetricsWriter(self.run_dir, start) if shown else monitor.Silent()
+      writer = (monitor.MetricsWriter(self.run_dir, start, self.writers, self.log) if shown
+                else monitor.Silent())
       bar = monitor.ProgressBar(total, start) if shown else monitor.Silent()
       with contextlib.closing(writer), contextlib.closing(bar), watchdog.Watchdog(
           self.run_dir, self.hosts, self.config.stuck_after_seconds) as watch:
@@ -169,14 +178,23 @@ class Trainer:
         config.tpu_options), compiled and (lambda lowered: self._loaded(lowered, compiled)))
     held_out = HeldOut(self.module, self.loss, self.validation_data, self.hosts,
                        config.eval_batches)
-    validate = lambda step, params: held_out(params, lambda: watch.beat(step + 1))
+    probe = Probe(self.module, self.validation_data, self.hosts) if config.watch_every else None
+
+    def validate(step):
+      params = evaluated(state.opt_state, state.params)
+      metrics = held_out(params, lambda: watch.beat(step + 1))
+      writer.write(step, 'validation', metrics)
+      if probe is not None:
+        writer.write(step, 'probe', probe(params))
+      return metrics
+
     rows = GlobalBatch(self.rules, config.batch_size)
     rates = np.asarray(jax.vmap(self.schedule)(jnp.arange(config.num_steps)))
     timer, losses, stopped_by = meters.StepTimer(), [], []
     watch.beat(start + 1)
     # Where a signal asked to stop before it was.
     if self._due(start) and not self.hosts.ask_main('evaluated', lambda: self._evaluated(start)):
-      writer.write(start, 'validation', validate(start, evaluated(state.opt_state, state.params)))
+      validate(start)
     with _signals() as received, self.train_data.iterate(
         start, config.num_steps - start, rows.own) as batches:
       for step in range(start + 1, config.num_steps + 1):
@@ -185,6 +203,7 @@ class Trainer:
         state, metrics = step_fn(state, batch)
         # While devices compute, all hosts say that they have begun, and agree whether to stop.
         asked = self.hosts.gather(watchdog.step_key(step), received[:1])
+        norms = metrics.pop('norms')
         row = {name: float(value) for name, value in metrics.items()}
         timer.step_done(tokens_per_step)
         watch.beat(step + 1)
@@ -193,12 +212,13 @@ class Trainer:
         if 'tokens_per_second' in row:
           row['mfu'] = row['tokens_per_second'] * self.flops_per_token / self.peak_flops
         writer.write(step, 'train', row)
+        if config.watch_every and step % config.watch_every == 0:
+          writer.write(step, 'norms', jax.device_get(norms))
         losses.append(row['loss'])
         bar.update(step, row['loss'], row.get('tokens_per_second'), row.get('mfu'))
         stopped_by = received[:1] if self.hosts.count == 1 else sum(asked, [])
         with timer.paused():
-          self._evaluate_and_save(step, state, validate, checkpointer, writer, bool(stopped_by),
-                                  bar)
+          self._evaluate_and_save(step, state, validate, checkpointer, bool(stopped_by), bar)
           watch.beat(step + 1)
         if stopped_by:
           break
@@ -227,14 +247,13 @@ class Trainer:
                       'stands; lower LEARNING_RATE, raise WARMUP_STEPS, or look at the data of '
                       'that step, then start again')
 
-  def _evaluate_and_save(self, step, state, validate, checkpointer, writer, stopping, bar):
+  def _evaluate_and_save(self, step, state, validate, checkpointer, stopping, bar):
     """Validation loss and checkpoint where they are due; the last step has both."""
     config = self.config
     last = step == config.num_steps
     metrics = None
     if last or (self._due(step) and not stopping):
-      metrics = validate(step, evaluated(state.opt_state, state.params))
-      writer.write(step, 'validation', metrics)
+      metrics = validate(step)
       bar.note(f'step {step}: validation loss {metrics["loss"]:.4f}')
     if last or stopping or step % config.checkpoint_every == 0:
       checkpointer.save(step, state, self._position(step), metrics)
