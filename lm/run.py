@@ -3,7 +3,8 @@
   config.gin        all bindings, defaults included; every later command starts from it
   metrics.jsonl     one object a row: step, split, loss, ...     events/  the same for TensorBoard
   checkpoints/      the latest and the best                      vocabulary/  to read and write text
-  evaluation.json   held-out files, bits per byte                samples.json, report.html
+  evaluation.json   held-out files, bits per byte                samples.json
+  report.html       all of it, written anew while the run goes   csv/  with writers.CSV()
   stacks/           of each host, when a step was stuck
 """
 import contextlib
@@ -31,7 +32,7 @@ from lm.data.loader import Loader
 from lm.data.mixtures import Mixture, PreparedMixture
 from lm.data.tasks import Prepared, TextTask
 from lm.errors import UserError
-from lm.evaluation import evaluator, report
+from lm.evaluation import evaluator, live, report
 from lm.inference.generate import complete
 from lm.inference.sampling import SamplingConfig
 from lm.models.bert import BERTConfig
@@ -150,7 +151,9 @@ def train(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(),
     if result['stopped_by'] is None:
       _finish(experiment, directory, prepared, hosts)
     if hosts.is_main:
-      result['report'] = str(report.write_report(directory))
+      state = 'ended' if result['stopped_by'] is None else 'stopped'
+      status = report.Status(result['steps'], experiment.train.num_steps, state)
+      result['report'] = str(report.write_report(directory, status))
     hosts.wait_for_all('the report')
     return result
 
@@ -216,7 +219,7 @@ def _trainer(experiment: Experiment, prepared: Data, directory: pathlib.Path, ho
       directory, experiment.model.flops_per_token(settings.sequence_length),
       meters.peak_flops(experiment.model.dtype),
       log=lambda text: print(text, file=sys.stderr) if hosts.is_main else None, hosts=hosts,
-      writers=experiment.writers)
+      writers=(live.LiveReport(settings.num_steps), *experiment.writers))
 
 
 def _data_digest(info: dict[str, Any]) -> str:
