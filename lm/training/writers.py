@@ -137,7 +137,7 @@ class CSV:
 
 
 class WandB:
-  """Weights & Biases (`pip install wandb`; WANDB_MODE=offline without a network)."""
+  """Weights & Biases (`pip install wandb`, seen with 0.31; WANDB_MODE=offline without a network)."""
 
   def __init__(self, project: str = 'lm'):
     self._project, self._run = project, None
@@ -161,7 +161,7 @@ class WandB:
 
 
 class MLflow:
-  """MLflow (`pip install mlflow`), at the server that MLFLOW_TRACKING_URI names."""
+  """MLflow (`pip install mlflow-skinny`, seen with 3.17), where MLFLOW_TRACKING_URI says."""
 
   def __init__(self, experiment: str = 'lm'):
     self._experiment, self._mlflow = experiment, None

@@ -129,9 +129,9 @@ ROWS = (1, 'train', {'loss': 2.0}), (2, 'validation', {'loss': math.nan, 'v': np
 
 @pytest.mark.supports('watching', 'W&B', 'MLflow')
 def test_weights_and_biases_gets_every_row_and_goes_on_with_its_run(tmp_path, monkeypatch):
-  """The signatures are those of wandb 0.22."""
+  """The signatures are those of wandb 0.31."""
   client = Client('wandb', log=lambda data, step=None, commit=None: None,
-                  finish=lambda exit_code=None, quiet=None: None)
+                  finish=lambda exit_code=None: None)
   run = types.SimpleNamespace(id='abc123', log=client.log, finish=client.finish)
   client.init = client._kept('init', lambda entity=None, project=None, dir=None, id=None,
                              name=None, notes=None, tags=None, config=None, *, resume=None,
@@ -150,7 +150,7 @@ def test_weights_and_biases_gets_every_row_and_goes_on_with_its_run(tmp_path, mo
 
 
 def test_mlflow_gets_every_row_and_goes_on_with_its_run(tmp_path, monkeypatch):
-  """The signatures are those of mlflow-skinny 3."""
+  """The signatures are those of mlflow-skinny 3.17."""
   run = types.SimpleNamespace(info=types.SimpleNamespace(run_id='r1'))
   client = Client(
       'mlflow', set_experiment=lambda experiment_name=None, experiment_id=None: None,
