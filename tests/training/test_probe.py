@@ -38,7 +38,7 @@ def make_params(config):
 
 def measured(config, params, batch, carry=None):
   module = config.build()
-  measure = jax.jit(lambda *args: probe.measure(module, B, *args))
+  measure = jax.jit(lambda *args: probe.measure(module, *args))
   return jax.device_get(measure(params, batch, carry))
 
 
