@@ -4,10 +4,11 @@
   python scripts/benchmark_watching.py --gin_file=F --rounds=100
 
 One process has two programs of the train step, with the norms and without them, and runs them in
-turn, forwards then backwards, so that a slow minute of the machine hits both alike. The watched step
-also writes its row to metrics.jsonl, TensorBoard and a CSV file, before it ends: in a run the
+turn, forwards then backwards, so that a slow minute of the machine hits both alike. The watched
+step also writes its row to metrics.jsonl, TensorBoard and a CSV file, before it ends: in a run the
 last is a thread's. What comes less often is timed by itself, and its share is that of the run's own
-cadence: rows of norms every `watch_every` steps, the probe every `eval_every`, a page every half minute.
+cadence: rows of norms every `watch_every` steps, the probe every `eval_every`, a page every half
+minute.
 
 Seen on two cores that others used too, quickstart: the step takes 1.0 % longer (500 ms), the probe
 0.3 % (235 ms at every validation), rows of norms and pages less than 0.1 %: 1.3 % together.

@@ -178,14 +178,15 @@ class Trainer:
         config.tpu_options), compiled and (lambda lowered: self._loaded(lowered, compiled)))
     held_out = HeldOut(self.module, self.loss, self.validation_data, self.hosts,
                        config.eval_batches)
-    probe = Probe(self.module, self.validation_data, self.hosts) if config.watch_every else None
+    probe = (Probe(self.module, self.validation_data, self.hosts, self.log) if config.watch_every
+             else lambda _: {})
 
     def validate(step):
       params = evaluated(state.opt_state, state.params)
       metrics = held_out(params, lambda: watch.beat(step + 1))
       writer.write(step, 'validation', metrics)
-      if probe is not None:
-        writer.write(step, 'probe', probe(params))
+      if inside := probe(params):
+        writer.write(step, 'probe', inside)
       return metrics
 
     rows = GlobalBatch(self.rules, config.batch_size)

@@ -25,6 +25,8 @@ from lm.training.optimizers.paths import names_of
 
 NUM_ROWS = 4  # of the held-out batch, the first ones
 MAX_LENGTH = 512  # tokens of a row: all scores of attention stand in memory here
+# Of a program that does not fit, or a model whose program it cannot read.
+_FAILURES = jax.errors.JaxRuntimeError, TypeError, ValueError, KeyError, NotImplementedError
 _PARTS = {'qkv': ('query', 'key', 'value', 'position')}  # in the order in which blocks name them
 
 Found = list[tuple[str, str, dict[str, jax.Array]]]  # the place in the model, the name, what was
@@ -41,9 +43,12 @@ class Probe:
   Args:
     module: as it trains; its rules say where rows and parameters lie.
     hosts: who compute together; all call it.
+    log: what is told if it fails, from when on it finds nothing: a run does not end of it.
   """
 
-  def __init__(self, module: nn.Module, loader: Loader, hosts: Hosts = Hosts()):
+  def __init__(self, module: nn.Module, loader: Loader, hosts: Hosts = Hosts(),
+               log: Callable[[str], None] = print):
+    self._log, self._has_failed = log, False
     rules, rows = module.rules, slice(0, min(NUM_ROWS, loader.batch_size))
     # Every device has all rows, so that parameters stay where they are: gathered, those of a large
     # model would not fit.
@@ -58,11 +63,19 @@ class Probe:
         functools.partial(measure, _plain(module.config).build()), **over_mesh))
 
   def __call__(self, params: Any) -> dict[str, np.ndarray]:
-    """What `measure` finds under these parameters."""
+    """What `measure` finds under these parameters; {} once it has failed."""
+    if self._has_failed:
+      return {}
     carry = self._carry
-    for batch in self._batches:
-      found, carry = self._measure(params, batch, carry)
-    return jax.device_get(found)
+    try:
+      for batch in self._batches:
+        found, carry = self._measure(params, batch, carry)
+      return jax.device_get(found)
+    except _FAILURES as error:
+      self._has_failed = True
+      self._log(f'the probe failed ({type(error).__name__}: {str(error).partition(chr(10))[0]}); the run '
+                'goes on without it')
+      return {}
 
 
 def _everywhere(rules: Rules, x: np.ndarray) -> jax.Array:

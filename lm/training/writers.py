@@ -137,7 +137,7 @@ class CSV:
 
 
 class WandB:
-  """Weights & Biases (`pip install wandb`, seen with 0.31; WANDB_MODE=offline without a network)."""
+  """Weights & Biases (`pip install wandb`, seen with 0.31; offline by WANDB_MODE=offline)."""
 
   def __init__(self, project: str = 'lm'):
     self._project, self._run = project, None

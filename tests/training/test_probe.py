@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import pathlib
+import types
 
 from flax import linen as nn
 import jax
@@ -182,6 +183,15 @@ def test_a_trunk_under_a_head_is_measured_by_the_plain_form_of_attention(tiny_co
   params = nn.meta.unbox(config.build().init(jax.random.key(0), method='initialize')['params'])
   found, _ = measured(probe._plain(config), params, batch)
   assert found['entropy/trunk/attention'].shape == (1,)
+
+
+def test_a_probe_that_fails_is_told_once_and_finds_nothing(tiny_configs, monkeypatch):
+  said, module, batch = [], tiny_configs['gpt2'](num_layers=1).build(), make_batch()
+  rows = types.SimpleNamespace(batch_size=B, batch=lambda step, rows: batch)
+  look = probe.Probe(module, rows, log=said.append)
+  monkeypatch.setattr(probe, '_by_layer', lambda found: {}['absent'])
+  assert look(make_params(module.config)) == look(None) == {}
+  assert len(said) == 1 and 'the probe failed (KeyError' in said[0]
 
 
 @pytest.mark.supports('watching', 'the same on a mesh as on one device')
