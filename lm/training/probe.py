@@ -73,8 +73,8 @@ class Probe:
       return jax.device_get(found)
     except _FAILURES as error:
       self._has_failed = True
-      self._log(f'the probe failed ({type(error).__name__}: {str(error).partition(chr(10))[0]}); the run '
-                'goes on without it')
+      what = f'{type(error).__name__}: {error}'.splitlines()[0]
+      self._log(f'the probe failed ({what}); the run goes on without it')
       return {}
 
 
