@@ -141,7 +141,8 @@ def train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransform
     The next state, and float32 scalars: `loss` (before the update), its parts where it has more
     than one, `grad_norm`, `weight` (tokens, or rows, that counted), and those of a loss scale; and
     `norms`, a dict of what `norms.by_group` finds. They cost no pass of their own: the compiler
-    fuses them with the update (0.1 % of a step of gin/experiments/quickstart.gin).
+    fuses them with the update (0.4 % of a step of gin/experiments/quickstart.gin on a CPU, 0.05 %
+    of the cycles of gpt_7b.gin's on a v5e).
   """
   rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
   gradients = _cached_gradients if loss.whole_batch else _gradients
