@@ -3,7 +3,8 @@
   config.gin        all bindings, defaults included; every later command starts from it
   metrics.jsonl     one object a row: step, split, loss, ...     events/  the same for TensorBoard
   checkpoints/      the latest and the best                      vocabulary/  to read and write text
-  evaluation.json   held-out files, bits per byte                samples.json, report.html
+  evaluation.json   held-out files, bits per byte                samples.json
+  report.html       all of it, written anew while the run goes   csv/  with writers.CSV()
   goodput.json      where the time went, over all starts         samples.jsonl  while training
   stacks/           of each host, when a step was stuck          profile/    traces of steps
 """
@@ -33,7 +34,7 @@ from lm.data.loader import Loader
 from lm.data.mixtures import Mixture, PreparedMixture
 from lm.data.tasks import Prepared, TextTask
 from lm.errors import UserError
-from lm.evaluation import evaluator, report
+from lm.evaluation import evaluator, live, report
 from lm.inference.generate import complete
 from lm.inference.sampling import SamplingConfig
 from lm.models.bert import BERTConfig
@@ -65,6 +66,7 @@ class Experiment:
   task: a text, or a mixture of texts, each with an objective of its own.
   objective, loss: what the model is asked, and how its answer counts.
   prompts: texts that the trained model goes on with, for the report.
+  writers: who get the metrics beside metrics.jsonl and TensorBoard; see `lm/training/writers.py`.
   """
   task: TextTask | Mixture
   model: ModelConfig
@@ -76,6 +78,7 @@ class Experiment:
   rules: Rules = Rules()
   sampling: SamplingConfig = SamplingConfig()
   prompts: tuple[str, ...] = ()
+  writers: tuple[Any, ...] = ()
 
   def __post_init__(self):
     if self.train.sequence_length > self.model.max_length:
@@ -159,7 +162,9 @@ def train(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(),
         _finish(experiment, directory, prepared, hosts)
     result['goodput'] = watched.close(result)
     if hosts.is_main:
-      result['report'] = str(report.write_report(directory))
+      state = 'ended' if result['stopped_by'] is None else 'stopped'
+      status = report.Status(result['steps'], experiment.train.num_steps, state)
+      result['report'] = str(report.write_report(directory, status))
     hosts.wait_for_all('the report')
     watched.tell(result)
     return result
@@ -268,7 +273,8 @@ def _trainer(experiment: Experiment, prepared: Data, directory: pathlib.Path, ho
       meters.peak_flops(experiment.model.dtype),
       log=lambda text: print(text, file=sys.stderr) if hosts.is_main else None,
       goodput=watched.goodput, alerts=watched.alerts,
-      sample=functools.partial(_sample, experiment, prepared.vocabulary, hosts), hosts=hosts)
+      sample=functools.partial(_sample, experiment, prepared.vocabulary, hosts), hosts=hosts,
+      writers=(live.LiveReport(settings.num_steps), *experiment.writers))
 
 
 def _sample(experiment: Experiment, vocabulary: Any, hosts: Hosts, params: Any

@@ -10,8 +10,8 @@ FILES = sorted(str(path.relative_to(REPOSITORY)) for folder in ('lm', 'pallas_ke
                for path in (REPOSITORY / folder).rglob('*.py'))
 
 RECEIVE_A_MODEL = ['lm/training/step.py', 'lm/training/loop.py',
-                   'lm/training/validation.py', 'lm/evaluation/*', 'lm/inference/*', 'lm/run.py',
-                   'lm/doctor*.py']
+                   'lm/training/validation.py', 'lm/training/probe.py', 'lm/evaluation/*',
+                   'lm/inference/*', 'lm/run.py', 'lm/doctor*.py']
 
 # A package: the only files that may import it.
 ONLY = {

@@ -1,5 +1,7 @@
 """Parameters in, numbers out.
 
 `evaluator.py` scores held-out documents in bits per byte beside gzip and xz, on all hosts;
-`report.py` draws a run's curves and tables into one self-contained `report.html`.
+`report.py` draws a run's curves and tables into one self-contained `report.html`, with what
+`watched.py` draws of its inside, and `live.py` keeps it true while the run trains; `compare.py`
+lays runs over each other; `plot.py` draws.
 """

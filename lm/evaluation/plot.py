@@ -1,4 +1,4 @@
-"""Draws line and bar charts as SVG text that needs no library to be looked at.
+"""Draws line and bar charts and heat maps as SVG text that needs no library to be looked at.
 
 Colours come from the page by the CSS classes c0, c1, c2 (and `faint` for a raw curve), so one chart
 serves light and dark pages.
@@ -15,6 +15,10 @@ from collections.abc import Sequence
 WIDTH, HEIGHT = 480, 270
 LEFT, RIGHT, TOP, BOTTOM = 66, 20, 12, 42
 MAX_POINTS = 800  # More than the pixels of a phone; keeps the page small.
+MAX_COLUMNS = 60  # Of a heat map.
+# Viridis, from low to high: equal steps look equal, in print and to the colour-blind too.
+RAMP = ('440154', '481a6c', '472f7d', '414487', '39568c', '31688e', '2a788e', '23888e', '1f988b',
+        '22a884', '35b779', '54c568', '7ad151', 'a5db36', 'd2e21b', 'fde725')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +68,8 @@ def number(value: float) -> str:
   return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.4g}'
 
 
-def line_chart(series: Sequence[Series], x_label: str, y_label: str,
-               y_from_zero: bool = False) -> str:
+def line_chart(series: Sequence[Series], x_label: str, y_label: str, y_from_zero: bool = False,
+               log_y: bool = False) -> str:
   """Draws curves over a common pair of axes with ticks, units and a legend.
 
   Args:
@@ -73,12 +77,16 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str,
     x_label: quantity and unit of the horizontal axis.
     y_label: quantity and unit of the vertical axis.
     y_from_zero: makes the vertical axis begin at zero.
+    log_y: makes the vertical axis logarithmic; only points above zero are drawn, and no bands.
 
   Returns:
     An `<svg>` element, or '' when there is no finite point.
   """
   kept = [dataclasses.replace(s, points=[p for p in s.points if all(map(math.isfinite, p))])
           for s in series]
+  if log_y:
+    kept = [dataclasses.replace(s, points=[(x, math.log10(y)) for x, y in s.points if y > 0])
+            for s in kept]
   points = [point for s in kept for point in s.points]
   points += [(x, y) for s in kept for x, *both in s.band for y in both]
   if not points:
@@ -93,10 +101,10 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str,
             HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM))
 
   parts = []
-  for value in ticks(y_low, y_high):
+  for value, text in _y_ticks(y_low, y_high, log_y):
     y = place(x_low, value)[1]
     parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-    parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
+    parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
   for value in ticks(x_low, x_high):
     x = place(value, y_low)[0]
     parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
@@ -109,9 +117,20 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str,
   parts += [_band([place(x, high) for x, _, high in s.band] +
                   [place(x, low) for x, low, _ in reversed(s.band)], s.classes)
             for s in kept if any(high > low for _, low, high in s.band)]
-  parts += [_curve(s, [place(*p) for p in _thin(s.points)]) for s in kept]
+  most = max(MAX_POINTS // len(kept), MAX_POINTS // 4)
+  parts += [_curve(s, [place(*p) for p in _thin(s.points, most)], log_y) for s in kept]
   named = [s for s in kept if s.name]
   return _svg(parts, HEIGHT, y_label) + (_legend(named) if len(named) > 1 else '')
+
+
+def _y_ticks(low: float, high: float, log_y: bool) -> list[tuple[float, str]]:
+  """(place, text); of a logarithmic axis powers of ten, or where it has too few, round numbers."""
+  if not log_y:
+    return [(value, number(value)) for value in ticks(low, high)]
+  powers = range(math.ceil(low), math.floor(high) + 1)
+  if len(powers) < 2:
+    return [(math.log10(value), number(value)) for value in ticks(10**low, 10**high) if value > 0]
+  return [(power, number(10.0**power)) for power in powers[::-(-len(powers) // 8)]]
 
 
 def _range(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
@@ -123,11 +142,12 @@ def _range(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
   return low - pad, high + pad
 
 
-def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+def _thin(points: Sequence[tuple[float, float]], most: int = MAX_POINTS
+          ) -> Sequence[tuple[float, float]]:
   """Keeps the extremes of every stretch, so that no spike disappears."""
-  if len(points) <= MAX_POINTS:
+  if len(points) <= most:
     return points
-  size = math.ceil(2 * len(points) / MAX_POINTS)
+  size = math.ceil(2 * len(points) / most)
   kept = []
   for i in range(0, len(points), size):
     stretch = points[i:i + size]
@@ -135,11 +155,12 @@ def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]
   return kept
 
 
-def _curve(series: Series, points: Sequence[tuple[float, float]]) -> str:
+def _curve(series: Series, points: Sequence[tuple[float, float]], log_y: bool) -> str:
   path = 'L'.join(f'{x:.1f} {y:.1f}' for x, y in points)
   parts = [f'<path class="curve {series.classes}" d="M{path}"/>'] if len(points) > 1 else []
   if series.dots or len(points) == 1:
-    for (x, y), (step, value) in zip(points, _thin(series.points)):
+    for (x, y), (step, value) in zip(points, _thin(series.points, len(points))):
+      value = 10**value if log_y else value
       parts.append(f'<circle class="dot {series.classes}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>'
                    f'{html.escape(series.name)} {number(value)} at {number(step)}</title></circle>')
   return ''.join(parts)
@@ -196,3 +217,86 @@ def bar_chart(groups: Sequence[tuple[str, Sequence[float]]], names: Sequence[str
                f'{html.escape(label)}</text>')
   legend = _legend([Series(name, (), f'c{j}') for j, name in enumerate(names)])
   return legend + _svg(parts, bottom + 38, label)
+
+
+def heat_map(columns: Sequence[tuple[float, Sequence[float]]], x_label: str, y_label: str,
+             label: str, log: bool = False) -> str:
+  """Draws numbers as colours, with a scale of them beside it.
+
+  Args:
+    columns: (x, the values from y = 0 up) of each column, all of one length; where there are many,
+      some are drawn. What is not finite stays empty.
+    x_label, y_label: quantities of the axes, which count in whole numbers.
+    label: quantity and unit of the values.
+    log: makes the scale of colours logarithmic; only values above zero are drawn.
+
+  Returns:
+    An `<svg>` element, or '' when there is nothing to draw.
+  """
+  if len(columns) > MAX_COLUMNS:  # the first and the last among them
+    columns = [columns[round(i * (len(columns) - 1) / (MAX_COLUMNS - 1))]
+               for i in range(MAX_COLUMNS)]
+  scale = (lambda v: math.log10(v) if v > 0 else math.nan) if log else float
+  rows = [[scale(v) for v in values] for values in zip(*(values for _, values in columns))]
+  finite = [v for row in rows for v in row if math.isfinite(v)]
+  if not finite:
+    return ''
+  low, high = min(finite), max(finite)
+  level = lambda v: min(int((v - low) / ((high - low) or 1) * len(RAMP)), len(RAMP) - 1)
+  runs: dict[int, list[str]] = {}
+  for y, row in enumerate(rows):
+    x = 0
+    # Neighbours of one colour are one line, and all lines of a colour one path.
+    for key, cells in itertools.groupby(level(v) if math.isfinite(v) else -1 for v in row):
+      count = len(list(cells))
+      runs.setdefault(key, []).append(f'M{x} {len(rows) - 1 - y}h{count}')
+      x += count
+  runs.pop(-1, None)
+  right = WIDTH - RIGHT - 70  # 70: for the scale of colours
+  height = min(HEIGHT, TOP + BOTTOM + max(60, 22 * len(rows)))
+  across, down = (right - LEFT) / len(columns), (height - TOP - BOTTOM) / len(rows)
+  cells = ''.join(f'<path stroke="#{RAMP[key]}" d="{"".join(lines)}"/>'
+                  for key, lines in sorted(runs.items()))
+  parts = [f'<g class="cells" transform="translate({LEFT} {TOP + down / 2:.3f}) '
+           f'scale({across:.4f} {down:.4f})">{cells}</g>']
+  for i in _places(len(rows)):
+    y = height - BOTTOM - (i + 0.5) * down
+    parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{i}</text>')
+  for i in _places(len(columns)):
+    parts.append(f'<text x="{LEFT + (i + 0.5) * across:.1f}" y="{height - BOTTOM + 16}" '
+                 f'text-anchor="middle">{number(columns[i][0])}</text>')
+  parts.append(f'<text x="{(LEFT + right) / 2}" y="{height - 6}" text-anchor="middle">'
+               f'{html.escape(x_label)}</text>')
+  parts.append(f'<text transform="rotate(-90)" x="{-(TOP + height - BOTTOM) / 2}" y="12" '
+               f'text-anchor="middle">{html.escape(y_label)}</text>')
+  back = (lambda v: 10**v) if log else (lambda v: v)
+  step = (height - TOP - BOTTOM) / len(RAMP)
+  parts += [f'<path class="key" stroke="#{colour}" stroke-width="{step + 0.5:.2f}" '
+            f'd="M{right + 14} {height - BOTTOM - (i + 0.5) * step:.2f}h12"/>'
+            for i, colour in enumerate(RAMP)]
+  ends = ((low, height - BOTTOM), (high, TOP + 10)) if high > low else ((low, height - BOTTOM),)
+  parts += [f'<text x="{right + 32}" y="{y:.1f}">{number(back(v))}</text>' for v, y in ends]
+  return _svg(parts, height, label)
+
+
+def _places(count: int) -> list[int]:
+  """About five of 0 .. count - 1, at equal distances."""
+  return list(range(0, count, max(1, math.ceil(count / 6))))
+
+
+def stacked_bar(shares: Sequence[tuple[str, float]], label: str) -> str:
+  """Draws shares of a whole as one bar, and a legend that says each.
+
+  Args:
+    shares: (name, share of 1); those that are 0 stand in neither.
+    label: what is shared.
+  """
+  x, parts, named = 0.0, [], []
+  for i, (name, share) in enumerate(shares):
+    if share <= 0:
+      continue
+    parts.append(f'<rect class="c{i % 8}" x="{x:.2f}" y="0" width="{share * WIDTH:.2f}" '
+                 'height="22"/>')
+    named.append(Series(f'{name} {100 * share:.1f} %', (), f'c{i % 8}'))
+    x += share * WIDTH
+  return _svg(parts, 22, label) + _legend(named)

@@ -7,12 +7,15 @@ import json
 import os
 import pathlib
 import statistics
+import time
 from collections.abc import Mapping, Sequence
+import dataclasses
 from typing import Any
 
 from lm.errors import UserError
-from lm.evaluation import plot
+from lm.evaluation import plot, watched
 
+REFRESH_SECONDS = 30
 MODEL, GZIP, XZ = 'model', 'gzip -9', 'xz -9'
 
 STYLE = """
@@ -26,7 +29,7 @@ STYLE = """
 body { margin: 0 auto; padding: 16px; max-width: 1080px; color: var(--ink);
   background: var(--page); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 22px; margin: 8px 0 0; } h2 { font-size: 17px; margin: 32px 0 8px; }
-p.soft, dt { color: var(--soft); } p { margin: 4px 0; }
+p.soft, span.soft, dt { color: var(--soft); } p { margin: 4px 0; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 8px; }
 dl div, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: 10px 12px; margin: 0; }
@@ -45,6 +48,11 @@ svg text.name { fill: var(--ink); } svg text.value { font-size: 9px; }
 .c3 { --own: var(--c3); } .c4 { --own: var(--c4); } .c5 { --own: var(--c5); }
 .c6 { --own: var(--c6); } .c7 { --own: var(--c7); }
 .curve { stroke: var(--own); } rect, circle { fill: var(--own); }
+.cells { shape-rendering: crispEdges; stroke-width: 1; } .cells path, path.key { fill: none; }
+.status { display: flex; flex-wrap: wrap; gap: 2px 16px; align-items: baseline; margin: 8px 0; }
+.status b { color: var(--c2); } .status.ended b { color: var(--c0); }
+.status.stopped b { color: var(--c1); }
+progress { width: 100%; height: 8px; accent-color: var(--c2); }
 .legend i { background: var(--own); }
 .band { fill: var(--own); opacity: .18; stroke: none; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 13px; color: var(--soft); }
@@ -63,13 +71,45 @@ summary { cursor: pointer; }
 """
 
 
-def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
+@dataclasses.dataclass(frozen=True)
+class Status:
+  """How far a run is.
+
+  step, total: of its steps.  state: 'live', 'ended' or 'stopped'.
+  seconds_left: of training; None if nobody knows.  at: seconds since 1970.
+  """
+  step: int
+  total: int
+  state: str
+  seconds_left: float | None = None
+  at: float = dataclasses.field(default_factory=time.time)
+
+  @property
+  def html(self) -> str:
+    """A line of words, and a bar."""
+    step, share = min(self.step, self.total), min(self.step / self.total, 1)
+    left = '' if self.seconds_left is None else (
+        f'<span>about {watched.duration(self.seconds_left)} left</span>')
+    at = time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime(self.at))
+    if self.state == 'live':
+      at = (f'{at}: if that is long ago, the process is gone or stuck. This page loads itself '
+            f'again every {REFRESH_SECONDS} s.')
+    return (f'<p class="status {self.state}"><b>{self.state}</b><span>step {step:,} of '
+            f'{self.total:,}, {100 * share:.0f} %</span>{left}<span class="soft">last sign of life '
+            f'{at}</span></p><progress value="{share:.4f}" max="1"></progress>')
+
+
+def write_report(run_dir: str | pathlib.Path, status: Status | None = None,
+                 rows: Sequence[Mapping[str, Any]] | None = None) -> pathlib.Path:
   """Writes `report.html` of a run from what stands in its directory.
 
-  Reads metrics.jsonl, evaluation.json, samples.json and config.gin; what is absent is left out.
+  Reads metrics.jsonl, evaluation.json, samples.json, samples.jsonl, goodput.json and config.gin;
+  what is absent is left out.
 
   Args:
     run_dir: the run directory.
+    status: of who trains; with it a page may be without numbers yet.
+    rows: of metrics.jsonl, for who has read them.
 
   Returns:
     The path of the report.
@@ -78,10 +118,10 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     UserError: there is nothing to report, a file is not what a run writes, or the disk is full.
   """
   run_dir = pathlib.Path(run_dir)
-  rows = read_rows(run_dir / 'metrics.jsonl')
+  rows = read_rows(run_dir / 'metrics.jsonl') if rows is None else rows
   evaluation = read_json(run_dir / 'evaluation.json')
   samples = read_json(run_dir / 'samples.json')
-  if not rows and evaluation is None:
+  if not rows and evaluation is None and status is None:
     raise UserError(f'{run_dir} has neither metrics.jsonl nor evaluation.json to report on; '
                     'give the --run_dir of a run of `lm train`')
   try:
@@ -89,20 +129,25 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
   except OSError:
     config = ''
   try:
-    body = [_summary(rows, evaluation), _curves(rows), _comparison(evaluation),
-            _samples(samples), _config(config)]
+    seconds = (read_json(run_dir / 'goodput.json') or {}).get('seconds')
+    body = [status.html if status else '', _summary(rows, evaluation), _curves(rows),
+            watched.goodput(seconds), watched.norms(rows), watched.activations(rows),
+            watched.experts(rows), _comparison(evaluation), _samples(samples),
+            watched.samples(read_rows(run_dir / 'samples.jsonl')), _config(config)]
   except (KeyError, TypeError, AttributeError) as error:
-    raise UserError(f'evaluation.json or samples.json in {run_dir} lacks a field ({error!r}); run '
-                    '`lm evaluate --run_dir` again') from error
+    raise UserError(f'a JSON file in {run_dir} lacks a field ({error!r}); run `lm evaluate '
+                    '--run_dir` again') from error
   title = html.escape(run_dir.absolute().name)
-  return write(run_dir / 'report.html', document(title, '\n'.join(body)))
+  is_live = status is not None and status.state == 'live'
+  return write(run_dir / 'report.html', document(title, '\n'.join(body), is_live))
 
 
-def document(title: str, body: str) -> str:
-  """A whole page; title and body are HTML."""
+def document(title: str, body: str, is_live: bool = False) -> str:
+  """A whole page; title and body are HTML. A live one loads itself again and again."""
+  refresh = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">' if is_live else ''
   return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
           '<meta name="viewport" content="width=device-width, initial-scale=1">'
-          f'<title>{title}</title><style>{STYLE}</style></head><body>\n'
+          f'{refresh}<title>{title}</title><style>{STYLE}</style></head><body>\n'
           f'<h1>{title}</h1>\n{body}\n</body></html>\n')
 
 

@@ -63,7 +63,7 @@ class MLP(nn.Module):
     up = [Linear((self.d_model,), (self.d_ff,), ('embed', 'mlp'), self.std, self.use_bias,
                  self.rules, self.products, name=name)(x_BTD) for name in names]
     up = [checkpoint_name(x, 'mlp_in') for x in linear.keep_gradient_whole(up)]
-    hidden_BTF = activate(self.activation, *up)
+    hidden_BTF = checkpoint_name(activate(self.activation, *up), 'mlp_hidden')
     hidden_BTF = linear.dropout(hidden_BTF, self.dropout_rate, draws)
     hidden_BTF = constrain(hidden_BTF, self.rules, 'batch', 'length', 'mlp')
     wo = Linear((self.d_ff,), (self.d_model,), ('mlp', 'embed'), self.out_std, self.use_bias,

@@ -115,7 +115,7 @@ class MoE(nn.Module):
     is_chosen = (experts[..., None] == jnp.arange(cfg.num_experts)).any(-2) & counts_BT[..., None]
     places = jnp.take_along_axis(jnp.cumsum(is_chosen, 1) - 1, experts, -1)  # in its expert's queue
     kept = counts_BT[..., None] & (places < cfg.capacity(x_BTD.shape[1]))
-    experts = jnp.where(kept, experts, cfg.num_experts)
+    experts = checkpoint_name(jnp.where(kept, experts, cfg.num_experts), 'experts')
 
     y_BTD = self._on_mesh(x_BTD, experts, places, gates, self._kernels())
     return y_BTD, self._penalties(logits, is_chosen, counts_BT)

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from lm.errors import UserError
@@ -23,7 +24,8 @@ POLICIES = {'full': jax.checkpoint_policies.nothing_saveable,
             'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             'none': pipeline.all_but_parameters}
 # What blocks name: queries, keys and values; what the attention kernel returns, and its projection;
-# the feed-forward layer before its activation, and its result.
+# the feed-forward layer before its activation, and its result. Other names are for
+# `lm/training/probe.py` alone.
 NAMED = ('qkv', 'attention', 'attention_out', 'mlp_in', 'mlp_out')
 
 
@@ -166,6 +168,7 @@ class Stack(nn.Module):
       rows, draws = rows
       y, output = block.apply({'params': params}, x, rows, shared, own_rows, tuple(own),
                               None if draws is None else draws.fold(index))
+      y = jax.tree.map(lambda a: checkpoint_name(a, 'residual'), y)
       return y if kept is None else jax.tree.map(functools.partial(jnp.where, kept), y, x), output
 
     return apply

@@ -5,7 +5,8 @@
 NaNs and spikes, skipped or rolled back; `position.py` where in the data a step reads;
 `stopping.py` signals and early stopping; `validation.py` metrics of held-out rows; `checkpoint.py`
 saves and restores (with `checkpoint_io.py`, arrays by Orbax, and `integrity.py`, digests);
-`monitor.py` metrics.jsonl, TensorBoard and the progress bar; `samples.py` what is written on the
-way; `meters.py` rates and the machine's peak; `goodput.py` where the time goes; `profiling.py`
-traces; `watchdog.py` reports a stuck step; `alerts.py` tells a person.
+`monitor.py` metrics.jsonl, TensorBoard and the progress bar; `writers.py` tables, W&B, MLflow;
+`norms.py` norms by group; `probe.py` activations, attention and experts; `samples.py` what is
+written on the way; `meters.py` rates and the machine's peak; `goodput.py` where the time goes;
+`profiling.py` traces; `watchdog.py` reports a stuck step; `alerts.py` tells a person.
 """

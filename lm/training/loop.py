@@ -25,9 +25,11 @@ from lm.training.goodput import Goodput
 from lm.training.optimizers import evaluated
 from lm.training.position import BatchSizes, Position
 from lm.training.precision import LossScale
+from lm.training.probe import Probe
 from lm.training.state import TrainState, abstract_state, init_state
 from lm.training.step import Loss, jit_train_step
 from lm.training.validation import HeldOut
+from lm.training.writers import Writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,8 @@ class TrainConfig:
   num_microbatches: parts of a batch computed one after another (gradient accumulation).
   checkpoint_every, eval_every: steps between checkpoints, and between validation losses.
   eval_batches: batches of the held-out text in a validation loss during training.
+  watch_every: steps between the norms by group and layer that are kept; at validation the model is
+    probed too (`probe.py`). 0 watches neither.
   keep_checkpoints: latest checkpoints that stay, besides the best by validation loss.
   seed: of the parameters, the order of the data, and dropout.
   stuck_after_seconds: a step that takes longer is reported, with the stacks of every host.
@@ -61,6 +65,7 @@ class TrainConfig:
   checkpoint_every: int = 100
   eval_every: int = 100
   eval_batches: int = 8
+  watch_every: int = 50
   keep_checkpoints: int = 2
   seed: int = 0
   stuck_after_seconds: int = 600
@@ -76,8 +81,9 @@ class TrainConfig:
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      if field.type is int and field.name != 'seed' and getattr(self, field.name) < 1:
-        raise ValueError(f'{field.name}={getattr(self, field.name)} must be at least 1')
+      least = 0 if field.name == 'watch_every' else 1
+      if field.type is int and field.name != 'seed' and getattr(self, field.name) < least:
+        raise ValueError(f'{field.name}={getattr(self, field.name)} must be at least {least}')
     for size in self.sizes.all:
       if size % self.num_microbatches:
         raise ValueError(f'batch_size={size} does not divide into '
@@ -101,6 +107,7 @@ class Trainer:
   hosts: who train together; host 0 writes metrics and shows progress.
   goodput: counts the seconds; alerts: tells a person.
   sample: from parameters to completions of the run's prompts; all hosts call it.
+  writers: who get the metrics too.
   """
   config: TrainConfig
   module: nn.Module
@@ -119,6 +126,7 @@ class Trainer:
   alerts: Alerts
   sample: Callable[[Any], Sequence[Mapping[str, Any]]]
   hosts: Hosts = Hosts()
+  writers: Sequence[Writer] = ()
 
   def run(self, compiled: pathlib.Path | None = None) -> dict[str, Any]:
     """Trains from the last good checkpoint to `num_steps`, or until a signal asks to stop.
@@ -225,6 +233,8 @@ class _Session:
     self.compiled, self.step_fns = compiled, {}  # a program for each batch size
     self.held_out = HeldOut(trainer.module, trainer.loss, trainer.validation_data, self.hosts,
                             self.config.eval_batches)
+    self.probe = (Probe(trainer.module, trainer.validation_data, self.hosts, trainer.log)
+                  if self.config.watch_every else lambda _: {})
     self.rates = np.asarray(jax.vmap(trainer.schedule)(jnp.arange(self.config.num_steps)))
     self.timer = meters.StepTimer(self.goodput)
     self.losses: list[float] = []
@@ -239,8 +249,8 @@ class _Session:
   def _open_metrics(self):
     """The metrics up to the state's step, and the validation losses among them."""
     step = int(self.state.step)
-    self.writer = (monitor.MetricsWriter(self.of.run_dir, step) if self.hosts.is_main
-                   else monitor.Silent())
+    self.writer = monitor.Silent() if not self.hosts.is_main else monitor.MetricsWriter(
+        self.of.run_dir, step, self.of.writers, self.of.log)
     found = self.hosts.ask_main('the validation losses', lambda: [
         (row['step'], row['loss']) for row in monitor.read_rows(self.of.run_dir / monitor.METRICS)
         if row['split'] == 'validation'])
@@ -313,6 +323,7 @@ class _Session:
         self.state, metrics = self.step_fns[size](self.state, batch)
       # While devices compute, all hosts say that they have begun, and agree whether to stop.
       asked = self.hosts.gather(watchdog.step_key(step), received[:1])
+      self.norms = metrics.pop('norms')
       row = {name: float(value) for name, value in metrics.items()}
     self.timer.step_done(size * self.config.sequence_length)
     self.watch.beat(step + 1)
@@ -328,6 +339,8 @@ class _Session:
     if 'tokens_per_second' in row:
       row['mfu'] = row['tokens_per_second'] * self.of.flops_per_token / self.of.peak_flops
     self.writer.write(step, 'train', row)
+    if self.config.watch_every and step % self.config.watch_every == 0:
+      self.writer.write(step, 'norms', jax.device_get(self.norms))
     self.losses.append(row['loss'])
     self.bar.update(step, row['loss'], row.get('tokens_per_second'), row.get('mfu'))
 
@@ -409,7 +422,10 @@ class _Session:
   def _validate(self, step: int) -> dict[str, float]:
     with self.goodput.spent('evaluation'):
       metrics = self.held_out(self._evaluated(), lambda: self.watch.beat(step + 1))
+      inside = self.probe(self._evaluated())
     self.writer.write(step, 'validation', metrics)
+    if inside:
+      self.writer.write(step, 'probe', inside)
     self.validated[step] = metrics['loss']
     self.bar.note(f'step {step}: validation loss {metrics["loss"]:.4f}')
     return metrics

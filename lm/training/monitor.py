@@ -10,11 +10,13 @@ import pathlib
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
+import numpy as np
+
 from lm.errors import UserError
-from lm.training import integrity
+from lm.training import integrity, writers
 # Those who watch a run need these beside the writers.
 from lm.training.meters import StepTimer, peak_flops, peak_rss_bytes
 
@@ -25,9 +27,10 @@ METRICS, EVENTS = 'metrics.jsonl', 'events'
 
 
 class MetricsWriter:
-  """Appends rows to metrics.jsonl and the same numbers to TensorBoard events."""
+  """Appends rows to metrics.jsonl and the same numbers to TensorBoard events and other writers."""
 
-  def __init__(self, run_dir: str | pathlib.Path, start_step: int = 0):
+  def __init__(self, run_dir: str | pathlib.Path, start_step: int = 0,
+               others: Sequence[writers.Writer] = (), log: Callable[[str], None] = print):
     """Opens the metrics of a run that goes on after `start_step`.
 
     Rows of later steps are dropped, since these steps are run again; so is a last line that a
@@ -36,6 +39,8 @@ class MetricsWriter:
     Args:
       run_dir: the run directory.
       start_step: number of steps that the restored state has behind it.
+      others: who get the numbers too, each in a thread of its own.
+      log: what is told when one of them fails.
 
     Raises:
       UserError: the disk is full or not writable.
@@ -55,6 +60,8 @@ class MetricsWriter:
       self._start_events(start_step)
     except OSError as error:
       raise self._user_error(error) from error
+    self._others = [writers.Aside(writer, pathlib.Path(run_dir), start_step, log)
+                    for writer in others]
 
   def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
     """Appends one row; it is with the operating system when this returns.
@@ -62,18 +69,19 @@ class MetricsWriter:
     Args:
       step: number of steps done.
       split: 'train' or 'validation'.
-      metrics: name -> number; a float32 stands in the row so that it reads back exactly. NaN and
-        infinities become null, for JSON has none, and the row has `"non_finite": true`.
+      metrics: name -> number, or an array, of layers first, which is a list in the row; a float32
+        stands there so that it reads back exactly. NaN and infinities become null, for JSON has
+        none, and the row has `"non_finite": true`.
 
     Raises:
       UserError: the disk is full; the rows before stay whole.
     """
-    numbers = {name: value if isinstance(value, int) else float(value)
-               for name, value in metrics.items()}
+    values = {name: _plain(value) for name, value in metrics.items()}
     row = {'step': int(step), 'split': split}
-    row |= {name: x if math.isfinite(x) else None for name, x in numbers.items()}
-    if None in row.values():
+    row |= {name: _finite(value) for name, value in values.items()}
+    if row != {'step': int(step), 'split': split, **values}:
       row['non_finite'] = True
+    numbers = flat(values)
     from tensorboard.compat.proto import event_pb2, summary_pb2
     values = [summary_pb2.Summary.Value(tag=f'{split}/{name}', simple_value=x)
               for name, x in numbers.items()]
@@ -84,11 +92,15 @@ class MetricsWriter:
       self._add_event(event)
     except OSError as error:
       raise self._user_error(error) from error
+    for writer in self._others:
+      writer.write(int(step), split, numbers)
 
   def close(self) -> None:
-    """Closes the files."""
+    """Closes the files, and waits for the other writers."""
     self._file.close()
     self._events.close()
+    for writer in self._others:
+      writer.close()
 
   def _start_events(self, start_step: int) -> None:
     from tensorboard.compat.proto import event_pb2
@@ -109,6 +121,34 @@ class MetricsWriter:
   def _user_error(self, error: OSError) -> UserError:
     return UserError(f'metrics cannot be written to {self._path.parent} ({error.strerror}); free '
                      'some space or mend the directory, then start the same command again')
+
+
+def flat(row: Mapping[str, Any]) -> dict[str, float]:
+  """The numbers of a row, and those of its vectors as name/00, name/01, ...; matrices, which would
+  be thousands of curves, stay in metrics.jsonl."""
+  numbers = {}
+  for name, value in row.items():
+    if not isinstance(value, list):
+      numbers[name] = value
+    elif value and not isinstance(value[0], list):
+      numbers |= {f'{name}/{i:02}': x for i, x in enumerate(value)}
+  return numbers
+
+
+def _plain(value: Any) -> Any:
+  """An int, a float, or nested lists of floats, each as short as reads back as its float32."""
+  if isinstance(value, int):
+    return value
+  if not getattr(value, 'ndim', 0):
+    return float(value)
+  return [_plain(x) if x.ndim else float(str(x)) for x in np.asarray(value, np.float32)]
+
+
+def _finite(value: Any) -> Any:
+  """The same, with None for what is not finite."""
+  if isinstance(value, list):
+    return [_finite(x) for x in value]
+  return value if math.isfinite(value) else None
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@ import functools
 from typing import NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from pallas_kernels import dropout
@@ -106,6 +107,7 @@ def forward(options, query, key, value, terms, masking):
     lse_BKGT = jnp.logaddexp(lse_BKGT, terms.sinks.astype(jnp.float32).reshape(K, N // K, 1))
   lse_BKGT = jnp.maximum(lse_BKGT, NO_KEY)
   probs_BKGTS = jnp.exp(scores_BKGTS - lse_BKGT[..., None])
+  probs_BKGTS = checkpoint_name(probs_BKGTS, 'probabilities')  # for who looks at them
   if options.dropout_rate:
     factors = dropout.factors(options.dropout_rate, masking.dropout_seeds,
                               places(options, T, masking), jnp.arange(S))

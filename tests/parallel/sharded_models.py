@@ -141,6 +141,8 @@ def run(family, rules, drops_scores):
   compiled = step.lower(abstract, features).compile()
   features = jax.device_put(batch(family), rules.sharding('batch'))
   state, metrics = compiled(start(family, abstract), features)
+  # Adam's first update is the gradient's sign: it says nothing of how near two gradients are.
+  metrics['norms'] = {name: x for name, x in metrics['norms'].items() if 'update' not in name}
   results = jax.tree.map(np.asarray, (metrics, state.opt_state[0].mu, state.carry))
   return results, compiled.as_text()
 

@@ -149,6 +149,12 @@ def same_losses(run: pathlib.Path, reference: pathlib.Path):
 def test_two_processes_train_as_one_process_with_their_devices(one, two):
   same_losses(two, one)
   assert len(losses(two)) == 12 and (two / 'report.html').exists()
+  ours, theirs = ([row for row in map(json.loads, (run / 'metrics.jsonl').read_text().splitlines())
+                   if row['split'] == 'probe'] for run in (two, one))
+  for found, wanted in zip(ours, theirs, strict=True):
+    assert found.keys() == wanted.keys() and 'entropy/attention' in found
+    for name in set(found) - {'split'}:
+      np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-5)
   ours, theirs = (json.loads((run / 'evaluation.json').read_text()) for run in (two, one))
   assert ours['step'] == 12 and ours['tokens'] == theirs['tokens']
   for found, wanted in ((ours, theirs), *zip(ours['files'], theirs['files'], strict=True)):

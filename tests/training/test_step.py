@@ -61,6 +61,8 @@ def test_accumulated_is_the_whole_batch_though_microbatches_weigh_differently(st
   batch = make_batch(np.array([[1], [0], [1], [0.1], [1], [0], [0], [0]]))
   (whole, metrics), (parts, other) = (steps[n](make_state(), batch) for n in (1, 4))
   assert metrics['weight'] == pytest.approx(31) and metrics['loss'] > 1
+  by_group = other.pop('norms'), metrics.pop('norms')
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), *by_group)
   for name in metrics:
     np.testing.assert_allclose(other[name], metrics[name], rtol=1e-5)
   for x, y in zip(jax.tree.leaves(parts.opt_state), jax.tree.leaves(whole.opt_state)):
