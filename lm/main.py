@@ -18,6 +18,7 @@ COMMANDS = {
     'compare': 'runs beside each other: curves with seeds as bands, tables with their spread',
     'compile': 'what the train step needs of chips that are not there: memory, time, money',
     'plan': 'how to spread the train step over TPUs that are not there: time, memory, money',
+    'sweep': 'many runs: find the best values of bindings, or how loss falls with size and tokens',
     'doctor': "check the invariants of the codebase on this config's model and mesh",
     'convert': "make a run of other people's weights (--from), or the reverse (--to)",
     'explain': 'show every value of a config and the file and line it came from',
@@ -66,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
       command.add_argument('--compile', type=int, default=2, metavar='N', help='the N best of them')
       command.add_argument('--keep', type=int, default=8, metavar='N', help='ways in the table')
       command.add_argument('--out', metavar='FILE', help='the gin file; else plan.gin in --run_dir')
+    if name == 'sweep':
+      _sweep_flags(command)
     if name == 'convert':
       command.add_argument('--from', dest='source', metavar='DIR_OR_FILE',
                            help='directory of Hugging Face, or .safetensors, .gguf, .bin file')
@@ -76,6 +79,28 @@ def _parser() -> argparse.ArgumentParser:
     if name == 'explain':
       command.add_argument('name', nargs='?', help='a macro, parameter or configurable')
   return parser
+
+
+def _sweep_flags(command: argparse.ArgumentParser):
+  numbers = lambda text: [float(number) for number in text.split(',')]
+  command.epilog += (
+      " Of a sweep the value may be a distribution: --gin.LEARNING_RATE='log(1e-4, 1e-2)', uniform("
+      "LOW, HIGH), int(LOW, HIGH), int(LOW, HIGH, STEP), choice(A, B, ...). The same command, or "
+      "--run_dir alone, continues the study, in as many processes as are started.")
+  command.add_argument('--trials', type=int, help='of the study, over all processes; 20, or the '
+                       'whole grid')
+  command.add_argument('--sampler', choices=['tpe', 'cmaes', 'grid', 'random'], default='tpe')
+  command.add_argument('--pruner', choices=['asha', 'none'], default='none', help='asha: of four '
+                       'trials that come to EVAL_EVERY steps (4, 16, ... times that) one goes on')
+  command.add_argument('--scaling_law', action='store_true', help='IsoFLOP runs of --flops, and '
+                       'the law of Chinchilla fitted to them')
+  command.add_argument('--flops', type=numbers, metavar='C1,C2,...', help='budgets of a run')
+  command.add_argument('--ratios', type=numbers, metavar='R1,R2,...', default=[5, 10, 20, 40, 80],
+                       help='tokens a parameter: the sizes of each budget; 5,10,20,40,80')
+  command.add_argument('--size', metavar='NAME', default='scaling.scaled.params',
+                       help='the binding that sets the size; scaling.scaled.params')
+  command.add_argument('--target_flops', type=float, metavar='C', help='predict the best model of '
+                       'this budget, train it, compare')
 
 
 def _bindings(rest: list[str]) -> list[tuple[str, str]]:
@@ -112,6 +137,9 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
   if args.command == 'plan':
     from lm.commands import plan
     return plan.execute(args, bindings)
+  if args.command == 'sweep':
+    from lm.commands import sweep
+    return sweep.execute(args, bindings)
   from lm import config, run  # late, so that `lm --help` does not wait for JAX
   experiment = run.open_experiment(args.gin_file, bindings, args.run_dir)
   if args.command == 'explain':
@@ -233,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     return 2
   if args.command == 'doctor' and any(r['holds'] is False for r in result.values()):
     return 1
-  stopped_by = result.get('stopped_by') if args.command == 'train' else None
+  stopped_by = result.get('stopped_by') if args.command in ('train', 'sweep') else None
   return 128 + getattr(signal, stopped_by) if stopped_by else 0
 
 

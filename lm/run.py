@@ -170,11 +170,15 @@ def train(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(),
     return result
 
 
-def fit(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts()) -> dict[str, Any]:
-  """Trains and no more: what `train` does before it evaluates, samples and reports."""
+def fit(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(), **watchers: Any
+        ) -> dict[str, Any]:
+  """Trains and no more: what `train` does before it evaluates, samples and reports.
+
+  `watchers` are those of the Trainer: `on_validation`.
+  """
   directory = pathlib.Path(run_dir)
   with _claim(directory, hosts), _watched(experiment, directory, hosts) as watched:
-    _, result = _fit(experiment, directory, hosts, watched)
+    _, result = _fit(experiment, directory, hosts, watched, **watchers)
     result['goodput'] = watched.close(result)
     watched.tell(result)
     return result
@@ -217,7 +221,7 @@ def _watched(experiment: Experiment, directory: pathlib.Path, hosts: Hosts) -> I
 
 
 def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts, watched: _Watched,
-         compiled: str | None = None) -> tuple[Data, dict[str, Any]]:
+         compiled: str | None = None, **watchers: Any) -> tuple[Data, dict[str, Any]]:
   hosts.prove_same({'the digest of the configuration': digest(config.text()), **program_facts()})
   if hosts.is_main:
     _save_config(directory)
@@ -225,7 +229,7 @@ def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts, watched:
   hosts.prove_same({'the digest of the data': _data_digest(prepared.info)})
   if hosts.is_main and not (directory / 'vocabulary').exists():
     prepared.vocabulary.save(directory / 'vocabulary')
-  trainer = _trainer(experiment, prepared, directory, hosts, watched)
+  trainer = _trainer(experiment, prepared, directory, hosts, watched, **watchers)
   result = trainer.run(compiled and pathlib.Path(compiled))
   if hosts.is_main:  # whose file it is, with the losses of the steps before this start
     result['losses'] = [row['loss'] for row in monitor.read_rows(directory / monitor.METRICS)
@@ -261,7 +265,7 @@ def _loader(experiment: Experiment, prepared: Data, split: str, seed: int) -> Lo
 
 
 def _trainer(experiment: Experiment, prepared: Data, directory: pathlib.Path, hosts: Hosts,
-             watched: _Watched) -> Trainer:
+             watched: _Watched, **watchers: Any) -> Trainer:
   settings, rules = experiment.train, experiment.bound_rules()
   loader = functools.partial(_loader, experiment, prepared)
   return Trainer(
@@ -274,7 +278,7 @@ def _trainer(experiment: Experiment, prepared: Data, directory: pathlib.Path, ho
       log=lambda text: print(text, file=sys.stderr) if hosts.is_main else None,
       goodput=watched.goodput, alerts=watched.alerts,
       sample=functools.partial(_sample, experiment, prepared.vocabulary, hosts), hosts=hosts,
-      writers=(live.LiveReport(settings.num_steps), *experiment.writers))
+      writers=(live.LiveReport(settings.num_steps), *experiment.writers), **watchers)
 
 
 def _sample(experiment: Experiment, vocabulary: Any, hosts: Hosts, params: Any

@@ -28,6 +28,7 @@ ONLY = {
     'safetensors': [],  # maps files and takes all tensors at once; see lm/interop
     'torch': ['lm/interop/*'],
     'transformers': ['lm/interop/*'],
+    'optuna': ['lm/commands/sweep_study.py'],
     'lm.main': [],
     'lm.run': ['lm/main.py', 'lm/run.py', 'lm/commands/*'],
     'lm.models': ['lm/models/*', 'lm/compression/*', 'lm/export/*', 'lm/interop/*', 'lm/main.py',
@@ -53,7 +54,7 @@ NEVER = {
 
 # Slow to import and needed by few commands: only inside functions, and under TYPE_CHECKING.
 LAZY = ['tensorflow', 'apache_beam', 'tensorboard', 'sentencepiece', 'zstandard', 'orbax',
-        'array_record', 'torch', 'transformers', 'tensorstore', 'gguf', 'tokenizers']
+        'array_record', 'torch', 'transformers', 'tensorstore', 'gguf', 'tokenizers', 'optuna']
 EAGER = {'lm/data/seqio_tasks.py'}  # itself imported lazily
 
 

@@ -23,13 +23,14 @@ RAMP = ('440154', '481a6c', '472f7d', '414487', '39568c', '31688e', '2a788e', '2
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-  """One curve: its name in the legend ('' for none), its points, its CSS classes, and where it has
-  a spread its band: (x, low, high)."""
+  """One curve: its name in the legend ('' for none), its points, its CSS classes, whether they have
+  dots and a line, and where it has a spread its band: (x, low, high)."""
 
   name: str
   points: Sequence[tuple[float, float]]
   classes: str = 'c0'
   dots: bool = False
+  line: bool = True
   band: Sequence[tuple[float, float, float]] = ()
 
 
@@ -69,7 +70,7 @@ def number(value: float) -> str:
 
 
 def line_chart(series: Sequence[Series], x_label: str, y_label: str, y_from_zero: bool = False,
-               log_y: bool = False) -> str:
+               log_y: bool = False, log_x: bool = False) -> str:
   """Draws curves over a common pair of axes with ticks, units and a legend.
 
   Args:
@@ -77,16 +78,18 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, y_from_zero
     x_label: quantity and unit of the horizontal axis.
     y_label: quantity and unit of the vertical axis.
     y_from_zero: makes the vertical axis begin at zero.
-    log_y: makes the vertical axis logarithmic; only points above zero are drawn, and no bands.
+    log_y, log_x: make an axis logarithmic; only points above zero are drawn.
 
   Returns:
     An `<svg>` element, or '' when there is no finite point.
   """
   kept = [dataclasses.replace(s, points=[p for p in s.points if all(map(math.isfinite, p))])
           for s in series]
-  if log_y:
-    kept = [dataclasses.replace(s, points=[(x, math.log10(y)) for x, y in s.points if y > 0])
-            for s in kept]
+  if log_x or log_y:
+    scales = [math.log10 if log else float for log in (log_x, log_y, log_y)]
+    above = lambda p: (p[0] > 0 or not log_x) and (min(p[1:]) > 0 or not log_y)
+    scaled = lambda ps: [tuple(f(v) for f, v in zip(scales, p)) for p in ps if above(p)]
+    kept = [dataclasses.replace(s, points=scaled(s.points), band=scaled(s.band)) for s in kept]
   points = [point for s in kept for point in s.points]
   points += [(x, y) for s in kept for x, *both in s.band for y in both]
   if not points:
@@ -101,14 +104,13 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, y_from_zero
             HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM))
 
   parts = []
-  for value, text in _y_ticks(y_low, y_high, log_y):
+  for value, text in _ticks(y_low, y_high, log_y):
     y = place(x_low, value)[1]
     parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
     parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-  for value in ticks(x_low, x_high):
+  for value, text in _ticks(x_low, x_high, log_x):
     x = place(value, y_low)[0]
-    parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
-                 f'{number(value)}</text>')
+    parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{text}</text>')
   parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
   parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
                f'{html.escape(x_label)}</text>')
@@ -118,14 +120,14 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, y_from_zero
                   [place(x, low) for x, low, _ in reversed(s.band)], s.classes)
             for s in kept if any(high > low for _, low, high in s.band)]
   most = max(MAX_POINTS // len(kept), MAX_POINTS // 4)
-  parts += [_curve(s, [place(*p) for p in _thin(s.points, most)], log_y) for s in kept]
+  parts += [_curve(s, [place(*p) for p in _thin(s.points, most)], log_x, log_y) for s in kept]
   named = [s for s in kept if s.name]
   return _svg(parts, HEIGHT, y_label) + (_legend(named) if len(named) > 1 else '')
 
 
-def _y_ticks(low: float, high: float, log_y: bool) -> list[tuple[float, str]]:
+def _ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
   """(place, text); of a logarithmic axis powers of ten, or where it has too few, round numbers."""
-  if not log_y:
+  if not log:
     return [(value, number(value)) for value in ticks(low, high)]
   powers = range(math.ceil(low), math.floor(high) + 1)
   if len(powers) < 2:
@@ -155,12 +157,14 @@ def _thin(points: Sequence[tuple[float, float]], most: int = MAX_POINTS
   return kept
 
 
-def _curve(series: Series, points: Sequence[tuple[float, float]], log_y: bool) -> str:
+def _curve(series: Series, points: Sequence[tuple[float, float]], log_x: bool, log_y: bool) -> str:
   path = 'L'.join(f'{x:.1f} {y:.1f}' for x, y in points)
-  parts = [f'<path class="curve {series.classes}" d="M{path}"/>'] if len(points) > 1 else []
+  parts = []
+  if len(points) > 1 and series.line:
+    parts.append(f'<path class="curve {series.classes}" d="M{path}"/>')
   if series.dots or len(points) == 1:
     for (x, y), (step, value) in zip(points, _thin(series.points, len(points))):
-      value = 10**value if log_y else value
+      step, value = 10**step if log_x else step, 10**value if log_y else value
       parts.append(f'<circle class="dot {series.classes}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>'
                    f'{html.escape(series.name)} {number(value)} at {number(step)}</title></circle>')
   return ''.join(parts)
@@ -174,6 +178,37 @@ def _band(outline: Sequence[tuple[float, float]], classes: str) -> str:
 def _legend(series: Sequence[Series]) -> str:
   return '<p class="legend">' + ''.join(
       f'<span><i class="{s.classes}"></i>{html.escape(s.name)}</span>' for s in series) + '</p>'
+
+
+def parallel(axes: Sequence[tuple[str, Sequence[float], Sequence[tuple[float, str]]]],
+             classes: Sequence[str], titles: Sequence[str]) -> str:
+  """Draws parallel coordinates: an upright axis a quantity, a line through all of them an item.
+
+  Args:
+    axes: of each axis the name, the place of every item in [0, 1], and its ticks (place, label).
+    classes, titles: of every item its CSS classes, and what it shows under the pointer; later items
+      lie above earlier ones.
+
+  Returns:
+    An `<svg>` element as wide as there are axes, or '' when there is no item.
+  """
+  if not titles:
+    return ''
+  height, step = HEIGHT + 30, 170
+  width = step * len(axes)
+  xs = [60 + step * i for i in range(len(axes))]
+  y_of = lambda place: height - 20 - place * (height - 60)
+  parts = []
+  for i, (of, title) in enumerate(zip(classes, titles)):
+    path = 'L'.join(f'{x} {y_of(places[i]):.1f}' for x, (_, places, _) in zip(xs, axes))
+    parts.append(f'<path class="curve {of}" d="M{path}"><title>{html.escape(title)}</title></path>')
+  for i, (x, (name, _, marks)) in enumerate(zip(xs, axes)):
+    parts.append(f'<path class="axis" d="M{x} {y_of(0)}V{y_of(1)}"/><text class="name" x="{x}" '
+                 f'y="{12 + 14 * (i % 2)}" text-anchor="middle">{html.escape(name)}</text>')
+    parts += [f'<text x="{x - 5}" y="{y_of(place) + 4:.1f}" text-anchor="end">{html.escape(label)}'
+              '</text>' for place, label in marks]
+  return (f'<svg viewBox="0 0 {width} {height}" style="max-width:{width * 2}px" role="img" '
+          f'aria-label="parallel coordinates">{"".join(parts)}</svg>')
 
 
 def _svg(parts: Sequence[str], height: float, label: str) -> str:

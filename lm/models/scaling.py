@@ -1,5 +1,6 @@
 """Models of another size: depth, width or a number of parameters in, a config out."""
 import dataclasses
+import functools
 from typing import Any, Optional
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax
 NUM_ALIGNED = 32  # d_ff is a multiple of it, as matrix units like it
 
 
+@functools.lru_cache(maxsize=4096)  # a search asks for the same again and again
 def num_params(model: Any) -> int:
   """Parameters of a model's config, without making any; tied ones count once."""
   init = lambda: model.build().init(jax.random.key(0), method='initialize')['params']

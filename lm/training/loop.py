@@ -108,6 +108,7 @@ class Trainer:
   goodput: counts the seconds; alerts: tells a person.
   sample: from parameters to completions of the run's prompts; all hosts call it.
   writers: who get the metrics too.
+  on_validation: is called with the step and its held-out metrics; what it raises ends the run.
   """
   config: TrainConfig
   module: nn.Module
@@ -127,6 +128,7 @@ class Trainer:
   sample: Callable[[Any], Sequence[Mapping[str, Any]]]
   hosts: Hosts = Hosts()
   writers: Sequence[Writer] = ()
+  on_validation: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
 
   def run(self, compiled: pathlib.Path | None = None) -> dict[str, Any]:
     """Trains from the last good checkpoint to `num_steps`, or until a signal asks to stop.
@@ -428,6 +430,7 @@ class _Session:
       self.writer.write(step, 'probe', inside)
     self.validated[step] = metrics['loss']
     self.bar.note(f'step {step}: validation loss {metrics["loss"]:.4f}')
+    self.of.on_validation(step, metrics)
     return metrics
 
   def _evaluated(self) -> Any:
