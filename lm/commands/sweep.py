@@ -68,8 +68,13 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
 
 def _asked(args, bindings) -> dict[str, Any]:
   """The settings that this command asks for, checked by building every edge of the space."""
-  if args.scaling_law != bool(args.flops):
-    raise UserError('--scaling_law and --flops=C1,C2,... belong together; give both')
+  if args.scaling_law != bool(args.flops) or args.target_flops and not args.flops:
+    raise UserError('--scaling_law and --flops=C1,C2,... belong together, and --target_flops to '
+                    'them; give both')
+  for name in ('trials', 'flops', 'ratios', 'target_flops'):
+    given = getattr(args, name)
+    if given is not None and min(given if isinstance(given, list) else [given]) <= 0:
+      raise UserError(f'--{name}={given} must be above 0')
   _, space = sweep_space.split(bindings)
   settings = {'gin_files': args.gin_file, 'bindings': bindings, 'sampler': args.sampler,
               'pruner': args.pruner, 'trials': args.trials or TRIALS, 'flops': args.flops,

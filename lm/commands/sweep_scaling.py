@@ -27,7 +27,7 @@ def points(settings: dict[str, Any]) -> dict[str, Any]:
   """The runs of all budgets and ratios, as settings: `points`, and the `config` of one of them.
 
   Raises:
-    UserError: the configuration is wrong, or a run would be shorter than a step.
+    UserError: the configuration is wrong, a run would be shorter than a step, or there are too few.
   """
   sizes, found = _Sizes(settings), []
   for flops in settings['flops']:
@@ -35,6 +35,9 @@ def points(settings: dict[str, Any]) -> dict[str, Any]:
       point = sizes.point(flops, math.sqrt(flops / 6 / ratio))
       if point not in found:  # sizes are whole heads and layers, so two ratios may mean one
         found.append(point)
+  if len(found) < scaling_law.MIN_RUNS:
+    raise UserError(f'--flops and --ratios give {len(found)} runs of different sizes, and a law '
+                    f'needs {scaling_law.MIN_RUNS}; give more of them')
   return {'points': found, 'config': config.text()}
 
 
@@ -56,13 +59,13 @@ class _Sizes:
     """The size whose N is nearest, by secants of log N over log size."""
     guess = round(params) if self.settings['size'].endswith('params') else 64
     size, power, tried = self.last or guess, 2, []
-    while size not in tried:
+    while size not in tried and len(tried) < 20:
       if size not in self.params:
         self._experiment(size)
       tried.append(size)
       if len(tried) > 1:
         (x, n), (y, m) = ((math.log(s), math.log(self.params[s])) for s in tried[-2:])
-        power = min(max((m - n) / (y - x), 0.5), 4) or power
+        power = min(max((m - n) / (y - x), 0.5), 4) if m != n else power
       size = max(1, round(size * (params / self.params[size]) ** (1 / power)))
     self.last = min(tried, key=lambda size: abs(math.log(self.params[size] / params)))
     return self.last
@@ -100,6 +103,9 @@ def following(settings: dict[str, Any]) -> Callable[[Sequence[Any]], Any]:
 
 def target(settings: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
   """The best run of the target's budget, with what the law of `runs` predicts of it."""
+  if len(runs) < scaling_law.MIN_RUNS:
+    raise UserError(f'{len(runs)} of {len(settings["points"])} runs came to their end and a law '
+                    f'needs {scaling_law.MIN_RUNS}; see why in the trials of sweep.html')
   flops, fit = settings['target_flops'], scaling_law.fit(runs)
   point = _Sizes(settings).point(flops, fit.law.optimum(flops)[0])
   size = point['params'], point['tokens']

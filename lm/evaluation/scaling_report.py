@@ -112,8 +112,8 @@ def _fit(done, law):
   ends = [min(map(min, fitted + target)), max(map(max, fitted + target))]
   return plot.line_chart([Series('equal', [(x, x) for x in ends], 'c1 faint'),
                           Series('fitted', fitted, 'c0', True, False),
-                          Series('predicted before it was trained', target, 'c3', True, False)],
-                         'loss by the law', 'validation loss')
+                          *([Series('predicted before it was trained', target, 'c3', True, False)]
+                            if target else [])], 'loss by the law', 'validation loss')
 
 
 def _table(trials, law):

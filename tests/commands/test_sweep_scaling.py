@@ -1,4 +1,4 @@
-"""`lm sweep --scaling_law`: runs of equal budgets, the law in them, and a prediction that is tested.
+"""`lm sweep --scaling_law`: runs of equal budgets, the law in them, and a prediction that is kept.
 What is trained here is a formula; gin/experiments/scaling_law.gin says what came of real runs."""
 import contextlib
 import io
@@ -91,5 +91,7 @@ def test_the_target_waits_for_all_runs(lawful):
 
 def test_budgets_and_configurations_that_cannot_be_are_refused(tmp_path):
   assert 'is less than a step' in lm(*FLAGS, '--flops=1e5', f'--run_dir={tmp_path / "a"}', status=2)
+  few = '--flops=1e12', '--ratios=5,20'
+  assert 'give 2 runs' in lm(*FLAGS, *few, f'--run_dir={tmp_path / "c"}', status=2)
   assert 'd_modl' in lm(*FLAGS, '--size=scaling.scaled.d_modl', f'--run_dir={tmp_path / "b"}',
                         status=2)
