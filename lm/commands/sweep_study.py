@@ -24,6 +24,7 @@ from lm.training import checkpoint
 
 NAME, JOURNAL = 'sweep', 'study.journal'
 MOST_STARTS = 3  # from one checkpoint: a trial that takes all memory shall not kill for ever
+MIN_TRIALS = 4  # of which one is the better quarter
 REDUCTION = 4  # of ASHA: the best quarter goes on (arXiv:1810.05934, section 4)
 
 Point = tuple[dict[str, Any], dict[str, Any]]  # parameters, notes
@@ -171,12 +172,17 @@ class Study:
 
   def importances(self) -> dict[str, float]:
     """Of the parameters, by PED-ANOVA (arXiv:2304.10255), adding to 1: how much each tells the
-    better quarter of the trials from the others. Empty where there are too few to say."""
-    done = [trial for trial in self.trials if trial.state.name == 'COMPLETE']
-    if len({trial.value for trial in done}) < 4:
+    better quarter of the trials from the others. It asks for their order alone, and a trial that
+    was given up comes after those that went further. Empty where there are too few to say."""
+    ended = [t for t in self.trials if t.state.name in ('COMPLETE', 'PRUNED') and t.params]
+    if len(ended) < MIN_TRIALS:
       return {}
+    ended.sort(key=lambda trial: (-trial.last_step, trial.value))
+    ranks, create = self._optuna.create_study(), self._optuna.trial.create_trial
+    ranks.add_trials([create(params=trial.params, distributions=trial.distributions, value=rank)
+                      for rank, trial in enumerate(ended)])
     evaluator = self._optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
-    found = self._optuna.importance.get_param_importances(self._study, evaluator=evaluator)
+    found = self._optuna.importance.get_param_importances(ranks, evaluator=evaluator)
     return {name: float(value) for name, value in found.items()}
 
 

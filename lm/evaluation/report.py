@@ -43,7 +43,7 @@ svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 svg text.name { fill: var(--ink); } svg text.value { font-size: 9px; }
 .grid { stroke: var(--line); } .axis { stroke: var(--soft); fill: none; }
 .curve { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
-.curve.faint { stroke-width: 1; opacity: .3; } i.faint { opacity: .3; }
+.curve.faint { stroke-width: 1; opacity: .3; } .dot.faint { opacity: .35; } i.faint { opacity: .3; }
 .c0 { --own: var(--c0); } .c1 { --own: var(--c1); } .c2 { --own: var(--c2); }
 .c3 { --own: var(--c3); } .c4 { --own: var(--c4); } .c5 { --own: var(--c5); }
 .c6 { --own: var(--c6); } .c7 { --own: var(--c7); }

@@ -19,20 +19,22 @@ def page(result: Mapping[str, Any]) -> str:
              ('Importance', plot.bar_chart(
                  [(name, [share]) for name, share in result['importances'].items()], ['share'],
                  'PED-ANOVA: what tells the best quarter of the trials from the rest'))]
-  slices = [(name, _slice(name, text, done)) for name, text in space.items()]
-  lines = _parallel(space, done)
+  ended = sorted((trial for trial in trials if trial['state'] in ('complete', 'pruned')),
+                 key=lambda trial: (trial['curve'][-1][0], -trial['loss']))  # the best come last
+  slices = [(name, _slice(name, text, ended)) for name, text in space.items()]
+  lines = _parallel(space, ended)
   wide = f'<h2>Parallel coordinates</h2><figure class="wide">{lines}</figure>' if lines else ''
   return report.document('Search', (
-      f'{_cards(result, done)}<h2>Search</h2>{_charts(figures)}<h2>Slices</h2>{_charts(slices)}'
+      f'{_cards(result)}<h2>Search</h2>{_charts(figures)}<h2>Slices</h2>{_charts(slices)}'
       f'{wide}<h2>Trials</h2>{_table(trials, space)}'))
 
 
-def _cards(result, done):
+def _cards(result):
   settings, best = result['settings'], result['best']
   count = {word: sum(trial['state'] == state for trial in result['trials'])
            for state, word in STATES.items()}
-  said = ', '.join(f'{n} {word}' for word, n in count.items() if n and word != 'complete')
-  cards = [('trials', f'{len(done)}', said or 'all complete'),
+  said = ', '.join(f'{n} {word}' for word, n in count.items() if n)
+  cards = [('trials', str(len(result['trials'])), said),
            ('sampler', settings['sampler'], f'pruner: {settings["pruner"]}')]
   if best:
     cards.append(('best validation loss', f'{best["loss"]:.4f}', f'trial {best["number"]}'))
@@ -83,28 +85,30 @@ def axis(text: str, values: Sequence[Any]) -> tuple[bool, dict[Any, float]]:
   return text.startswith('log') or text.startswith('choice') and spread, places
 
 
-def _slice(name, text, done):
-  """The loss of every trial by one parameter."""
-  logarithmic, places = axis(text, [trial['values'][name] for trial in done])
-  named = any(isinstance(value, str) and show(place) != value and not _is_number(value)
-              for value, place in places.items())
-  groups = sorted(places, key=places.get) if named else [None]
-  series = [Series(str(group or ''), [(places[trial['values'][name]], trial['loss'])
-                                      for trial in done if group in (None, trial['values'][name])],
-                   f'c{i % 8}', dots=True, line=False) for i, group in enumerate(groups)]
+def _slice(name, text, ended):
+  """The last loss of every trial by one parameter; those that were given up are faint."""
+  logarithmic, places = axis(text, [trial['values'][name] for trial in ended])
+  groups = [None] if all(map(_is_number, places)) else sorted(places, key=places.get)
+  series = []
+  for state, faint in (('pruned', ' faint'), ('complete', '')):
+    for i, group in enumerate(groups):
+      points = [(places[trial['values'][name]], trial['loss']) for trial in ended
+                if trial['state'] == state and group in (None, trial['values'][name])]
+      said = ', '.join(word for word in (group, STATES[state] if faint else '') if word)
+      series.append(Series(said, points, f'c{i % 8}{faint}', dots=True, line=False))
+  series = [one for one in series if one.points]
   return plot.line_chart(series, name, 'validation loss', log_x=logarithmic)
 
 
-def _is_number(text):
+def _is_number(value):
   try:
-    return math.isfinite(float(text))
+    return math.isfinite(float(value))
   except ValueError:
     return False
 
 
-def _parallel(space, done):
+def _parallel(space, items):
   """Every trial a line through its values to its loss; the best quarter over the others."""
-  items = sorted(done, key=lambda trial: -trial['loss'])
   axes = []
   columns = {name: [trial['values'][name] for trial in items] for name in space}
   for name, text in [*space.items(), ('validation loss', '')]:

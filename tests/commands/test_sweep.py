@@ -113,6 +113,8 @@ def test_asha_gives_up_three_of_four_where_they_meet(formula, tmp_path):
         break
     assert max(curve) == step == formula[f'trial_{trial["number"]:04}']
     assert trial['state'] == ('complete' if step == 64 else 'pruned')
+  assert result(tmp_path)['importances'] == {'LEARNING_RATE': 1.0}  # also of those given up
+  assert (tmp_path / 'sweep.html').read_text().count('"dot c0 faint"') > 14
   assert abs(math.log10(float(result(tmp_path)['best']['values']['LEARNING_RATE']) / 0.01)) < 0.1
   assert sum(formula.values()) < 0.5 * 64 * len(trials)
 
