@@ -256,7 +256,7 @@ def test_every_experiment_builds_and_states_its_command(path, capsys):
   assert main.main(['explain', f'--gin_file={path}', '--json', os.devnull]) == 0
   assert 'Experiment.task' in capsys.readouterr().out
   header = path.read_text().split('\ninclude')[0]
-  assert 'lm train' in header and 'Expected' in header
+  assert ('lm train' in header or 'lm sweep' in header) and 'Expected' in header
 
 
 def test_a_mixture_trains_and_is_evaluated_by_its_metrics(text, tmp_path):
