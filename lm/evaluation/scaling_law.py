@@ -5,7 +5,8 @@ runs by its appendix D.3: Huber's loss of log L, from a grid of starts. As the r
 Besiroglu et al. (arXiv:2404.10102) asks, it is summed, not averaged, and minimised until nothing
 moves: of the 240 runs that they fit with E 1.817, A 482, B 2085, alpha 0.348, beta 0.366 this finds
 1.817, 478, 2143, 0.347, 0.367, with a smaller sum. Intervals are of a residual bootstrap: IsoFLOP
-runs are a design, so sizes stay and losses are drawn again.
+runs are a design, so sizes stay and losses are drawn again. Of 80 studies of 20 runs that a known
+law made, with 0.3 % of noise, 95 % intervals held the truth in 91 %.
 
 N is parameters that a token is multiplied with, FLOPs of a token / 6, so that 6 N D is the budget.
 """
