@@ -126,13 +126,17 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, y_from_zero
 
 
 def _ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
-  """(place, text); of a logarithmic axis powers of ten, or where it has too few, round numbers."""
+  """(place, text); of a logarithmic axis powers of ten, or where these are few with 2 and 5 times
+  them, or else round numbers."""
   if not log:
     return [(value, number(value)) for value in ticks(low, high)]
-  powers = range(math.ceil(low), math.floor(high) + 1)
-  if len(powers) < 2:
-    return [(math.log10(value), number(value)) for value in ticks(10**low, 10**high) if value > 0]
-  return [(power, number(10.0**power)) for power in powers[::-(-len(powers) // 8)]]
+  for digits in ((1,), (1, 2, 5)):
+    found = [(place, number(digit * 10.0**power)) for digit in digits
+             for power in range(math.floor(low), math.ceil(high) + 1)
+             if low <= (place := power + math.log10(digit)) <= high]
+    if len(found) > 2:
+      return sorted(found)[::-(-len(found) // 8)]
+  return [(math.log10(value), number(value)) for value in ticks(10**low, 10**high) if value > 0]
 
 
 def _range(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
