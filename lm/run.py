@@ -86,7 +86,8 @@ class Experiment:
                        f'max_length={self.model.max_length}; lower the one or raise the other')
     if self.train.batch_ramp and self.objective.contiguous:
       raise ValueError(f'batch_ramp={self.train.batch_ramp} does not go with contiguous=True, '
-                       'where each row of a batch goes on with that of the batch before; bind one')
+                       'where each row of a batch goes on with that of the batch before; bind one '
+                       'alone')
     if isinstance(self.task, TextTask) and self.task.vocabulary.kind in ('bpe', 'unigram'):
       size = self.task.vocabulary.size
       if size > self.model.vocab_size:

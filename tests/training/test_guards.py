@@ -110,11 +110,14 @@ def test_a_run_goes_on_over_batches_that_are_nan_or_noise(folder, tmp_path):
   assert 'Skipped steps: 2.' in report.write_report(run).read_text()
 
 
+GOES_BACK = runs.guard('rollback', deviations=3.0)
+
+
 @pytest.fixture(scope='module')
 def rolled_back(folder, tmp_path_factory):
   """(its result, a run that met a NaN and a spike, and that nothing else disturbed)."""
   run = tmp_path_factory.mktemp('rolled') / 'run'
-  return runs.train(folder, run, {20: 'nan', 30: 'noise'}, **runs.guard('rollback')), run
+  return runs.train(folder, run, {20: 'nan', 30: 'noise'}, **GOES_BACK), run
 
 
 @pytest.mark.supports('faults survived', 'NaNs and spikes by a rollback over their data')
@@ -141,7 +144,7 @@ def test_a_rollback_steps_over_the_data_and_says_so(rolled_back):
 def test_a_run_killed_before_and_after_its_rollbacks_repeats_itself_bit_for_bit(
     folder, rolled_back, tmp_path):
   run = tmp_path / 'run'
-  spoilt, guard = {20: 'nan', 30: 'noise'}, runs.guard('rollback')
+  spoilt, guard = {20: 'nan', 30: 'noise'}, GOES_BACK
   with runs.killed():  # the step that is gone back to is done, and not saved with what followed
     runs.train(folder, run, spoilt, kill_at=(16, 2), **guard)
   assert not runs.rows(run, 'rollback') or runs.rows(run)[-1]['step'] == 15
