@@ -166,7 +166,7 @@ def _train(study: Study, trial: Trial, settings: dict[str, Any]) -> str | None:
     study.report(trial, step, metrics['loss'])
     if (settings['pruner'] == 'asha' and step < experiment.train.num_steps
         and study.gives_up(trial, settings['min_resource'])):
-      raise _GivenUp
+      raise _GivenUp(f'the search gives this trial up after step {step}')
 
   def fail(why):
     say(f'failed: {why}')
