@@ -85,7 +85,8 @@ def rows(run_dir):
   """What a run wrote of its steps, without what it measured by the clock."""
   kept = 'step', 'split', 'loss', 'grad_norm', *{family[3] for family in FAMILIES.values()}
   return [{key: row[key] for key in kept if key in row}
-          for row in monitor.read_rows(run_dir / monitor.METRICS)]
+          for row in monitor.read_rows(run_dir / monitor.METRICS)
+          if row['split'] in ('train', 'validation')]
 
 
 def main():

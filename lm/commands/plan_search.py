@@ -1,7 +1,6 @@
 """Ways to spread a train step over devices, and what each would need of them, without compiling."""
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
-import functools
 import json
 import math
 
@@ -96,8 +95,13 @@ def trace(experiment: run.Experiment, topology: Topology) -> plan_program.Progra
   optimizer = experiment.build_optimizer()
   state = abstract_state(module, optimizer, rules, settings.batch_size, settings.offload_optimizer)
   batch = abstract_batch(experiment, rules.sharding('batch'))
-  step = functools.partial(train_step, module, experiment.loss, optimizer,
-                           settings.num_microbatches)
+
+  def step(state, batch):
+    state, metrics = train_step(module, experiment.loss, optimizer, settings.num_microbatches,
+                                state, batch)
+    del metrics['norms']  # which the compiler fuses with the update
+    return state, metrics
+
   with jax.sharding.use_abstract_mesh(mesh):
     traced = jax.make_jaxpr(step)(state, batch)
   return plan_program.read(traced, jax.tree.leaves((state, batch)), sizes, 'tpu')

@@ -105,6 +105,12 @@ def add_gradients(a: Any, b: Any) -> Any:
       lambda path, x, y: jnp.maximum(x, y) if is_history(path) else x + y, a, b)
 
 
+def sum_gradients(grads: Any, axes: tuple[str, ...]) -> Any:
+  """Over the devices of mesh axes, inside `jax.shard_map`; of histories the largest."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, x: (jax.lax.pmax if is_history(path) else jax.lax.psum)(x, axes), grads)
+
+
 def split_histories(grads: Any) -> tuple[Any, Any]:
   """The gradients with zeros in place of histories, and the tree to put them back from."""
   plain = jax.tree_util.tree_map_with_path(

@@ -1,14 +1,17 @@
 """The train step: pure in (state, batch), whatever the mesh and the number of microbatches."""
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
+import math
 from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import optax
 
-from lm.parallel.rules import Rules
+from lm.parallel.rules import axes_of, Rules
 from lm.training import guards, norms, precision
 from lm.training.optimizers import sophia
 from lm.training.state import TrainState
@@ -76,21 +79,14 @@ def _cut_draws(draws: Draws, num_parts: int) -> Draws:
   return Draws(_cut(draws.rows, num_parts), jnp.broadcast_to(draws.batch, (num_parts,)))
 
 
-def _twice(tree: Any) -> Any:
-  """[B, ...] leaves -> [2B, ...]."""
-  return jax.tree.map(lambda x: jnp.concatenate([x, x]), tree)
-
-
 def _join(tree: Any) -> Any:
   """The inverse of `_cut`."""
   return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def _gradients(module, loss, num_microbatches, scale, params, batch, draws, carry):
+def _gradients(module, loss, num_microbatches, scale, params, weights, batch, draws, carry):
   """Gradient, times `scale`, means of the loss and its parts, and carry; one microbatch in memory
   at a time."""
-  weights = loss.weights(batch)
-
   def score(params, batch, draws, carry):
     outputs, carry = _outputs(module, params, batch, draws, carry)
     total, means = _total(loss(outputs, batch), weights)
@@ -114,13 +110,52 @@ def _gradients(module, loss, num_microbatches, scale, params, batch, draws, carr
   return grads, means, _join(carry)
 
 
-def _cached_gradients(module, loss, num_microbatches, scale, params, batch, draws, carry):
+def _twice(function, params, weights, batch, draws, carry):
+  """`_gradients` where each row is computed twice, with dropout of its own, the second time in the
+  second half of the rows."""
+  both = lambda tree: jax.tree.map(lambda x: jnp.concatenate([x, x]), tree)
+  draws = Draws(jnp.concatenate([draws.rows, draws.fold(0).rows]), draws.batch)
+  grads, means, carry = function(params, jax.tree.map(lambda x: 2 * x, weights), both(dict(batch)),
+                                 draws, both(carry))
+  return grads, means, jax.tree.map(lambda x: x[:len(x) // 2], carry)
+
+
+def _summed_once(function, module, params, weights, batch, draws, carry):
+  """`function(module, params, ...)`, which gives `_gradients`, of each device's rows by themselves,
+  and summed over devices once, behind the last microbatch; where all that the mesh cuts is rows.
+
+  Where it cuts parameters or the optimiser's state too, each microbatch's gradients are scattered
+  to their owners, so that no device has all of them.
+  """
+  rules = module.rules
+  axes = () if rules.mesh is None else tuple(
+      axis for axis in axes_of(rules.batch) if rules.mesh.shape[axis] > 1)
+  used = {axis for name in rules.names() if name != 'batch'
+          for axis in axes_of(getattr(rules, name))}
+  is_alone = axes and math.prod(rules.mesh.shape[axis] for axis in axes) == rules.mesh.size
+  if not is_alone or used.intersection(axes):
+    return function(module, params, weights, batch, draws, carry)
+
+  def of_own_rows(*args):
+    own = module.config.build(rules.inside(rules.mesh.axis_names))
+    grads, means, carry = function(own, *args)
+    return (precision.sum_gradients(grads, axes),
+            jax.tree.map(lambda x: jax.lax.psum(x, axes), means), carry)
+
+  rows, whole = PartitionSpec(axes), PartitionSpec()
+  return jax.shard_map(
+      of_own_rows, mesh=rules.mesh, check_vma=False,
+      in_specs=(whole, whole, rows, Draws(rows, whole), rows), out_specs=(whole, whole, rows),
+  )(params, weights, batch, draws, carry)
+
+
+def _cached_gradients(module, loss, num_microbatches, scale, params, weights, batch, draws, carry):
   """`_gradients` of a loss that compares all rows, by caching the gradient of its inputs
   (arXiv:2101.06983, section 3): outputs of each microbatch, one loss of them all, then each
   microbatch once more, backwards."""
   if num_microbatches == 1:
-    return _gradients(module, loss, 1, scale, params, batch, draws, carry)
-  weights, parts = loss.weights(batch), _cut(dict(batch), num_microbatches)
+    return _gradients(module, loss, 1, scale, params, weights, batch, draws, carry)
+  parts = _cut(dict(batch), num_microbatches)
   draws = _cut_draws(draws, num_microbatches)
   one = lambda params, part, draws: _outputs(module, params, part, draws, None)[0]
   _, outputs = jax.lax.scan(lambda _, x: (None, one(params, *x)), None, (parts, draws))
@@ -142,6 +177,21 @@ def _cached_gradients(module, loss, num_microbatches, scale, params, batch, draw
   return jax.lax.scan(add, zeros, (parts, draws, cotangents))[0], means, carry
 
 
+def _all_gradients(module, loss, num_microbatches, scale, params, batch, draws, carry):
+  """`_gradients` as the loss asks for them, of a whole batch on the mesh."""
+  args = params, loss.weights(batch), dict(batch), draws, carry
+  if loss.whole_batch:
+    return _cached_gradients(module, loss, num_microbatches, scale, *args)
+
+  def of_rows(module, *args):
+    function = functools.partial(_gradients, module, loss, num_microbatches, scale)
+    return _twice(function, *args) if loss.passes == 2 else function(*args)
+
+  if num_microbatches == 1:
+    return of_rows(module, *args)
+  return _summed_once(of_rows, module, *args)
+
+
 def train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransformation,
                num_microbatches: int, state: TrainState, batch: Batch
                ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -160,17 +210,9 @@ def train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransform
   """
   rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
   B = len(next(iter(batch.values())))
-  draws = Draws.of(rng, B)
-  gradients = _cached_gradients if loss.whole_batch else _gradients
   scale = guards.loss_scale(state.opt_state)
-  rows, carry = batch, state.carry
-  if loss.passes == 2:
-    rows, carry = _twice((dict(batch), carry))
-    draws = Draws(jnp.concatenate([draws.rows, draws.fold(0).rows]), draws.batch)
-  grads, means, carry = gradients(module, loss, num_microbatches, scale, state.params, rows, draws,
-                                  carry)
-  if loss.passes == 2:
-    carry = jax.tree.map(lambda x: x[:len(x) // 2], carry)
+  grads, means, carry = _all_gradients(module, loss, num_microbatches, scale, state.params, batch,
+                                       Draws.of(rng, B), state.carry)
   grads, seen = precision.split_histories(grads)
   if scale is not None:
     grads = jax.tree.map(lambda x: x / scale, grads)
@@ -181,8 +223,8 @@ def train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransform
 
   def sampled_gradient():  # for an optimiser that asks for it
     sampled = sophia.SampledLoss(jax.random.fold_in(rng, sophia.STREAM))
-    found = _gradients(module, sampled, num_microbatches, None, state.params,
-                       sophia.with_rows(batch), Draws.of(rng, B), state.carry)[0]
+    found = _all_gradients(module, sampled, num_microbatches, None, state.params,
+                           sophia.with_rows(batch), Draws.of(rng, B), state.carry)[0]
     return found, sampled.weights(batch)['tokens']
 
   updates, opt_state = optax.with_extra_args_support(optimizer).update(

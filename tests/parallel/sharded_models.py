@@ -148,15 +148,17 @@ def run(family, rules, drops_scores):
 
 
 def collectives(program):
-  """How often each collective stands in a program, whose loops are written once, and the elements
-  of the largest array that an all-gather makes of several."""
+  """How often each collective stands in a program, whose loops are written once, the elements of
+  the largest array that an all-gather makes of several, and how many reductions are in loops."""
   count, largest = collections.Counter(), 0
   for shape, name in COLLECTIVE.findall(program):
     count[name] += 1
     sizes = [math.prod(map(int, sizes.split(',') if sizes else [])) for sizes in
              re.findall(r'\[([\d,]*)\]', shape)]
     largest = max(largest, *sizes) if name == 'all-gather' else largest
-  return {**count, 'largest gathered': largest}
+  looped = [line for line in program.splitlines() if re.search(r' (all-reduce|reduce-scatter)', line)
+            and 'while/body' in line]
+  return {**count, 'largest gathered': largest, 'reduced in loops': len(looped)}
 
 
 def allowed(family, rules):

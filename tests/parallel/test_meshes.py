@@ -7,7 +7,7 @@ from sharded_models import FAMILIES, MESHES
 
 TOLERANCE = 1e-5  # of the largest element of each gradient: float32 sums in another order
 QUICK = ['gpt/fsdp sequence tensor', 'gpt/zero1', 't5/fsdp sequence tensor',
-         'moe/fsdp expert tensor']
+         'moe/fsdp expert tensor', 'transformer_xl/slice']
 COUNTED = mesh_table.COUNTED
 TABLE = mesh_table.read()
 
@@ -27,6 +27,12 @@ def test_loss_gradients_and_carry_are_those_of_one_device(quick, name):
 def test_the_collectives_are_those_of_the_table(quick, name):
   found = mesh_table.row_of(quick[name])
   assert {key: found[key] for key in COUNTED} == {key: TABLE[name][key] for key in COUNTED}
+
+
+@pytest.mark.supports('precision and parallelism', 'one reduction of gradients a step')
+def test_gradients_of_all_microbatches_are_summed_over_devices_once(quick):
+  assert quick['transformer_xl/slice']['collectives']['reduced in loops'] == 0
+  assert quick['gpt/fsdp sequence tensor']['collectives']['reduced in loops'] > 0  # counts them
 
 
 def test_the_table_has_every_family_on_every_mesh_and_each_is_one_device():

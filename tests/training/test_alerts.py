@@ -27,7 +27,7 @@ def told(path):
 
 def test_a_command_finds_everything_in_its_environment_and_on_its_input(tmp_path):
   said = []
-  alerts = Alerts(f'cat > {tmp_path}/in; env | grep ^LM_ | sort > {tmp_path}/env', tmp_path,
+  alerts = Alerts(f'cat > {tmp_path}/in; env | grep -E '^LM_(RUN|STEP|KIND|MESSAGE)=' | sort > {tmp_path}/env', tmp_path,
                   said.append)
   with alerts.until_the_end():
     alerts.step = 7

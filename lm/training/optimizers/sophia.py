@@ -23,6 +23,8 @@ class SampledLoss:
   """
   rng: jax.Array
 
+  whole_batch, passes = False, 1
+
   def weights(self, batch: Batch) -> dict[str, jax.Array]:
     """The weight of the tokens."""
     return {'tokens': _weights(batch).sum()}
