@@ -156,8 +156,8 @@ def collectives(program):
     sizes = [math.prod(map(int, sizes.split(',') if sizes else [])) for sizes in
              re.findall(r'\[([\d,]*)\]', shape)]
     largest = max(largest, *sizes) if name == 'all-gather' else largest
-  looped = [line for line in program.splitlines() if re.search(r' (all-reduce|reduce-scatter)', line)
-            and 'while/body' in line]
+  looped = [line for line in program.splitlines()
+            if re.search(r' (all-reduce|reduce-scatter)', line) and 'while/body' in line]
   return {**count, 'largest gathered': largest, 'reduced in loops': len(looped)}
 
 

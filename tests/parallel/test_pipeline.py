@@ -8,8 +8,8 @@ CHILD = pathlib.Path(__file__).with_name('staged_models.py')
 TOLERANCE = 1e-5  # as in test_meshes.py
 QUICK = 'gpt/stage 4', 'transformer_xl/circular'
 
-# As in test_meshes.py, of 4 layers: what goes to neighbours, to all stages, and is summed once. Nine
-# of the gathers are of the layers' norms, a number each.
+# As in test_meshes.py, of 4 layers: what goes to neighbours, to all stages, and is summed once.
+# Nine of the gathers are of the layers' norms, a number each.
 _COUNTED = 'collective-permute', 'all-gather', 'all-reduce', 'all-to-all', 'largest gathered'
 GOLDEN = {
     'gpt/stage 4': (6, 13, 6, 0, 64),

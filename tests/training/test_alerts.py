@@ -27,8 +27,8 @@ def told(path):
 
 def test_a_command_finds_everything_in_its_environment_and_on_its_input(tmp_path):
   said = []
-  alerts = Alerts(f'cat > {tmp_path}/in; env | grep -E '^LM_(RUN|STEP|KIND|MESSAGE)=' | sort > {tmp_path}/env', tmp_path,
-                  said.append)
+  alerts = Alerts(f'cat > {tmp_path}/in; env | grep -E "^LM_(RUN|STEP|KIND|MESSAGE)=" | sort > '
+                  f'{tmp_path}/env', tmp_path, said.append)
   with alerts.until_the_end():
     alerts.step = 7
     alerts.send('rollback', "it's 5 > 3; $HOME `x`")
