@@ -8,6 +8,8 @@ Every row is a train step compiled by the TPU compiler, without a TPU. One that 
 that a compiler refuses, is a row that says so.
 """
 import argparse
+import contextlib
+import io
 import json
 import pathlib
 
@@ -44,7 +46,8 @@ Written by `python scripts/benchmark_memory.py`: Llama 2 7B's train step with 25
 tokens, compiled by the TPU compiler for chips that were not there. Each row differs from the
 experiment in what it names, and all but those about remat keep nothing of a block (remat 'full').
 MiB of one device: of parameters and the optimiser's state between steps, and of everything at the
-peak; cycles are the compiler's estimate with those of the kernels, if they never wait.
+peak; cycles are the compiler's estimate with those of the kernels, if they never wait. 'dots' kept
+no more than 'full' here.
 
 """
 
@@ -64,11 +67,14 @@ def save(figures: dict):
 
 def compiled(topology: str, gin: tuple[str, ...], bindings: dict) -> dict:
   """A row."""
+  said = io.StringIO()
   try:
-    result = lm('compile', f'--topology={topology}', gin=(EXPERIMENTS[topology], *gin),
-                bindings=bindings)
+    with contextlib.redirect_stderr(said):
+      result = lm('compile', f'--topology={topology}', gin=(EXPERIMENTS[topology], *gin),
+                  bindings=bindings)
   except SystemExit:
-    return {'refusal': 'does not fit, or is refused by the compiler'}
+    last = said.getvalue().strip().splitlines()[-1]
+    return {'refusal': last.removeprefix('error: ').split(':')[0]}
   return {'state': result['hbm_bytes']['parameters'] + result['hbm_bytes']['optimizer'],
           'peak': result['hbm_peak_bytes'], 'cycles': result['estimated_cycles'],
           'kernel_cycles': result['kernel_cycles']}
