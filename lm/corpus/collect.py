@@ -11,20 +11,14 @@ import glob
 import gzip
 import json
 import os
-from typing import Iterator, NamedTuple, Union
+from typing import Iterator, Union
 import zlib
 
+from lm.corpus.document import Document
 from lm.errors import UserError
 
 Patterns = Union[str, tuple[str, ...]]
 _READ_BYTES = 1 << 16  # Of a compressed file at a time.
-
-
-class Document(NamedTuple):
-  """One text and the name by which the held-out split and the report know it."""
-
-  name: str
-  text: str
 
 
 def paths(patterns: Patterns) -> list[str]:

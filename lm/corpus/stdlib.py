@@ -22,7 +22,7 @@ import sysconfig
 from typing import Iterator
 import warnings
 
-from lm.corpus.collect import Document
+from lm.corpus.document import Document
 from lm.errors import UserError
 
 _SKIPPED_DIRECTORIES = frozenset((

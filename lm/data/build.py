@@ -29,7 +29,7 @@ from typing import Any, Iterator
 import numpy as np
 from tqdm import tqdm
 
-from lm.corpus.collect import Document
+from lm.corpus.document import Document
 from lm.data import cache
 from lm.data import shards
 from lm.data import splits
@@ -111,7 +111,8 @@ def _stage(task: tasks.TextTask, directory: Path, progress: bool) -> list[dict[s
   def flush(part: str) -> None:
     number = sum(shard['split'] == part for shard in staged)
     name = f'{part}-{number:05d}'
-    records = (cache.encode_record(np.zeros(0, np.int32), *document) for document in pending[part])
+    records = (cache.encode_record(np.zeros(0, np.int32), document.name, document.text)
+               for document in pending[part])
     cache.write_array_record(directory / f'{name}.array_record', records)
     count = len(pending[part])
     staged.append({'name': name, 'split': part, 'documents': count, 'bytes': sizes[part]})

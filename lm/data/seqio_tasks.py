@@ -19,7 +19,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from lm.corpus.collect import Document
+from lm.corpus.document import Document
 from lm.data import splits
 from lm.data import vocabularies
 
@@ -87,8 +87,9 @@ def to_dataset(make: Callable[[], Iterator[Document]]) -> tf.data.Dataset:
   """Returns the documents that `make()` streams as {'name', 'targets'} of strings."""
 
   def examples() -> Iterator[dict[str, bytes]]:
-    for name, text in make():
-      yield {'name': name.encode('utf-8', 'surrogateescape'), 'targets': text.encode('utf-8')}
+    for document in make():
+      yield {'name': document.name.encode('utf-8', 'surrogateescape'),
+             'targets': document.text.encode('utf-8')}
 
   text = tf.TensorSpec([], tf.string)
   return tf.data.Dataset.from_generator(examples, output_signature={'name': text, 'targets': text})

@@ -8,7 +8,7 @@ from typing import Any, Iterator
 
 import numpy as np
 
-from lm.corpus.collect import Document
+from lm.corpus.document import Document
 from lm.data import cache
 from lm.data import splits
 from lm.data import vocabularies

@@ -18,7 +18,7 @@ from typing import Iterator, NamedTuple, Union
 
 from lm.corpus import collect
 from lm.corpus import stdlib
-from lm.corpus.collect import Document
+from lm.corpus.document import Document
 from lm.errors import UserError
 
 Files = Union[str, tuple[str, ...], None]
@@ -51,10 +51,11 @@ def survey(stream: Iterator[Document], fraction: float) -> Survey:
   """Reads a stream to its end and returns what the rule needs."""
   count = size = below = 0
   lowest, highest = (2.0, ''), (-1.0, '')
-  for name, text in stream:
-    key = (position(name), name)
+  for document in stream:
+    key = (position(document.name), document.name)
     lowest, highest = min(lowest, key), max(highest, key)
-    count, size, below = count + 1, size + len(text.encode('utf-8')), below + (key[0] < fraction)
+    count, size = count + 1, size + len(document.text.encode('utf-8'))
+    below += key[0] < fraction
   return Survey(count, size, lowest[1], highest[1], below)
 
 
@@ -81,7 +82,7 @@ def split(
 
 
 def _cut(document: Document) -> tuple[Document, Document]:
-  name, text = document
+  name, text = document.name, document.text
   at = int(len(text) * (1 - _TAIL))
   border = text.rfind('\n', 0, at) + 1
   if border < len(text) // 2:  # No line ends near there: a word may.
@@ -131,7 +132,7 @@ def fingerprint(files: Files, cache_dir: Path) -> str:
 def _digest_documents(stream: Iterator[Document]) -> str:
   whole = hashlib.sha256()
   for document in stream:
-    whole.update(json.dumps(document).encode('utf-8'))
+    whole.update(json.dumps([document.name, document.text]).encode('utf-8'))
   return whole.hexdigest()
 
 

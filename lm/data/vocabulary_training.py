@@ -9,7 +9,7 @@ import itertools
 import re
 from typing import Iterable, Iterator
 
-from lm.corpus.collect import Document
+from lm.corpus.document import Document
 from lm.data import pretrained_vocabularies
 from lm.data import vocabularies
 from lm.errors import UserError
@@ -93,9 +93,9 @@ def _fit(kind: str, size: int, sentences: list[str]) -> bytes:
 
 def _sentences(documents: Iterable[Document], share: float) -> Iterator[str]:
   """Yields pieces of documents below the trainer's limit, a `share` of them, chosen by hash."""
-  for name, text in documents:
-    for index, sentence in enumerate(_short(vocabularies.escape(text))):
-      key = hashlib.sha256(f'{index}\0{name}'.encode('utf-8')).digest()
+  for document in documents:
+    for index, sentence in enumerate(_short(vocabularies.escape(document.text))):
+      key = hashlib.sha256(f'{index}\0{document.name}'.encode('utf-8')).digest()
       if int.from_bytes(key[:8], 'big') < share * 2**64:
         yield sentence
 

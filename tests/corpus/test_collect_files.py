@@ -22,7 +22,7 @@ def _jsonl(*texts):
 
 
 def _texts(patterns):
-  return [tuple(document) for document in collect.documents(patterns)]
+  return [(document.name, document.text) for document in collect.documents(patterns)]
 
 
 @pytest.mark.parametrize(

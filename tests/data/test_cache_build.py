@@ -39,7 +39,7 @@ def test_the_cache_holds_every_document_exactly(task, prepared):
     stored = prepared.cache(part)
     wanted = [document for split, document in expected if split == part]
     assert len(stored) == len(wanted) == prepared.info['splits'][part]['documents'] > 0
-    for index, (name, text) in enumerate(wanted):
+    for index, (name, text) in enumerate((document.name, document.text) for document in wanted):
       record = stored[index]
       assert record['tokens'][-1] == prepared.vocabulary.eos_id
       assert prepared.vocabulary.decode(record['tokens'][:-1]) == text
@@ -47,7 +47,8 @@ def test_the_cache_holds_every_document_exactly(task, prepared):
       if part == 'validation':
         assert (record['name'], record['text']) == (name, text)
     assert prepared.info['splits'][part]['tokens'] == stored.lengths.sum()
-    assert prepared.info['splits'][part]['bytes'] == sum(len(text.encode()) for _, text in wanted)
+    assert prepared.info['splits'][part]['bytes'] == sum(
+        len(document.text.encode()) for document in wanted)
 
 
 def test_training_needs_no_tensorflow_once_the_cache_stands(task, prepared):
@@ -104,7 +105,7 @@ def test_a_killed_build_resumes_and_keeps_finished_shards(tmp_path, monkeypatch)
   prepared = task.prepare(progress=False, beam_options=('--runner=DirectRunner',))
   assert prepared.directory == directory
   assert {path: path.stat().st_mtime_ns for path in finished} == before
-  texts = dict(splits.documents(task.files))
+  texts = {document.name: document.text for document in splits.documents(task.files)}
   stored = [
       prepared.vocabulary.decode(document['tokens'][:-1])
       for part in map(prepared.cache, ('train', 'validation'))

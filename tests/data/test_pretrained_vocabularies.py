@@ -13,7 +13,7 @@ import make_tokenizer_references as references
 import numpy as np
 import pytest
 
-from lm.corpus.collect import Document
+from lm.corpus.document import Document
 from lm.data import pretrained_vocabularies
 from lm.data import tasks
 from lm.data import tokenizer_pipelines
@@ -297,7 +297,7 @@ def test_what_is_written_back_opens_with_the_same_ids(opened, name, tmp_path):
 def own():
   """Our own vocabularies with 5 extra ids."""
   documents = [Document(str(n), text * 3) for n, text in enumerate(_TEXTS)]
-  total = sum(len(text.encode()) for _, text in documents)
+  total = sum(len(document.text.encode()) for document in documents)
   return {kind: vocabulary_training.train(
       vocabularies.VocabularyConfig(kind, 400, extra_ids=5), documents, total)
           for kind in ('bpe', 'unigram', 'byte')}  # fmt: skip

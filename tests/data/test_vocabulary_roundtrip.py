@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from lm.corpus.collect import Document
+from lm.corpus.document import Document
 from lm.data import vocabularies
 from lm.data import vocabulary_training
 from lm.errors import UserError
@@ -30,7 +30,7 @@ _ALPHABET = ' \n\t\r\0\u2581\uf8f1se<>0x41_a日'
 
 
 def _train(kind, size=300, documents=_DOCUMENTS):
-  total = sum(len(text.encode()) for _, text in documents)
+  total = sum(len(document.text.encode()) for document in documents)
   return vocabulary_training.train(vocabularies.VocabularyConfig(kind, size), documents, total)
 
 
@@ -66,13 +66,13 @@ def test_training_again_gives_the_same_vocabulary(trained, kind):
 @pytest.mark.parametrize('kind', ['bpe', 'unigram'])
 def test_words_apart_are_encoded_as_in_the_whole_text(trained, kind):
   vocabulary = trained[kind]
-  for _, text in _DOCUMENTS:
+  for text in (document.text for document in _DOCUMENTS):
     assert vocabulary.encode(text).tolist() == vocabulary._processor.encode(text)
 
 
 def test_forgetting_known_words_changes_nothing(trained, monkeypatch):
   monkeypatch.setattr(vocabularies, '_MOST_KNOWN_WORDS', 0)
-  for _, text in _DOCUMENTS:
+  for text in (document.text for document in _DOCUMENTS):
     assert trained['bpe'].decode(trained['bpe'].encode(text)) == text
 
 
