@@ -11,6 +11,8 @@ The name of a rule is `stage.rule`, as in 'gopher.word_count'.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -19,6 +21,12 @@ from lm.corpus.document import Document
 
 class Stage:
   """Something done to each document by itself."""
+
+  def prepare(self, directory: Path) -> Self:
+    """Returns itself, or a copy that names files which it makes in `directory`, once for all
+    workers, before they start; the names of the files hold a digest of their contents."""
+    del directory
+    return self
 
   def apply(self, document: Document) -> None:
     """Changes the document: its text, its verdicts, or `document.remove(rule)`.
@@ -43,16 +51,20 @@ class Grouping:
   """A stage that needs all documents: it sends records to where those of one key meet.
 
   It runs in rounds. In each, `emit` makes records of a block's documents; records are brought
-  together by the leading `partition_bits` of their `key`; `resolve` sees all records of a partition
-  and says what follows from them; `conclude` sees what followed in all partitions and decides, by
-  document. Decisions go to the next round's `emit`, and after the last to `carry_out`.
+  together by the leading bits of their `key`, as many as memory asks; `resolve` sees all records of
+  a partition and says what follows from them; `conclude` sees what followed in all partitions and
+  decides, by document. Decisions go to the next round's `emit`, after the last to `carry_out`.
 
   All arrays are structured. Those of `emit` have a field 'key' (uint64, well mixed: a hash); those
   of `conclude` have a field 'address' (int64, of the document) by which they are sorted.
   """
 
-  partition_bits: int = 4
   rounds: int = 1
+
+  def prepare(self, directory: Path) -> Self:
+    """As `Stage.prepare`."""
+    del directory
+    return self
 
   def emit(self, documents: Sequence[Document], decisions: np.ndarray | None) -> np.ndarray:
     """Returns the records of the documents of one block.
