@@ -65,6 +65,25 @@ def parse(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]] = ()) ->
   reader.check_macros()
 
 
+def read(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]], run_dir: str | None
+         ) -> None:
+  """Parses the gin files or, if none is given, the config.gin that `run_dir` holds.
+
+  Raises:
+    UserError: as `parse`, or neither is there.
+  """
+  if not gin_files:
+    if run_dir is None:
+      raise UserError('nothing says what to run; give --gin_file=FILE, or --run_dir of a run that '
+                      'stands')
+    saved = pathlib.Path(run_dir) / 'config.gin'
+    if not saved.exists():
+      raise UserError(f'--run_dir={run_dir} holds no config.gin, so it is no run; '
+                      'start one with --gin_file=FILE --run_dir=DIR')
+    gin_files = [str(saved)]
+  parse(gin_files, bindings)
+
+
 def build(target: Callable[..., T]) -> T:
   """Calls a class or function with all that is bound to it, nested references included.
 

@@ -14,6 +14,7 @@ COMMANDS = {
     'train': 'prepare the data, train, evaluate, sample, report; the same command continues',
     'evaluate': 'score the held-out files with the last checkpoint of a run',
     'generate': 'continue prompts with the last checkpoint of a run',
+    'corpus': 'raw documents to clean, deduplicated, documented text; why; classifier',
     'cache': 'train the vocabulary and build the token cache, without training',
     'compare': 'runs beside each other: curves with seeds as bands, tables with their spread',
     'compile': 'what the train step needs of chips that are not there: memory, time, money',
@@ -69,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
       command.add_argument('--out', metavar='FILE', help='the gin file; else plan.gin in --run_dir')
     if name == 'sweep':
       _sweep_flags(command)
+    if name == 'corpus':
+      _corpus_flags(command)
     if name == 'convert':
       command.add_argument('--from', dest='source', metavar='DIR_OR_FILE',
                            help='directory of Hugging Face, or .safetensors, .gguf, .bin file')
@@ -101,6 +104,17 @@ def _sweep_flags(command: argparse.ArgumentParser):
                        help='the binding that sets the size; scaling.scaled.params')
   command.add_argument('--target_flops', type=float, metavar='C', help='predict the best model of '
                        'this budget, train it, compare')
+
+
+def _corpus_flags(command: argparse.ArgumentParser):
+  command.epilog += (' Other flags are those of a runner of Apache Beam: --runner=FlinkRunner '
+                     '--flink_master=HOST:PORT.')
+  command.add_argument('what', nargs='?', choices=['make', 'why', 'classifier'], default='make',
+                       help='make the corpus (the default); tell where an example of a training '
+                       'batch comes from; train a classifier of documents')
+  command.add_argument('--workers', type=int, metavar='N', help='processes; one a core')
+  command.add_argument('--step', type=int, help='why: of the training run --run_dir')
+  command.add_argument('--index', type=int, help='why: row of the batch of that step')
 
 
 def _bindings(rest: list[str]) -> list[tuple[str, str]]:
@@ -137,6 +151,9 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
   if args.command == 'plan':
     from lm.commands import plan
     return plan.execute(args, bindings)
+  if args.command == 'corpus':
+    from lm.commands import corpus
+    return corpus.execute(args, bindings)
   if args.command == 'sweep':
     from lm.commands import sweep
     return sweep.execute(args, bindings)
@@ -240,6 +257,9 @@ def main(argv: list[str] | None = None) -> int:
   """Returns the exit status: 0; 1 for a broken invariant; 2 for a user's mistake; 75 where another
   host is missing or gone, so that the same command continues; 128 + n after signal n."""
   args, rest = _parser().parse_known_args(argv)
+  if args.command == 'corpus':  # What is no binding is for Beam, which knows its own.
+    args.flags = [flag for flag in rest if not flag.startswith('--gin.')]
+    rest = [flag for flag in rest if flag.startswith('--gin.')]
   try:
     result = _execute(args, _bindings(rest))
     if args.json:

@@ -126,16 +126,7 @@ class Experiment:
 def open_experiment(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]],
                     run_dir: str | None) -> Experiment:
   """Reads the gin files, or else the run's own config.gin, and turns on the compilation cache."""
-  if not gin_files:
-    if run_dir is None:
-      raise UserError('nothing says what to run; give --gin_file=FILE, or --run_dir of a run that '
-                      'stands')
-    saved = pathlib.Path(run_dir) / 'config.gin'
-    if not saved.exists():
-      raise UserError(f'--run_dir={run_dir} holds no config.gin, so it is no run; '
-                      'start one with `lm train --gin_file=FILE --run_dir=DIR`')
-    gin_files = [str(saved)]
-  config.parse(gin_files, bindings)
+  config.read(gin_files, bindings, run_dir)
   experiment = config.build(Experiment)
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     cache = pathlib.Path(experiment.task.cache_dir).expanduser() / 'compiled'
