@@ -28,7 +28,9 @@ if TYPE_CHECKING:
   import seqio
 
 _LM = Path(vocabularies.__file__).resolve().parents[1]
-_READING = ('corpus/collect.py', 'corpus/stdlib.py', 'data/splits.py')
+_READING = ('corpus/collect.py', 'corpus/readers/__init__.py', 'corpus/readers/fields.py',
+            'corpus/readers/jsonl.py', 'corpus/readers/piece.py', 'corpus/readers/streams.py',
+            'corpus/readers/whole.py', 'corpus/stdlib.py', 'data/splits.py')  # fmt: skip
 _LEARNING = ('data/vocabularies.py', 'data/vocabulary_training.py')
 _IMPORTING = ('data/pretrained_vocabularies.py', 'data/tokenizer_config.py',
               'data/tokenizer_files.py', 'data/tokenizer_pipelines.py')  # fmt: skip

@@ -1,0 +1,52 @@
+"""The formats of raw input: how a file is cut into pieces, and how a piece becomes documents.
+
+A format is a module with
+
+    pieces(file, source, report) -> Iterator[Piece]           in the process that splits
+    documents(piece, source, report) -> Iterator[Document]    in the process that works
+
+Both hold a bounded part of a file at a time, and raise OSError where it cannot be read.
+"""
+
+import os
+
+from lm.corpus.readers import jsonl
+from lm.corpus.readers import streams
+from lm.corpus.readers import whole
+
+FORMATS = {
+    'html': whole,
+    'jsonl': jsonl,
+    'markdown': whole,
+    'text': whole,
+}
+
+_SUFFIXES = {
+    '.htm': 'html',
+    '.html': 'html',
+    '.json': 'jsonl',  # C4 and others: a line is a document there.
+    '.jsonl': 'jsonl',
+    '.markdown': 'markdown',
+    '.md': 'markdown',
+    '.ndjson': 'jsonl',
+    '.xhtml': 'html',
+}
+
+# Of the formats whose documents say nothing of their own.
+MEDIA_TYPES = {'html': 'text/html', 'markdown': 'text/markdown', 'text': 'text/plain'}
+
+# Beside the data in a directory laid out as on Hugging Face.
+_NO_DATA = frozenset((
+    'readme.md', 'readme.txt', 'readme', 'license', 'license.txt', 'license.md', 'dataset_info.json',
+    'dataset_infos.json', 'state.json', 'dataset_dict.json',
+))  # fmt: skip
+
+
+def format_of(path: str) -> str:
+  """Returns the format that a file's suffix tells; what is unknown is text."""
+  return _SUFFIXES.get(os.path.splitext(streams.stem(path).lower())[1], 'text')
+
+
+def is_data(path: str) -> bool:
+  """Whether a file in a directory that is read whole is data and not about data."""
+  return os.path.basename(path).lower() not in _NO_DATA
