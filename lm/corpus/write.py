@@ -160,7 +160,8 @@ def whole(path: Path) -> Iterator[Path]:
     raise UserError(f'{path} cannot be written: {why}; free space or choose another --run_dir, and'
                     ' run the same command again. What is finished is kept.') from error
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
 
 
 def document(record: Mapping[str, Any]) -> Document | None:
