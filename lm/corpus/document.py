@@ -28,6 +28,7 @@ class Document:
     verdicts: rule -> what the rule measured or did: `{'gopher.word_count': 312}`. Every rule that
       looked at the document has its entry, whether or not it removed it.
     removed_by: the first rule that removed it, '' as long as it is kept.
+    failed: all rules for which `remove` was called, for the report.
     address: its place in the order of the input: block << ADDRESS_BITS | index in the block.
     cluster: address of the document that stands for this one and its duplicates; -1 without any.
   """
@@ -47,7 +48,9 @@ class Document:
   removed_by: str = ''
   address: int = -1
   cluster: int = -1
+  failed: list[str] = dataclasses.field(default_factory=list)
 
   def remove(self, rule: str) -> None:
-    """Marks it removed by `rule`, if no rule removed it before."""
+    """Marks it removed by `rule`, if no rule removed it before; call it for every rule it fails."""
+    self.failed.append(rule)
     self.removed_by = self.removed_by or rule
