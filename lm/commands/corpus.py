@@ -40,7 +40,8 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
   run_dir = pathlib.Path(args.run_dir)
   if not (run_dir / 'config.gin').exists():
     config.save(run_dir / 'config.gin')
-  result = pipeline.build(corpus, run_dir, config.text(), _executor(args, corpus))
+  with _executor(args, corpus) as executor:
+    result = pipeline.build(corpus, run_dir, config.text(), executor)
   _tell(result, run_dir)
   return result
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 from lm.errors import UserError
 
@@ -26,6 +26,12 @@ class Beam:
 
   flags: tuple[str, ...]
   workers: int
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    pass
 
   def run(self, sources: Sequence[Any], name: str) -> None:
     """Does all of `source.tasks()` of all sources, in any order.

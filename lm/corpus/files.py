@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -14,18 +15,32 @@ import numpy as np
 
 from lm.errors import UserError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-  """Gives a name to write to, which becomes `path` at the end, unless something was raised."""
+  """Gives a path to write to that becomes `path` at the end of the block, and only if it ends well.
+
+  Raises:
+    UserError: the disk is full or the directory cannot be written.
+  """
   temporary = path.with_name(f'{path.name}.{os.getpid()}.part')
   try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.touch()  # Says what is wrong with the directory; ArrayRecord's writer does not.
     yield temporary
     with open(temporary, 'rb') as file:
       os.fsync(file.fileno())
     os.replace(temporary, path)
+  except OSError as error:
+    why = 'the disk is full (or a quota is spent)' if error.errno in _FULL else (
+        error.strerror or error)
+    raise UserError(f'{path} cannot be written: {why}; free space or choose another --run_dir, and'
+                    ' run the same command again. What is finished is kept.') from error
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
 
 
 def write(path: Path, data: bytes | str) -> None:

@@ -21,10 +21,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lm.corpus import files
 from lm.corpus.document import Document
 from lm.corpus.write import arrow_and_parquet
 from lm.corpus.write import well_formed
-from lm.corpus.write import whole
 
 _STRINGS = ('name', 'source', 'url', 'licence', 'date', 'language', 'title')
 _GROUP_ROWS = 1 << 15
@@ -130,7 +130,7 @@ def merge(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], 
 def _save(path: Path, tables: Iterable[Any]) -> int:
   _, parquet = arrow_and_parquet()
   count = 0
-  with whole(path) as temporary, parquet.ParquetWriter(
+  with files.whole(path) as temporary, parquet.ParquetWriter(
       temporary, schema(), compression='zstd', use_dictionary=_REPETITIVE) as writer:
     for one in tables:
       if len(one):

@@ -12,7 +12,6 @@ import shutil
 import time
 from typing import Any
 
-from lm.corpus import card
 from lm.corpus import collect
 from lm.corpus import files
 from lm.corpus import passports
@@ -141,7 +140,6 @@ def _conclude(corpus: Corpus, run_dir: Path, directories: Sequence[Path], number
     for number in numbers:
       total.merge(summary.Summary.from_json(tasks.counts(directory, number)['summary']))
   result = {'identity': identity, 'name': corpus.name, 'shards': shards} | total.to_json()
-  card.write(run_dir, corpus, total, shards, config)
   return result
 
 

@@ -11,15 +11,31 @@ The name of a rule is `stage.rule`, as in 'gopher.word_count'.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from lm.corpus.document import Document
 
 
-class Stage:
+class _Value:
+  """Is the same object in a process however often it is sent there, so that it opens what is heavy
+  once; of what it has opened nothing is sent."""
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    values = tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+    return _same, (type(self), values)
+
+
+@functools.lru_cache(maxsize=64)
+def _same(cls: type, values: tuple[Any, ...]) -> Any:
+  return cls(*values)
+
+
+class Stage(_Value):
   """Something done to each document by itself."""
 
   def prepare(self, directory: Path) -> Self:
@@ -47,7 +63,7 @@ class Stage:
       self.apply(document)
 
 
-class Grouping:
+class Grouping(_Value):
   """A stage that needs all documents: it sends records to where those of one key meet.
 
   It runs in rounds. In each, `emit` makes records of a block's documents; records are brought

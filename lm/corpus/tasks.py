@@ -32,6 +32,7 @@ from lm.corpus import passports
 from lm.corpus import steps
 from lm.corpus import summary
 from lm.corpus import write
+from lm.corpus.document import Document
 from lm.corpus.stage import Grouping
 
 GROUP_BITS = 20  # Of a block's number, the blocks of one group of files.
@@ -126,28 +127,40 @@ class Advance(_Task):
     decisions = None
     if self.block is not None:
       documents = steps.read(self.block, self.number, poisoned, watch, counted.add_fault)
-      counted.add_collected(documents)
+      for document in documents:
+        counted.add_input(document)
     else:
       assert self.before is not None
       documents = steps.unpack((self.before / f'{name_of(self.number)}.docs').read_bytes())
       decisions = steps.slices(np.load(self.before / 'decisions.npy', mmap_mode='r'), self.number)
     advanced = steps.advance(self.segment, documents, decisions, poisoned, watch)
     watch(self.segment.first + len(self.segment.stages), -1)
-    counted.add_removed(advanced.removed)
+    for name, reason in advanced.faults:
+      counted.add_fault(name, reason)
+    for document in advanced.removed:
+      counted.add_removed(document)
     passports.write(self._file('removed'), advanced.removed)
     kept = advanced.kept
     if self.segment.after is not None:
       files.write_array(self._file('keys-0'), steps.emit(self.segment.after, kept, None))
     else:
-      kept = [document for document in kept
-              for _ in range(write.copies(document.name, self.weights[document.source]))]
-      counted.add_kept(kept)
+      kept = self._written(kept, counted)
       passports.write(self._file('kept'), kept)
     files.write(self._file('docs'), steps.pack(kept))
     files.write_json(self._file('done'), {
         'bytes': sum(len(document.text.encode('utf-8', 'replace')) for document in kept),
         'summary': counted.to_json(),
         'costs': [[place, *dataclasses.astuple(cost)] for place, cost in advanced.costs.items()]})
+
+  def _written(self, kept: list[Document], counted: summary.Summary) -> list[Document]:
+    """Counts what came through all stages, and returns it as often as its source's weight says."""
+    written = []
+    for document in kept:
+      copies = write.copies(document.name, self.weights[document.source])
+      counted.add_kept(document)
+      counted.add_written(document, copies)
+      written += [document] * copies
+    return written
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import resource
 import signal
 import time
 import traceback
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from lm.errors import UserError
 
@@ -52,87 +52,108 @@ class _Worker:
   task: Task | None = None
 
 
-@dataclasses.dataclass(frozen=True)
 class Processes:
-  """The executor of one machine.
+  """The executor of one machine: `with Processes(2, 60, 4 << 30) as executor: ...`."""
 
-  Attributes:
-    workers: processes.
-    document_seconds: that a document may take in a stage.
-    memory: bytes of data that a process may hold.
-    progress: shows a bar of the tasks.
-  """
+  def __init__(self, workers: int, document_seconds: float, memory: int, progress: bool = False):
+    """Starts no process yet.
 
-  workers: int
-  document_seconds: float
-  memory: int
-  progress: bool
+    Args:
+      workers: processes.
+      document_seconds: that a document may take in a stage.
+      memory: bytes of data that a process may hold.
+      progress: shows a bar of the tasks.
+    """
+    self.workers = workers
+    self._seconds, self._memory, self._progress = document_seconds, memory, progress
+    self._pool: list[_Worker] = []
+    self._ahead: collections.deque[Task] = collections.deque()
+    self._blamed: dict[int, set[tuple[int, int]]] = {}  # id of a task -> what ended a process once
 
-  def run(self, sources: Sequence[Any], name: str) -> None:
-    """Does all of `source.tasks()` of all sources, in any order."""
-    import tqdm  # Not in every worker.
-    tasks = itertools.chain.from_iterable(source.tasks() for source in sources)
-    with tqdm.tqdm(desc=name, total=None, unit=' blocks', disable=not self.progress) as bar:
-      for _ in done(tasks, self.workers, self.document_seconds, self.memory):
-        bar.update()
+  def __enter__(self) -> Self:
+    return self
 
-
-def done(tasks: Iterator[Task], workers: int, document_seconds: float, memory: int
-         ) -> Iterator[Task]:
-  """Does all tasks and yields each as it ends, in any order.
-
-  Tasks are drawn one at a time, at most as many ahead as there are workers: their sum may be larger
-  than memory.
-
-  Args:
-    tasks: may be slow to draw; the workers go on meanwhile.
-    workers: processes.
-    document_seconds: that a document may take in a stage.
-    memory: bytes of data that a process may hold.
-
-  Raises:
-    UserError: that a task raised.
-    RuntimeError: a task raised something else; its words and its trace are kept.
-  """
-  pool = [_start(memory) for _ in range(workers)]
-  ahead: collections.deque[Task] = collections.deque()
-  blamed: dict[int, set[tuple[int, int]]] = {}  # id of a task -> what ended a process once
-  exhausted = False
-  try:
-    while True:
-      for worker in pool:
-        if worker.task is None and ahead:
-          _send(worker, ahead.popleft())
-      busy = [worker for worker in pool if worker.task is not None]
-      if not busy and not ahead and exhausted:
-        return
-      hungry = not exhausted and len(ahead) < workers
-      ready = set(connection.wait([worker.pipe for worker in busy],
-                                  0 if hungry or ahead and len(busy) < workers else _POLL_SECONDS))
-      for place, worker in enumerate(pool):
-        if worker.pipe in ready:
-          try:
-            error = worker.pipe.recv()
-          except (EOFError, ConnectionResetError):
-            pool[place] = _replace(worker, 'crash', blamed, ahead, memory)
-            continue
-          task, worker.task = worker.task, None
-          if error is not None:
-            raise error
-          blamed.pop(id(task), None)
-          yield task
-        elif worker.task is not None and 0 < worker.at[2] < time.monotonic() - document_seconds:
-          pool[place] = _replace(worker, 'timeout', blamed, ahead, memory)
-      if hungry and not ready:
-        task = next(tasks, None)
-        exhausted = task is None
-        ahead.extend([] if task is None else [task])
-  finally:
-    for worker in pool:
+  def __exit__(self, *error: object) -> None:
+    for worker in self._pool:
       worker.process.kill()
-    for worker in pool:
+    for worker in self._pool:
       worker.process.join()
       worker.pipe.close()
+    self._pool = []
+
+  def run(self, sources: Sequence[Any], name: str) -> None:
+    """Does all of `source.tasks()` of all sources, in any order, once.
+
+    Tasks are drawn one at a time, at most as many ahead as there are workers: their sum may be
+    larger than memory, and to draw one may be slow: the workers go on meanwhile.
+
+    Args:
+      sources: of tasks.
+      name: for the bar.
+
+    Raises:
+      UserError: that a task raised.
+      RuntimeError: a task raised something else; its words and its trace are kept.
+    """
+    import tqdm  # Not in every worker.
+    if not sources:
+      return
+    while len(self._pool) < self.workers:
+      self._pool.append(_start(self._memory))
+    tasks = itertools.chain.from_iterable(source.tasks() for source in sources)
+    with tqdm.tqdm(desc=name, total=None, unit=' blocks', disable=not self._progress) as bar:
+      left = True
+      while left or self._ahead or any(worker.task for worker in self._pool):
+        left, ended = self._turn(tasks, left)
+        bar.update(ended)
+
+  def _turn(self, tasks: Iterator[Task], left: bool) -> tuple[bool, int]:
+    """Hands out tasks, collects what is done, draws a task where there is time for it; returns
+    whether any may be left to draw and how many were done."""
+    for worker in self._pool:
+      if worker.task is None and self._ahead:
+        _send(worker, self._ahead.popleft())
+    busy = [worker for worker in self._pool if worker.task is not None]
+    hungry = left and len(self._ahead) < self.workers
+    ready = set(connection.wait([worker.pipe for worker in busy], 0 if hungry else _POLL_SECONDS))
+    count = 0
+    for place, worker in enumerate(self._pool):
+      if worker.pipe in ready:
+        count += self._receive(place, worker)
+      elif worker.task is not None and 0 < worker.at[2] < time.monotonic() - self._seconds:
+        self._replace(place, worker, 'timeout')
+    if hungry and not ready:
+      task = next(tasks, None)
+      left = task is not None
+      self._ahead.extend([task] if task is not None else [])
+    return left, count
+
+  def _receive(self, place: int, worker: _Worker) -> int:
+    try:
+      error = worker.pipe.recv()
+    except (EOFError, ConnectionResetError):
+      self._replace(place, worker, 'crash')
+      return 0
+    self._blamed.pop(id(worker.task), None)
+    worker.task = None
+    if error is not None:
+      raise error
+    return 1
+
+  def _replace(self, place: int, worker: _Worker, reason: str) -> None:
+    """Ends a process, puts its task back, and blames the document that it was at."""
+    worker.process.kill()
+    worker.process.join()
+    worker.pipe.close()
+    task = worker.task
+    assert task is not None
+    culprit = int(worker.at[0]), int(worker.at[1])
+    seen = self._blamed.setdefault(id(task), set())
+    if culprit in seen:
+      task.poison(*culprit, _reason(reason, worker.process.exitcode))
+    seen.add(culprit)
+    self._ahead.appendleft(task)
+    self._pool[place] = _start(self._memory)
 
 
 def _start(memory: int) -> _Worker:
@@ -151,23 +172,6 @@ def _send(worker: _Worker, task: Task) -> None:
     worker.pipe.send(task)
   except (BrokenPipeError, ConnectionResetError):
     pass  # It is dead: the next `wait` says so.
-
-
-def _replace(worker: _Worker, reason: str, blamed: dict[int, set[tuple[int, int]]],
-             ahead: collections.deque[Task], memory: int) -> _Worker:
-  """Ends a process, puts its task back, and blames the document that it was at."""
-  worker.process.kill()
-  worker.process.join()
-  worker.pipe.close()
-  task = worker.task
-  if task is not None:
-    culprit = int(worker.at[0]), int(worker.at[1])
-    seen = blamed.setdefault(id(task), set())
-    if culprit in seen:
-      task.poison(*culprit, _reason(reason, worker.process.exitcode))
-    seen.add(culprit)
-    ahead.appendleft(task)
-  return _start(memory)
 
 
 def _reason(reason: str, status: int | None) -> str:

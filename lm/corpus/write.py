@@ -13,7 +13,6 @@ twice is held out, or trained on, both times.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -23,6 +22,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lm.corpus import files
 from lm.corpus.document import Document
 from lm.errors import UserError
 
@@ -31,7 +31,6 @@ SUFFIXES = {'array_record': '.array_record', 'parquet': '.parquet', 'jsonl': '.j
 _GROUP_BYTES = 16 << 20  # Of text in a row group of Parquet: what a reader holds at a time.
 _READ_BYTES = 1 << 16  # Of a compressed file at a time.
 _ARRAY_RECORD = 'group_size:16,zstd:3'  # One record costs the reading of sixteen.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Writer:
         count, text_bytes = count + 1, text_bytes + len(fields['text'].encode('utf-8'))
         yield fields
 
-    with whole(path) as temporary:
+    with files.whole(path) as temporary:
       _WRITE[self.format](temporary, records())
     with open(path, 'rb') as file:
       digest = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -126,7 +125,8 @@ def copies(name: str, weight: float) -> int:
   Its whole part, and once more for the share of the documents that the rest names. They are chosen
   by a hash of the name, independently of which are held out.
   """
-  digest = hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=8, person=b'lm.copies')
+  digest = hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=8,
+                           person=b'lm.copies')
   return math.floor(weight) + (int.from_bytes(digest.digest(), 'big') < weight % 1 * 2.0**64)
 
 
@@ -137,31 +137,6 @@ def well_formed(text: str) -> str:
   except UnicodeEncodeError:
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
   return text
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-  """Gives a path to write to that becomes `path` at the end of the block, and only if it ends well.
-
-  Raises:
-    UserError: the disk is full or the directory cannot be written.
-  """
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.part')
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.touch()  # Says what is wrong with the directory; ArrayRecord's writer does not.
-    yield temporary
-    with open(temporary, 'rb') as file:
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except OSError as error:
-    why = 'the disk is full (or a quota is spent)' if error.errno in _FULL else (
-        error.strerror or error)
-    raise UserError(f'{path} cannot be written: {why}; free space or choose another --run_dir, and'
-                    ' run the same command again. What is finished is kept.') from error
-  finally:
-    with contextlib.suppress(OSError):
-      temporary.unlink(missing_ok=True)
 
 
 def document(record: Mapping[str, Any]) -> Document | None:

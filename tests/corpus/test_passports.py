@@ -24,7 +24,8 @@ def make(seed):
   text = ' '.join(rng.choices(['the', 'cat', '日本', '\ud800', 'x\x00y'], k=rng.randrange(40)))
   document = Document(
       f'web/a:{seed}', text, source=rng.choice(['web', 'wiki']), address=seed,
-      url=rng.choice(['', f'https://www.a{seed % 7}.co.uk/x', 'http://[bad', f'http://b{seed}.org']),
+      url=rng.choice(['', f'https://www.a{seed % 7}.co.uk/x', 'http://[bad',
+                      f'http://b{seed}.org']),
       licence=rng.choice(['', 'MIT']), language=rng.choice(['', 'en', 'zh']),
   )  # fmt: skip
   for rule in RULES[: rng.randrange(len(RULES) + 1)]:
@@ -126,7 +127,8 @@ def test_a_length_lies_in_its_bin(length):
     ('https://www.bbc.co.uk/news', 'bbc.co.uk'), ('http://lemonde.fr', 'lemonde.fr'),
     ('https://a.b.example.com:8080/?q', 'example.com'), ('example.org/page', 'example.org'),
     ('http://127.0.0.1/x', '127.0.0.1'), ('http://[::1]/', '::1'), ('', ''), ('http://[bad', ''),
-    ('file:///etc/passwd', ''), ('https://xn--bcher-kva.example.', 'xn--bcher-kva.example')])  # fmt: skip
+    ('file:///etc/passwd', ''),
+    ('https://xn--bcher-kva.example.', 'xn--bcher-kva.example')])  # fmt: skip
 def test_what_was_registered_of_a_host(url, domain):
   assert summary.registered_domain(url) == domain
 

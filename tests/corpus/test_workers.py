@@ -65,7 +65,8 @@ class Block:
 
 
 def outcome(path, texts, seconds=0.5, memory=GIB):
-  list(workers.done(iter([Block(path, texts)]), 1, seconds, memory))
+  with workers.Processes(1, seconds, memory) as executor:
+    executor.run([Block(path, texts)], 'blocks')
   return (path / 'kept').read_text().split(), (path / 'faults').read_text()
 
 
@@ -92,33 +93,46 @@ class Square:
   path: pathlib.Path
   number: int
 
+  def tasks(self):
+    yield self
+
   def run(self, watch):
     if self.number < 0:
       raise UserError(f'number={self.number} must not be below 0')
     (self.path / str(self.number)).write_text(str(self.number**2))
 
 
+@dataclasses.dataclass
+class Squares:
+  """A source of tasks that counts how far it is ahead of what is done."""
+  path: pathlib.Path
+  count: int
+  most_ahead: int = 0
+
+  def tasks(self):
+    for number in range(self.count):
+      self.most_ahead = max(self.most_ahead, number - len(list(self.path.iterdir())))
+      yield Square(self.path, number)
+
+
 def test_all_tasks_are_done_and_few_are_drawn_ahead(tmp_path):
-  drawn, ended = [], []
-
-  def tasks():
-    for number in range(20):
-      drawn.append(number)
-      assert len(drawn) - len(ended) <= 2 + 2  # In work, and waiting.
-      yield Square(tmp_path, number)
-
-  for task in workers.done(tasks(), 2, 10, GIB):
-    ended.append(task.number)
-  assert sorted(ended) == list(range(20))
-  assert {path.name: int(path.read_text()) for path in tmp_path.iterdir()} == {
-      str(number): number**2 for number in range(20)}
+  source = Squares(tmp_path, 60)
+  with workers.Processes(2, 10, GIB) as executor:
+    executor.run([source], 'first')
+    assert {path.name: int(path.read_text()) for path in tmp_path.iterdir()} == {
+        str(number): number**2 for number in range(60)}
+    assert source.most_ahead <= 4  # In work, and waiting.
+    executor.run([Squares(tmp_path, 61)], 'again, in the same processes')
+  assert len(list(tmp_path.iterdir())) == 61
 
 
 def test_what_a_task_raises_is_raised(tmp_path):
   with pytest.raises(UserError, match='number=-1 must not'):
-    list(workers.done(iter([Square(tmp_path, -1)]), 2, 10, GIB))
+    with workers.Processes(2, 10, GIB) as executor:
+      executor.run([Square(tmp_path, -1)], 'fails')
   with pytest.raises(RuntimeError, match='TypeError: unsupported operand'):
-    list(workers.done(iter([Square(None, 1)]), 1, 10, GIB))
+    with workers.Processes(1, 10, GIB) as executor:
+      executor.run([Square(None, 1)], 'fails')
 
 
 def test_workers_end_with_who_started_them(tmp_path):
@@ -129,7 +143,8 @@ if __name__ == '__main__':
   import test_workers
   from lm.corpus import workers
   path = pathlib.Path({str(tmp_path)!r})
-  list(workers.done(iter([test_workers.Block(path, ('hang',))]), 1, 100, 1 << 30))
+  with workers.Processes(1, 100, 1 << 30) as executor:
+    executor.run([test_workers.Block(path, ('hang',))], 'blocks')
 '''
   script = tmp_path / 'script.py'
   script.write_text(code)

@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 import pytest
 
+from lm.corpus import files
 from lm.corpus import write
 from lm.corpus.document import Document
 from lm.data import splits
@@ -79,8 +80,8 @@ def test_a_killed_write_leaves_no_shard(tmp_path):
   code = ('import itertools, sys, time\n'
           'from lm.corpus import write\n'
           'from lm.corpus.document import Document\n'
-          'documents = (time.sleep(.001) or Document(str(i), "x" * 9999) for i in itertools.count())'
-          '\nwrite.Writer("jsonl").write(sys.argv[1], documents)')
+          'documents = (time.sleep(.001) or Document(str(i), "x" * 9999)\n'
+          '             for i in itertools.count())\nwrite.Writer("jsonl").write(sys.argv[1], documents)')
   environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
   child = subprocess.Popen([sys.executable, '-c', code, str(tmp_path / 'x')], env=environment)
   deadline = time.monotonic() + 60
@@ -94,7 +95,7 @@ def test_a_killed_write_leaves_no_shard(tmp_path):
 
 def test_a_full_disk_is_one_sentence(tmp_path):
   path = '/dev/full' if os.path.exists('/dev/full') else pytest.skip('needs /dev/full')
-  with pytest.raises(UserError, match='disk is full') as error, write.whole(tmp_path / 'x') as part:
+  with pytest.raises(UserError, match='disk is full') as error, files.whole(tmp_path / 'x') as part:
     with open(path, 'wb') as file:
       file.write(b'x' * 100_000)
     del part

@@ -37,7 +37,8 @@ MEDIA_TYPES = {'html': 'text/html', 'markdown': 'text/markdown', 'text': 'text/p
 
 # Beside the data in a directory laid out as on Hugging Face.
 _NO_DATA = frozenset((
-    'readme.md', 'readme.txt', 'readme', 'license', 'license.txt', 'license.md', 'dataset_info.json',
+    'readme.md', 'readme.txt', 'readme', 'license', 'license.txt', 'license.md',
+    'dataset_info.json',
     'dataset_infos.json', 'state.json', 'dataset_dict.json',
 ))  # fmt: skip
 
