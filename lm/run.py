@@ -14,18 +14,20 @@ import difflib
 import fcntl
 import functools
 import json
+import math
 import os
 import pathlib
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+import numpy as np
 import optax
 
 from lm import config, doctor
@@ -340,6 +342,31 @@ def generate(experiment: Experiment, run_dir: str, prompts: Sequence[str], sampl
   vocabulary = vocabularies.load(pathlib.Path(run_dir) / 'vocabulary')
   return {'completions': complete(module, params, vocabulary, list(prompts), sampling, seed,
                                   experiment.model.max_length)}
+
+
+def scorer(run_dir: str, max_tokens: int) -> Callable[[Sequence[str]], np.ndarray]:
+  """Returns what gives the bits a byte of texts by a run's last good checkpoint (under early
+  stopping, its best), on one device, of at most their first `max_tokens` tokens.
+
+  Raises:
+    UserError: there is no such run, or its model does not predict the next token.
+  """
+  experiment = open_experiment((), (), run_dir)
+  if not isinstance(experiment.objective, objectives.CausalLM):
+    raise UserError(f'the model of {run_dir} was trained by '
+                    f'{type(experiment.objective).__name__} and gives texts no probability; name a '
+                    'run of CausalLM')
+  _, module, params = _load(experiment, run_dir)
+  vocabulary = vocabularies.load(pathlib.Path(run_dir) / 'vocabulary')
+  length, batch_size = experiment.train.sequence_length, experiment.train.batch_size
+
+  def score(texts: Sequence[str]) -> np.ndarray:
+    tokens = [np.asarray(vocabulary.encode(text)[:max_tokens], np.int32) for text in texts]
+    sizes = [len(vocabulary.decode(ids.tolist()).encode()) for ids in tokens]
+    nats = evaluator.document_nats(module, params, tokens, length, batch_size, progress=False)
+    return nats / math.log(2) / np.maximum(sizes, 1)
+
+  return score
 
 
 def check_invariants(experiment: Experiment) -> dict[str, Any]:

@@ -53,10 +53,11 @@ class Stage(_Value):
     raise TypeError(f'{type(self).__name__} does not say what it does to a document.')
 
   def apply_all(self, documents: Sequence[Document]) -> Iterator[int]:
-    """Applies it to the documents that are kept, and yields the index of each before it begins.
+    """Applies it to the documents that are kept, and yields the index of each before it
+    begins, in increasing order.
 
     A worker reports the index to who watches it, so that a document that hangs or ends the process
-    is known. Overridden where several documents are faster together.
+    is known. Overridden where several documents are faster together: then the first is named.
     """
     for index, document in enumerate(documents):
       yield index

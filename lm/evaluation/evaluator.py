@@ -1,9 +1,10 @@
 """What a model makes of held-out text: its objective's metrics, or bits per byte of whole documents
 beside what general compressors need for the same bytes."""
+import functools
 import gzip
 import lzma
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -38,19 +39,24 @@ def windows(tokens: np.ndarray, length: int) -> Iterator[tuple[int, np.ndarray, 
     done, start = end, start + stride
 
 
+@functools.lru_cache(maxsize=2)
+def _token_nats_of(module: nn.Module) -> Callable[[Any, Any], jax.Array]:
+  """The jitted function from (params, batch) to the nats of each token, compiled once a module."""
+  def score(params, batch):
+    outputs, _ = module.apply({'params': params}, batch, method='outputs')
+    return token_nats(outputs['tokens'], batch['decoder_target_tokens'])[0]
+
+  mesh = module.rules.mesh
+  return jax.jit(score, **({} if mesh is None else {'out_shardings': module.rules.sharding()}))
+
+
 def document_nats(module: nn.Module, params: Any, documents: Sequence[np.ndarray], length: int,
                   batch_size: int, progress: bool = True, hosts: Hosts = Hosts()) -> np.ndarray:
   """Negative log-likelihood of each document, in nats: float64 [documents].
 
   All `hosts` call it; each brings the windows that its devices score, and gets every result.
   """
-  def score(params, batch):
-    outputs, _ = module.apply({'params': params}, batch, method='outputs')
-    return token_nats(outputs['tokens'], batch['decoder_target_tokens'])[0]
-
-  mesh = module.rules.mesh
-  over_mesh = {} if mesh is None else {'out_shardings': module.rules.sharding()}
-  score = hosts.same_program(jax.jit(score, **over_mesh))
+  score = hosts.same_program(_token_nats_of(module))
   where = GlobalBatch(module.rules, batch_size)
   cuts = [(i, cut) for i, tokens in enumerate(documents) for cut in windows(tokens, length)]
   nats = np.zeros(len(documents))

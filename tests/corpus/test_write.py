@@ -81,7 +81,8 @@ def test_a_killed_write_leaves_no_shard(tmp_path):
           'from lm.corpus import write\n'
           'from lm.corpus.document import Document\n'
           'documents = (time.sleep(.001) or Document(str(i), "x" * 9999)\n'
-          '             for i in itertools.count())\nwrite.Writer("jsonl").write(sys.argv[1], documents)')
+          '             for i in itertools.count())\n'
+          'write.Writer("jsonl").write(sys.argv[1], documents)')
   environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
   child = subprocess.Popen([sys.executable, '-c', code, str(tmp_path / 'x')], env=environment)
   deadline = time.monotonic() + 60

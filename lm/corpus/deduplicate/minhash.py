@@ -43,7 +43,8 @@ _EVIDENCE = np.dtype([
     ('key', np.uint64), ('address', np.int64), ('other', np.int64), ('rank', np.int32),
     ('shingles', np.uint32, _PART)])  # fmt: skip
 _VERIFIED = np.dtype([
-    ('address', np.int64), ('other', np.int64), ('rank', np.int64), ('other_rank', np.int64)])  # fmt: skip
+    ('address', np.int64), ('other', np.int64), ('rank', np.int64),
+    ('other_rank', np.int64)])  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
