@@ -12,16 +12,21 @@ import os
 
 from lm.corpus.readers import jsonl
 from lm.corpus.readers import streams
+from lm.corpus.readers import warc
 from lm.corpus.readers import whole
+from lm.corpus.readers import wikipedia
 
 FORMATS = {
     'html': whole,
     'jsonl': jsonl,
     'markdown': whole,
     'text': whole,
+    'warc': warc,
+    'wikipedia': wikipedia,
 }
 
 _SUFFIXES = {
+    '.arc': 'warc',
     '.htm': 'html',
     '.html': 'html',
     '.json': 'jsonl',  # C4 and others: a line is a document there.
@@ -29,7 +34,10 @@ _SUFFIXES = {
     '.markdown': 'markdown',
     '.md': 'markdown',
     '.ndjson': 'jsonl',
+    '.warc': 'warc',
+    '.wet': 'warc',
     '.xhtml': 'html',
+    '.xml': 'wikipedia',
 }
 
 # Of the formats whose documents say nothing of their own.
@@ -37,9 +45,8 @@ MEDIA_TYPES = {'html': 'text/html', 'markdown': 'text/markdown', 'text': 'text/p
 
 # Beside the data in a directory laid out as on Hugging Face.
 _NO_DATA = frozenset((
-    'readme.md', 'readme.txt', 'readme', 'license', 'license.txt', 'license.md',
-    'dataset_info.json',
-    'dataset_infos.json', 'state.json', 'dataset_dict.json',
+    'readme', 'readme.md', 'readme.txt', 'license', 'license.md', 'license.txt',
+    'dataset_dict.json', 'dataset_info.json', 'dataset_infos.json', 'state.json',
 ))  # fmt: skip
 
 
