@@ -12,14 +12,17 @@ import os
 
 from lm.corpus.readers import jsonl
 from lm.corpus.readers import streams
+from lm.corpus.readers import table
 from lm.corpus.readers import warc
 from lm.corpus.readers import whole
 from lm.corpus.readers import wikipedia
 
 FORMATS = {
+    'arrow': table,
     'html': whole,
     'jsonl': jsonl,
     'markdown': whole,
+    'parquet': table,
     'text': whole,
     'warc': warc,
     'wikipedia': wikipedia,
@@ -27,6 +30,7 @@ FORMATS = {
 
 _SUFFIXES = {
     '.arc': 'warc',
+    '.arrow': 'arrow',
     '.htm': 'html',
     '.html': 'html',
     '.json': 'jsonl',  # C4 and others: a line is a document there.
@@ -34,6 +38,7 @@ _SUFFIXES = {
     '.markdown': 'markdown',
     '.md': 'markdown',
     '.ndjson': 'jsonl',
+    '.parquet': 'parquet',
     '.warc': 'warc',
     '.wet': 'warc',
     '.xhtml': 'html',

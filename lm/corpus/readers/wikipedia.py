@@ -1,7 +1,7 @@
 """XML dumps of MediaWiki (`pages-articles`): the articles, of which `extract` makes text.
 
-Pages are cut out of the stream by their tags, so that memory holds one page and never the tree. Each
-is then parsed by itself and without a DTD, so that there are no entities to blow up.
+Pages are cut out of the stream by their tags, so that memory holds one page and never the tree.
+Each is then parsed by itself and without a DTD, so that there are no entities to blow up.
 """
 
 from __future__ import annotations
