@@ -10,6 +10,8 @@ Both hold a bounded part of a file at a time, and raise OSError where it cannot 
 
 import os
 
+from lm.corpus.readers import epub
+from lm.corpus.readers import examples
 from lm.corpus.readers import jsonl
 from lm.corpus.readers import streams
 from lm.corpus.readers import table
@@ -18,19 +20,24 @@ from lm.corpus.readers import whole
 from lm.corpus.readers import wikipedia
 
 FORMATS = {
+    'array_record': examples,
     'arrow': table,
+    'epub': epub,
     'html': whole,
     'jsonl': jsonl,
     'markdown': whole,
     'parquet': table,
     'text': whole,
+    'tfds': examples,
     'warc': warc,
     'wikipedia': wikipedia,
 }
 
 _SUFFIXES = {
     '.arc': 'warc',
+    '.array_record': 'array_record',
     '.arrow': 'arrow',
+    '.epub': 'epub',
     '.htm': 'html',
     '.html': 'html',
     '.json': 'jsonl',  # C4 and others: a line is a document there.
