@@ -269,14 +269,14 @@ def names(files: list[str]) -> list[str]:
 def documents(patterns: Patterns) -> Iterator[Document]:
   """Streams the non-empty documents of all matching files of text, in the order of their paths.
 
-  A line of .jsonl is one, a row of .parquet or .array_record (as `lm corpus` writes them), and
-  every other file, in UTF-8; all but those two may be compressed.
+  A line of .jsonl is one, a row of .parquet, .arrow or .array_record, and every other file, in
+  UTF-8. Documents of a corpus that `lm corpus` wrote keep their names, wherever the shard lies.
 
   Args:
     patterns: one glob pattern or a tuple of them.
 
   Yields:
-    `Document(name, text)`; the name of a `.jsonl` document is `file:line`, counted from 1.
+    Documents with name and text; the name of a `.jsonl` document is `file:line`, counted from 1.
 
   Raises:
     UserError: no match, not UTF-8, a broken line of JSON, a truncated archive, or nothing but empty
@@ -315,9 +315,11 @@ def _strictly(path: str, name: str) -> Iterator[Document]:
       fix = _FIXES.get(kind(reason), 'mend it or leave it out').format(path=path)
       raise UserError(f'{path}{where.removeprefix(name)} {reason}; {fix}.')
 
-  suffix = os.path.splitext(streams.stem(path))[1]
-  format_ = {'.jsonl': 'jsonl', '.parquet': 'parquet', '.array_record': 'array_record'}.get(suffix)
-  source = Source('strict', path, format_ or 'text', max_document_bytes=sys.maxsize)
+  format_ = readers.format_of(path)
+  if format_ in ('warc', 'epub'):
+    raise UserError(f'{path} is raw; make text of it by `lm corpus` and train on that.')
+  records = format_ in ('parquet', 'array_record', 'arrow') or streams.stem(path).endswith('.jsonl')
+  source = Source('strict', path, format_ if records else 'text', max_document_bytes=sys.maxsize)
   group = FileGroup(source, (File(path, name, 0, 0),))
   for block in split(group, report):
     for document in read(block, report):
@@ -327,4 +329,5 @@ def _strictly(path: str, name: str) -> Iterator[Document]:
         except UnicodeDecodeError as error:
           byte = document.raw[error.start]
           report(name, f'is not UTF-8: byte 0x{byte:02x} at offset {error.start}')
+      document.source = ''
       yield document

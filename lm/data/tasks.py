@@ -28,9 +28,10 @@ if TYPE_CHECKING:
   import seqio
 
 _LM = Path(vocabularies.__file__).resolve().parents[1]
-_READING = ('corpus/collect.py', 'corpus/readers/__init__.py', 'corpus/readers/fields.py',
-            'corpus/readers/jsonl.py', 'corpus/readers/piece.py', 'corpus/readers/streams.py',
-            'corpus/readers/whole.py', 'corpus/stdlib.py', 'data/splits.py')  # fmt: skip
+_READING = ('corpus/collect.py', 'corpus/readers/__init__.py', 'corpus/readers/examples.py',
+            'corpus/readers/fields.py', 'corpus/readers/jsonl.py', 'corpus/readers/piece.py',
+            'corpus/readers/streams.py', 'corpus/readers/table.py', 'corpus/readers/whole.py',
+            'corpus/stdlib.py', 'corpus/write.py', 'data/splits.py')  # fmt: skip
 _LEARNING = ('data/vocabularies.py', 'data/vocabulary_training.py')
 _IMPORTING = ('data/pretrained_vocabularies.py', 'data/tokenizer_config.py',
               'data/tokenizer_files.py', 'data/tokenizer_pipelines.py')  # fmt: skip
@@ -62,8 +63,8 @@ class TextTask:
   """Plain text to be predicted token by token.
 
   Attributes:
-    files: glob patterns (.txt, .md, .py, .jsonl, each also .gz or .zst), or None for Python's own
-      standard library.
+    files: glob patterns (.txt, .md, .py, .jsonl, each also .gz or .zst, and the shards of a corpus
+      by `lm corpus`), or None for Python's own standard library.
     vocabulary: kind and size, or where another project's lies.
     held_out_fraction: of the documents, chosen by name; see `splits`.
     cache_dir: where vocabularies and caches are kept; safe to delete, safe to share.

@@ -10,18 +10,34 @@ Both hold a bounded part of a file at a time, and raise OSError where it cannot 
 
 import os
 
+from lm.corpus.readers import epub
+from lm.corpus.readers import examples
 from lm.corpus.readers import jsonl
 from lm.corpus.readers import streams
+from lm.corpus.readers import table
+from lm.corpus.readers import warc
 from lm.corpus.readers import whole
+from lm.corpus.readers import wikipedia
 
 FORMATS = {
+    'array_record': examples,
+    'arrow': table,
+    'epub': epub,
     'html': whole,
     'jsonl': jsonl,
     'markdown': whole,
+    'parquet': table,
     'text': whole,
+    'tfds': examples,
+    'warc': warc,
+    'wikipedia': wikipedia,
 }
 
 _SUFFIXES = {
+    '.arc': 'warc',
+    '.array_record': 'array_record',
+    '.arrow': 'arrow',
+    '.epub': 'epub',
     '.htm': 'html',
     '.html': 'html',
     '.json': 'jsonl',  # C4 and others: a line is a document there.
@@ -29,7 +45,11 @@ _SUFFIXES = {
     '.markdown': 'markdown',
     '.md': 'markdown',
     '.ndjson': 'jsonl',
+    '.parquet': 'parquet',
+    '.warc': 'warc',
+    '.wet': 'warc',
     '.xhtml': 'html',
+    '.xml': 'wikipedia',
 }
 
 # Of the formats whose documents say nothing of their own.
@@ -37,9 +57,8 @@ MEDIA_TYPES = {'html': 'text/html', 'markdown': 'text/markdown', 'text': 'text/p
 
 # Beside the data in a directory laid out as on Hugging Face.
 _NO_DATA = frozenset((
-    'readme.md', 'readme.txt', 'readme', 'license', 'license.txt', 'license.md',
-    'dataset_info.json',
-    'dataset_infos.json', 'state.json', 'dataset_dict.json',
+    'readme', 'readme.md', 'readme.txt', 'license', 'license.md', 'license.txt',
+    'dataset_dict.json', 'dataset_info.json', 'dataset_infos.json', 'state.json',
 ))  # fmt: skip
 
 

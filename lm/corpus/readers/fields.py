@@ -6,6 +6,7 @@ from typing import Any
 
 from lm.corpus.document import Document
 from lm.corpus.readers.piece import Report
+from lm.corpus.write import FIELDS
 
 # How data sets of the field name what we know: C4, Dolma, datatrove, RedPajama, Wikipedia's rows.
 NAMES = {
@@ -15,11 +16,15 @@ NAMES = {
     'licence': ('licence', 'license'),
     'language': ('language', 'lang'),
 }
-COLUMNS = frozenset(name for names in NAMES.values() for name in names)
+_OWN = frozenset(FIELDS)
+COLUMNS = _OWN.union(*NAMES.values())
 
 
 def document(record: Any, name: str, report: Report, key: str = 'text') -> Document | None:
-  """Returns the document of a record, None if it has no text (which is reported)."""
+  """Returns the document of a record, None if it has no text (which is reported).
+
+  A record that a corpus of `lm corpus` has is known by its fields, and keeps its name.
+  """
   text = record.get(key) if isinstance(record, dict) else None
   if isinstance(text, bytes):
     text = text.decode('utf-8', 'replace')
@@ -32,7 +37,8 @@ def document(record: Any, name: str, report: Report, key: str = 'text') -> Docum
     code = ord(text[error.start])
     report(name, f'holds a lone surrogate U+{code:04X}, which is not a character')
     return None
-  found = Document(name, text)
+  own = key == 'text' and _OWN <= record.keys()
+  found = Document(record['name'] if own else name, text)
   inner = record.get('metadata', record.get('meta'))
   for field, names in NAMES.items():
     for where in (record, inner if isinstance(inner, dict) else {}):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Callable, NamedTuple
+import importlib
+from typing import Any, Callable, NamedTuple
+
+from lm.errors import UserError
 
 # (name, reason): what was passed over, and a predicate without a full stop: 'is not JSON (...)'.
 Report = Callable[[str, str], None]
@@ -80,3 +83,16 @@ def damaged(why: object) -> str:
 def unreadable(error: OSError) -> str:
   """Says that the operating system does not let it be read."""
   return f'cannot be read ({error.strerror or error})'
+
+
+def need(module: str) -> Any:
+  """Imports a module of the extra [corpus].
+
+  Raises:
+    UserError: its package is not installed.
+  """
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    package = module.partition('.')[0]
+    raise UserError(f"{package} is not installed ({error}): pip install 'lm[corpus]'.") from error

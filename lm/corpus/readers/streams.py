@@ -16,6 +16,8 @@ import re
 from typing import Any, BinaryIO, NamedTuple
 import zlib
 
+from lm.corpus.readers.piece import damaged, File, Report
+
 _READ_BYTES = 1 << 16  # Of a compressed file at a time.
 _OUT_BYTES = 1 << 18  # Inflated at a time, where the library lets itself be told.
 _ZSTD_FEED = 1 << 10  # It does not: 1 KiB can be 32 MiB (RLE blocks of 128 KiB in 4 bytes).
@@ -59,6 +61,47 @@ def chunks(path: str) -> Iterator[bytes | Gap]:
     else:
       while data := file.read(_READ_BYTES * 4):
         yield data
+
+
+class Buffer:
+  """What a file inflates to, as a buffer that is filled from behind and eaten from the front."""
+
+  def __init__(self, file: File, report: Report) -> None:
+    self._chunks, self._name, self._report = chunks(file.path), file.name, report
+    self.data = bytearray()
+    self.at_gap = self.at_end = False  # What stands behind the data.
+
+  def fill(self, size: int) -> bool:
+    """Reads until the buffer holds `size` bytes; False if the end or a gap comes before that."""
+    while len(self.data) < size and not self.at_gap and not self.at_end:
+      chunk = next(self._chunks, None)
+      if chunk is None:
+        self.at_end = True
+      elif isinstance(chunk, Gap):
+        self.at_gap = True
+        self.report_damage(chunk.reason)
+      else:
+        self.data += chunk
+    return len(self.data) >= size
+
+  def skip(self, size: int) -> bool:
+    """Eats `size` bytes without holding them; False if there are fewer."""
+    while size > len(self.data):
+      size -= len(self.data)
+      self.data.clear()
+      if not self.fill(1):
+        return False
+    del self.data[:size]
+    return True
+
+  def report_damage(self, why: str) -> None:
+    """Reports that the file is damaged where no gap says so."""
+    self._report(self._name, damaged(why))
+
+  def pass_gap(self) -> None:
+    """Drops what stands before a gap, of which no record is whole."""
+    self.data.clear()
+    self.at_gap = False
 
 
 class _Members:
