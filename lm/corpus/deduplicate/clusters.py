@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 
 from lm.corpus.document import Document
@@ -10,6 +12,7 @@ from lm.errors import UserError
 # Of each document that has a duplicate: the address of the document that is kept of its cluster.
 CLUSTERS = np.dtype([('address', np.int64), ('cluster', np.int64)])
 KEEP = ('first', 'longest')
+_WHITE_SPACE = b' \t\n\v\f\r'
 
 
 def check_keep(keep: str) -> None:
@@ -21,6 +24,12 @@ def check_keep(keep: str) -> None:
 def rank(document: Document, keep: str) -> int:
   """Returns a number that is lowest for the document to keep; the first of the lowest is kept."""
   return -len(document.text) if keep == 'longest' else 0
+
+
+def digest(text: str, size: int) -> bytes:
+  """Returns the BLAKE2b hash, of `size` bytes, of a text without its spaces, tabs and ends of lines."""
+  data = text.encode('utf-8', 'surrogatepass').translate(None, _WHITE_SPACE)
+  return hashlib.blake2b(data, digest_size=size).digest()
 
 
 def alike(records: np.ndarray, fields: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:

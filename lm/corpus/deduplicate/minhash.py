@@ -37,14 +37,12 @@ _WORD = np.uint64(32)
 _BAND = np.dtype([('key', np.uint64), ('address', np.int64)])
 _PAIR = np.dtype([('address', np.int64), ('other', np.int64)])
 # A pair, or a document that is the other of one (then `other` is its own address).
-_CANDIDATE = np.dtype([('address', np.int64), ('other', np.int64), ('slice', np.uint64)])
+_CANDIDATE = np.dtype([*_PAIR.descr, ('slice', np.uint64)])
 # A pair, or some shingles of a document (then `other` is its own address).
-_EVIDENCE = np.dtype([
-    ('key', np.uint64), ('address', np.int64), ('other', np.int64), ('rank', np.int32),
-    ('shingles', np.uint32, _PART)])  # fmt: skip
-_VERIFIED = np.dtype([
-    ('address', np.int64), ('other', np.int64), ('rank', np.int64),
-    ('other_rank', np.int64)])  # fmt: skip
+_EVIDENCE = np.dtype(
+    [*_BAND.descr, ('other', np.int64), ('rank', np.int32), ('shingles', np.uint32, _PART)]
+)
+_VERIFIED = np.dtype([*_PAIR.descr, ('rank', np.int64), ('other_rank', np.int64)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +62,7 @@ class MinHash(Grouping):
   shingle: int = 5
   num_hashes: int = 112
   keep: str = 'first'
-  partition_bits: int = 8
+  partition_bits: int = 6
   rounds = 2
 
   def __post_init__(self):
@@ -163,30 +161,34 @@ class MinHash(Grouping):
     return found.ravel()
 
   def _evidence(self, documents: Sequence[Document], decisions: np.ndarray) -> np.ndarray:
-    """Returns the pairs of these documents and their shingles, under the key of each slice."""
+    """Returns the pairs of these documents, and their shingles in each slice that they are of."""
     hashes, counts = self._shingles(documents)
-    low = hashes.astype(np.uint32)
-    parts = []
-    for document, end, count in zip(documents, np.cumsum(counts), counts):
-      first, last = np.searchsorted(decisions['address'], [document.address, document.address + 1])
-      own = decisions[first:last]
-      sketch = np.unique(low[end - count : end])[:SKETCH]
-      shingles = np.full(-(-len(sketch) // _PART) * _PART, sketch[-1])
-      shingles[: len(sketch)] = sketch
-      pairs = own[own['other'] != document.address]
-      slices = np.unique(own['slice'])
-      found = np.zeros(len(pairs) + len(slices) * len(shingles) // _PART, _EVIDENCE)
-      found['address'] = document.address
-      found['other'][: len(pairs)] = pairs['other']
-      found['other'][len(pairs) :] = document.address
-      found['key'][: len(pairs)] = pairs['slice']
-      found['key'][len(pairs) :] = np.repeat(slices, len(shingles) // _PART)
-      found['rank'] = clusters.rank(document, self.keep)
-      found['shingles'][len(pairs) :] = np.tile(shingles.reshape(-1, _PART), (len(slices), 1))
-      parts.append(found)
-    evidence = np.concatenate(parts)
-    evidence['key'] = tokens.mix(evidence['key'])
-    return evidence
+    codes = _codes(np.repeat(np.arange(len(documents)), counts), hashes.astype(np.uint32))
+    bounds = _bounds(codes, len(documents))
+    sizes = np.minimum(np.diff(bounds), SKETCH)
+    parts = -(-sizes // _PART)
+    # Filled up with the last of a document again: sets do not mind.
+    places = _ranges(np.zeros(len(documents), int), parts * _PART)
+    last = np.repeat(sizes - 1, parts * _PART)
+    shingles = codes[np.repeat(bounds[:-1], parts * _PART) + np.minimum(places, last)]
+    shingles = shingles.astype(np.uint32).reshape(-1, _PART)
+
+    addresses = np.array([document.address for document in documents])
+    ranks = np.array([clusters.rank(document, self.keep) for document in documents])
+    first, last = np.searchsorted(decisions['address'], [addresses[0], addresses[-1] + 1])
+    own = decisions[first:last]
+    pairs = own[own['other'] != own['address']]
+    members = clusters.unique(own[['address', 'slice']])
+    owners = np.searchsorted(addresses, members['address'])
+    found = np.zeros(len(pairs) + parts[owners].sum(), _EVIDENCE)
+    sketches = found[len(pairs) :]
+    found['address'][: len(pairs)], found['other'][: len(pairs)] = pairs['address'], pairs['other']
+    found['key'][: len(pairs)] = tokens.mix(pairs['slice'])
+    for name, column in (('address', members['address']), ('other', members['address']),
+                         ('key', tokens.mix(members['slice'])), ('rank', ranks[owners])):
+      sketches[name] = np.repeat(column, parts[owners])
+    sketches['shingles'] = shingles[_ranges((np.cumsum(parts) - parts)[owners], parts[owners])]
+    return found
 
   def _verified(self, records: np.ndarray) -> np.ndarray:
     """Returns the pairs of one partition that reach the threshold."""
@@ -195,9 +197,8 @@ class MinHash(Grouping):
     addresses, places = np.unique(sketches['address'], return_inverse=True)
     ranks = np.zeros(len(addresses), np.int64)
     ranks[places] = sketches['rank']
-    codes = (places.astype(np.uint64)[:, None] << _WORD) | sketches['shingles']
-    codes = np.unique(codes.ravel())
-    bounds = np.searchsorted(codes, np.arange(len(addresses) + 1, dtype=np.uint64) << _WORD)
+    codes = _codes(places[:, None], sketches['shingles'])
+    bounds = _bounds(codes, len(addresses))
     ends = np.searchsorted(addresses, [pairs['address'], pairs['other']])
     sizes = np.diff(bounds)[ends].sum(axis=0)
     similar = [
@@ -228,14 +229,30 @@ def similarities(values: np.ndarray, bounds: np.ndarray, pairs: np.ndarray) -> n
   limits = largest[pairs].min(axis=0)
   counts = sizes[pairs.ravel()]
   owners = np.repeat(np.tile(np.arange(pairs.shape[1]), 2), counts)
-  offsets = np.repeat(bounds[pairs.ravel()] - (np.cumsum(counts) - counts), counts)
-  members = values[offsets + np.arange(len(offsets))]
+  members = values[_ranges(bounds[pairs.ravel()], counts)]
   counted = members <= limits[owners]
   owners, members = owners[counted], members[counted]
-  codes = np.sort((owners.astype(np.uint64) << _WORD) | members)
-  common = (codes[1:][codes[1:] == codes[:-1]] >> _WORD).astype(np.int64)
-  shared = np.bincount(common, minlength=pairs.shape[1])
-  return shared / (np.bincount(owners, minlength=pairs.shape[1]) - shared)
+  union = np.bincount(
+      (_codes(owners, members) >> _WORD).astype(np.int64), minlength=pairs.shape[1]
+  )
+  both = np.bincount(owners, minlength=pairs.shape[1])
+  return (both - union) / union
+
+
+def _codes(owners: np.ndarray, values: np.ndarray) -> np.ndarray:
+  """Returns owner << 32 | value, sorted, each once."""
+  codes = np.sort(((owners.astype(np.uint64) << _WORD) | values).ravel())
+  return codes[np.append(True, codes[1:] != codes[:-1])[: len(codes)]]
+
+
+def _bounds(codes: np.ndarray, owners: int) -> np.ndarray:
+  """Returns where the codes of each owner begin, and the end."""
+  return np.searchsorted(codes, np.arange(owners + 1, dtype=np.uint64) << _WORD)
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+  """Returns start, start + 1, ... of each range, `count` numbers of it."""
+  return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
 
 def _batches(documents: Sequence[Document]) -> Iterator[slice]:

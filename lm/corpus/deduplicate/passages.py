@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
-import hashlib
 import re
 
 import numpy as np
@@ -14,6 +13,7 @@ from lm.corpus.document import Document
 from lm.corpus.stage import Grouping
 from lm.errors import UserError
 
+_HASH = np.dtype([('key', np.uint64), ('check', np.uint32)])
 _RECORD = np.dtype(
     [('key', np.uint64), ('check', np.uint32), ('address', np.int64), ('index', np.uint32)]
 )
@@ -23,7 +23,7 @@ _REPEATED = np.dtype([('address', np.int64), ('index', np.uint32)])
 class _Passages(Grouping):
   """Keeps the first of equal passages, in the order of the input, and cuts the others.
 
-  Passages are equal if they differ in nothing but white space. A hash of 96 bits stands for one: of
+  Passages are equal if they differ in nothing but spaces and tabs. A hash of 96 bits stands for one: of
   10**11 passages two share one by chance with a probability of 10**-7. A record has 24 bytes.
   """
 
@@ -37,16 +37,18 @@ class _Passages(Grouping):
 
   def emit(self, documents: Sequence[Document], decisions: np.ndarray | None) -> np.ndarray:
     """Returns the hash of each passage that is long enough."""
-    records = []
+    digests, addresses, places = [], [], []
     for document in documents:
       for index, passage in enumerate(self.separator.split(document.text)):
-        if len(passage) >= self.min_characters:
-          text = ' '.join(passage.split())
-          if len(text) >= self.min_characters:
-            data = text.encode('utf-8', 'surrogatepass')
-            digest = int.from_bytes(hashlib.blake2b(data, digest_size=12).digest(), 'little')
-            records.append((digest >> 32, digest & 0xFFFFFFFF, document.address, index))
-    return np.array(records, _RECORD)
+        if len(passage) >= self.min_characters and len(passage.strip()) >= self.min_characters:
+          digests.append(clusters.digest(passage, 12))
+          addresses.append(document.address)
+          places.append(index)
+    records = np.empty(len(digests), _RECORD)
+    hashes = np.frombuffer(b''.join(digests), _HASH)
+    records['key'], records['check'] = hashes['key'], hashes['check']
+    records['address'], records['index'] = addresses, places
+    return records
 
   def resolve(self, records: np.ndarray) -> np.ndarray:
     """Returns the places of all passages but the first of each."""
@@ -72,8 +74,8 @@ class _Passages(Grouping):
         kept.append(document.text[start:end])
       start = end
     text = ''.join(kept)
-    if len(cut) and not document.text[-1:].isspace():
-      text = text.rstrip()
+    if not document.text[-1].isspace():
+      text = text.rstrip()  # The separator before a last passage that was cut.
     rule = f'{self.stage}.duplicate'
     document.verdicts[rule] = len(document.text) - len(text)
     document.text = text

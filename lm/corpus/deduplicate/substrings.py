@@ -50,7 +50,7 @@ class Substrings(Grouping):
   """
 
   length: int = 50
-  partition_bits: int = 8
+  partition_bits: int = 6
   rounds = 2
 
   def __post_init__(self):

@@ -22,13 +22,14 @@ _OF_TOKENS = 0x13198A2E03707345
 _ALONE = np.uint32(1 << 31)  # The flag of a character that is a token by itself.
 _CHARACTERS = 0x110000
 _ASSIGNED = 0x34000  # Beyond stand private characters, tags and variation selectors.
-_SPACE = re.compile(r'\s')
 # Scripts whose words are not set apart by spaces: Thai, Lao, Myanmar, Khmer, kana, Han.
 _UNSPACED = (
     (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x19E0, 0x19FF), (0x3040, 0x30FF),
     (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xA9E0, 0xA9FF), (0xAA60, 0xAA7F),
     (0xF900, 0xFAFF), (0xFF66, 0xFF9F), (0x1B000, 0x1B16F), (0x20000, 0x33FFF),
 )  # fmt: skip
+# Behind a space, or before a character that is a token by itself, a text may be cut.
+_CUT = re.compile(r'(?<=\s)|(?=[%s])' % ''.join(f'{chr(a)}-{chr(b)}' for a, b in _UNSPACED))
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -57,7 +58,8 @@ class Runs:
 
 def _powers(base: int, count: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns the powers of base**-1 and of base, from the 0th, at least `count`."""
-  return _powers_of_size(base, 1 << max(16, count.bit_length()))
+  size = 1 << max(16, count.bit_length())
+  return (_powers_of_size if size <= 4 * PIECE else _powers_of_size.__wrapped__)(base, size)
 
 
 @functools.lru_cache(maxsize=4)
@@ -162,10 +164,11 @@ def _tokens_of_batch(texts: Sequence[str], table: np.ndarray) -> Tokens:
 
 
 def _pieces(text: str) -> Iterator[tuple[int, str]]:
+  """Yields where each piece begins, and the piece; a text that cannot be cut is one."""
   start = 0
   while start < len(text):
-    space = _SPACE.search(text, start + PIECE)
-    end = space.end() if space else len(text)
+    cut = _CUT.search(text, start + PIECE)
+    end = cut.start() if cut else len(text)
     yield start, text[start:end]
     start = end
 

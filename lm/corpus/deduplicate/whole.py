@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
-import hashlib
 import re
 import urllib.parse
 
@@ -41,14 +40,13 @@ class _Same(Grouping):
 
   def emit(self, documents: Sequence[Document], decisions: np.ndarray | None) -> np.ndarray:
     """Returns the hash of each document's identity."""
-    records = []
-    for document in documents:
-      if identity := self.identity(document):
-        data = identity.encode('utf-8', 'surrogatepass')
-        digest = hashlib.blake2b(data, digest_size=16).digest()
-        key, rest = (int.from_bytes(part, 'little') for part in (digest[:8], digest[8:]))
-        records.append((key, rest, clusters.rank(document, self.keep), document.address))
-    return np.array(records, _RECORD)
+    some = [(document, same) for document in documents if (same := self.identity(document))]
+    records = np.empty(len(some), _RECORD)
+    digests = b''.join(clusters.digest(same, 16) for _, same in some)
+    records['key'], records['rest'] = np.frombuffer(digests, '<u8').reshape(-1, 2).T
+    records['rank'] = [clusters.rank(document, self.keep) for document, _ in some]
+    records['address'] = [document.address for document, _ in some]
+    return records
 
   def resolve(self, records: np.ndarray) -> np.ndarray:
     """Returns the cluster of each document that has a duplicate."""
@@ -62,7 +60,7 @@ class _Same(Grouping):
 
 @dataclasses.dataclass(frozen=True)
 class Exact(_Same):
-  """Keeps the first of the documents whose texts differ in nothing but white space.
+  """Keeps the first of the documents whose texts differ in nothing but spaces and ends of lines.
 
   Attributes:
     partition_bits: of the key; memory holds one partition, 28 bytes a document.
@@ -72,8 +70,8 @@ class Exact(_Same):
   partition_bits: int = 6
 
   def identity(self, document: Document) -> str:
-    """Returns the text with one space for any white space."""
-    return ' '.join(document.text.split())
+    """Returns the text."""
+    return document.text
 
 
 @dataclasses.dataclass(frozen=True)
