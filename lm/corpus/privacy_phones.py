@@ -17,7 +17,7 @@ Span = tuple[int, int]
 
 _EXTENSION = r'(?: ?(?:x|ext\.?|extension|#) ?\d{1,6})?'
 _SEPARATOR = r'[ \u00a0.\u2010-\u2015-]'
-_BEFORE = r'(?<![\w./:=#$€£-])(?<!\d,)'
+_BEFORE = r'(?<![\w/=#$€£-])(?<!\d[.,:])'
 _AFTER = r'(?![\w/]|[.,:-]\d|%)'
 # Each form by itself is rare outside of telephone numbers; the figures say how it was named below.
 _FORMS = {
@@ -50,7 +50,7 @@ _FORM = re.compile(
 # Any figures in groups: what a word beside them, or a numbering plan, has to tell.
 _ANY = re.compile(
     _BEFORE
-    + rf'\(?\d{{1,5}}\)?(?:{_SEPARATOR}?\(?\d{{1,12}}\)?){{1,6}}'
+    + rf'(?<!\.)\(?\d{{1,5}}\)?(?:{_SEPARATOR}?\(?\d{{1,12}}\)?){{1,6}}'
     + _EXTENSION
     + r'(?![\w/]|[.,:]\d|%)'
 )
@@ -64,7 +64,7 @@ _CUE_BEFORE = re.compile(
     # ... and words that may speak of anything: the number follows.
     r'|\b(?:(?:call|ring|text|contact|reach(?:ed)?)(?: \w{1,12})?(?: at| on)?'
     r'|(?:messages?|answer(?:ing|ed)?|registered)(?: to| at| on| number)?'
-    r'|office|desk|home|work|voice|direct)[ :.(#]{0,3}$'
+    r'|office|desk|home|work|voice|direct)[:.(#]{0,2}[ (]$'
 )
 _CUE_AFTER = re.compile(r'(?i)[ ,;(-]{0,2}(?:office|fax|mobile|cell|home|work|voice|direct)\b')
 _OTHER_CUE = re.compile(r'(?i)(?:isbn|issn|doi|oclc|pmid|isni|lccn|arxiv)\W{0,8}$')
@@ -98,6 +98,8 @@ def phones(text: str, places: list[Span], regions: tuple[str, ...]) -> Iterator[
       number = re.split('[x#e]', match[0])[0].rstrip()
       digits = sum(character.isdigit() for character in number)
       if not 7 <= digits <= 15 or _DATE.match(number) or _YEARS.fullmatch(number):
+        continue
+      if _POST_CODE.fullmatch(number):
         continue
       if _cued(text, *match.span()) or _in_plan(number, digits, regions):
         yield match.span()
