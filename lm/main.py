@@ -15,6 +15,7 @@ COMMANDS = {
     'evaluate': 'score the held-out files with the last checkpoint of a run',
     'generate': 'continue prompts with the last checkpoint of a run',
     'cache': 'train the vocabulary and build the token cache, without training',
+    'tokenizer': 'train vocabularies of many sizes and kinds, and show what each makes of the text',
     'compare': 'runs beside each other: curves with seeds as bands, tables with their spread',
     'compile': 'what the train step needs of chips that are not there: memory, time, money',
     'plan': 'how to spread the train step over TPUs that are not there: time, memory, money',
@@ -67,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
       command.add_argument('--compile', type=int, default=2, metavar='N', help='the N best of them')
       command.add_argument('--keep', type=int, default=8, metavar='N', help='ways in the table')
       command.add_argument('--out', metavar='FILE', help='the gin file; else plan.gin in --run_dir')
+    if name == 'tokenizer':
+      command.add_argument('--sizes', type=lambda text: [int(size) for size in text.split(',')],
+                           metavar='N1,N2,...', help="ids, all included; the config's own size")
+      command.add_argument('--kinds', type=lambda text: text.split(','), metavar='K1,K2,...',
+                           help='of bpe, unigram, byte_bpe, wordpiece, byte, pretrained; the '
+                           "config's own")
     if name == 'sweep':
       _sweep_flags(command)
     if name == 'convert':
@@ -137,6 +144,9 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
   if args.command == 'plan':
     from lm.commands import plan
     return plan.execute(args, bindings)
+  if args.command == 'tokenizer':
+    from lm.commands import tokenizer
+    return tokenizer.execute(args, bindings)
   if args.command == 'sweep':
     from lm.commands import sweep
     return sweep.execute(args, bindings)
