@@ -1,6 +1,7 @@
 """`lm <command>`: flags in, one call out."""
 import argparse
 from collections.abc import Callable
+import importlib
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ COMMANDS = {
     'generate': 'continue prompts with the last checkpoint of a run',
     'corpus': 'raw documents to clean, deduplicated, documented text; why; classifier',
     'cache': 'train the vocabulary and build the token cache, without training',
+    'tokenizer': 'train vocabularies of many sizes and kinds, and show what each makes of the text',
     'compare': 'runs beside each other: curves with seeds as bands, tables with their spread',
     'compile': 'what the train step needs of chips that are not there: memory, time, money',
     'plan': 'how to spread the train step over TPUs that are not there: time, memory, money',
@@ -24,6 +26,9 @@ COMMANDS = {
     'convert': "make a run of other people's weights (--from), or the reverse (--to)",
     'explain': 'show every value of a config and the file and line it came from',
 }
+
+
+_MODULES = ('convert', 'compile', 'corpus', 'plan', 'sweep', 'tokenizer')  # of lm.commands
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
       command.add_argument('--compile', type=int, default=2, metavar='N', help='the N best of them')
       command.add_argument('--keep', type=int, default=8, metavar='N', help='ways in the table')
       command.add_argument('--out', metavar='FILE', help='the gin file; else plan.gin in --run_dir')
+    if name == 'tokenizer':
+      command.add_argument('--sizes', type=lambda text: [int(size) for size in text.split(',')],
+                           metavar='N1,N2,...', help="ids, all included; the config's own size")
+      command.add_argument('--kinds', type=lambda text: text.split(','), metavar='K1,K2,...',
+                           help='of bpe, unigram, byte_bpe, wordpiece, byte, pretrained; the '
+                           "config's own")
     if name == 'sweep':
       _sweep_flags(command)
     if name == 'corpus':
@@ -140,23 +151,11 @@ def _sampling(args: argparse.Namespace, default: Any) -> Any:
 
 def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[str, Any]:
   """Runs one command and returns what --json holds."""
-  if args.command == 'convert':
-    from lm.commands import convert
-    return convert.execute(args, bindings)
+  if args.command in _MODULES:
+    module = importlib.import_module(f'lm.commands.{args.command}')
+    return module.execute(args, bindings)
   if args.command == 'compare':
     return _compare(args)
-  if args.command == 'compile':
-    from lm.commands import compile as compile_command
-    return compile_command.execute(args, bindings)
-  if args.command == 'plan':
-    from lm.commands import plan
-    return plan.execute(args, bindings)
-  if args.command == 'corpus':
-    from lm.commands import corpus
-    return corpus.execute(args, bindings)
-  if args.command == 'sweep':
-    from lm.commands import sweep
-    return sweep.execute(args, bindings)
   from lm import config, run  # late, so that `lm --help` does not wait for JAX
   experiment = run.open_experiment(args.gin_file, bindings, args.run_dir)
   if args.command == 'explain':

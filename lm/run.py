@@ -90,7 +90,7 @@ class Experiment:
       raise ValueError(f'batch_ramp={self.train.batch_ramp} does not go with contiguous=True, '
                        'where each row of a batch goes on with that of the batch before; bind one '
                        'alone')
-    if isinstance(self.task, TextTask) and self.task.vocabulary.kind in ('bpe', 'unigram'):
+    if isinstance(self.task, TextTask) and self.task.vocabulary.kind in vocabularies.TRAINED:
       size = self.task.vocabulary.size
       if size > self.model.vocab_size:
         raise ValueError(f'the model has vocab_size={self.model.vocab_size} and the vocabulary '

@@ -215,22 +215,29 @@ def _num_sentinels(config: dict[str, Any]) -> int:
 Pretrained = TokenizerVocabulary | PlainSentencePieceVocabulary
 
 
-def open_pretrained(path: str | os.PathLike[str], extra_ids: int = 0) -> Pretrained:
+def open_pretrained(
+    path: str | os.PathLike[str], extra_ids: int = 0
+) -> Pretrained | vocabularies.Vocabulary:
   """Returns the vocabulary of the tokenizer that `path`, a directory or a file, holds.
 
   Args:
-    path: a Hugging Face directory; a tokenizer.json, vocab.txt, SentencePiece .model, .gguf or
-      llama2.c's .bin file; or a directory of vocab.json and merges.txt, also .gz.
+    path: what `lm tokenizer` wrote; a Hugging Face directory; a tokenizer.json, vocab.txt,
+      SentencePiece .model, .gguf or llama2.c's .bin file; or a directory of vocab.json and
+      merges.txt, also .gz.
     extra_ids: ids are added until so many at the top are extra ones (T5: 100).
 
   Raises:
     UserError: there is no tokenizer, or one of an unknown kind, or it is damaged.
   """
+  if Path(path, tokenizer_files.OWN_MODEL).expanduser().exists():
+    return vocabularies.load(Path(path).expanduser(), extra_ids)
   return _make(tokenizer_files.read(path), extra_ids, path)
 
 
-def load(directory: str | os.PathLike[str], info: dict[str, Any]) -> Pretrained:
-  """Returns the vocabulary whose `vocabulary.json` holds `info`.
+def load(
+    directory: str | os.PathLike[str], info: dict[str, Any], extra_ids: int = 0
+) -> Pretrained:
+  """Returns the vocabulary whose `vocabulary.json` holds `info`, or one of more extra ids.
 
   Raises:
     UserError: the files are not those that were saved.
@@ -240,7 +247,7 @@ def load(directory: str | os.PathLike[str], info: dict[str, Any]) -> Pretrained:
   if _digest(files, info['extra_ids']) != info['digest']:
     raise UserError(f'The vocabulary in {directory} is damaged; delete the directory and build it'
                     ' again.')
-  return _make(files, info['extra_ids'], directory)
+  return _make(files, max(info['extra_ids'], extra_ids), directory)
 
 
 def digest_of(path: str | os.PathLike[str]) -> str:

@@ -9,6 +9,7 @@ not; and of a single document the last tenth, cut at a line's end, becomes the d
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -94,7 +95,8 @@ def _cut(document: Document) -> tuple[Document, Document]:
         f'{name} is the only document and its {len(text)} characters are too few to hold some out;'
         ' add text.'
     )
-  return Document(name, head), Document(f'{name}#tail', tail)
+  return (dataclasses.replace(document, text=head),
+          dataclasses.replace(document, name=f'{name}#tail', text=tail))  # fmt: skip
 
 
 def fingerprint(files: Files, cache_dir: Path) -> str:

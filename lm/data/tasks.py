@@ -32,7 +32,7 @@ _READING = ('corpus/collect.py', 'corpus/readers/__init__.py', 'corpus/readers/e
             'corpus/readers/fields.py', 'corpus/readers/jsonl.py', 'corpus/readers/piece.py',
             'corpus/readers/streams.py', 'corpus/readers/table.py', 'corpus/readers/whole.py',
             'corpus/stdlib.py', 'corpus/write.py', 'data/splits.py')  # fmt: skip
-_LEARNING = ('data/vocabularies.py', 'data/vocabulary_training.py')
+_LEARNING = ('data/vocabularies.py', 'data/vocabulary_training.py', 'data/tokenizer_training.py')
 _IMPORTING = ('data/pretrained_vocabularies.py', 'data/tokenizer_config.py',
               'data/tokenizer_files.py', 'data/tokenizer_pipelines.py')  # fmt: skip
 _TOKENISING = ('data/seqio_tasks.py',)
@@ -180,7 +180,12 @@ def locate(task: TextTask) -> Places:
 
 
 def _imported(config: vocabularies.VocabularyConfig) -> list[str]:
-  """Returns digests of all that makes the ids of an imported vocabulary: its files, our readers."""
+  """Returns digests of all that makes the ids of an imported vocabulary: its files, our readers;
+  or of one that the package `tokenizers` trains."""
+  if config.kind in vocabularies.TOKENIZERS:
+    found = importlib.util.find_spec('tokenizers')
+    version = metadata.version('tokenizers') if found else ''
+    return [version, *map(_source, _IMPORTING)]
   if config.kind != 'pretrained':
     return []
   return [pretrained_vocabularies.digest_of(config.path), *map(_source, _IMPORTING)]

@@ -15,10 +15,13 @@ import json
 import os
 from pathlib import Path
 import struct
-from typing import Any, Iterable
+from typing import TYPE_CHECKING, Any, Iterable
 
 from lm.data import tokenizer_pipelines
 from lm.errors import UserError
+
+if TYPE_CHECKING:
+  import tokenizers
 
 Files = dict[str, bytes]
 
@@ -30,6 +33,7 @@ NAMES = (
     *sorted({name for names in MODELS for name in names}), 'tokenizer_config.json',
     'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja',
 )  # fmt: skip
+OWN, OWN_MODEL = 'vocabulary.json', 'vocabulary.model'  # Of `SentencePieceVocabulary.save`.
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # SentencePiece's kinds of pieces, and GGUF's.
 
 
@@ -57,6 +61,8 @@ def source_files(path: str | os.PathLike[str]) -> list[Path]:
   path = Path(path).expanduser()
   if not path.is_dir():
     return [path]
+  if (path / OWN_MODEL).exists():
+    return [path / OWN, path / OWN_MODEL]
   found = [_find(path, name) for name in NAMES]
   return [file for file in found if file is not None] or sorted(path.glob('*.gguf'))
 
@@ -207,6 +213,20 @@ def _sentencepiece(pieces: Iterable[tuple[str, float, int]], dummy_prefix: bool)
   proto.normalizer_spec.add_dummy_prefix = dummy_prefix
   proto.normalizer_spec.remove_extra_whitespaces = False
   return proto.SerializeToString(deterministic=True)
+
+
+def of_tokenizer(tokenizer: tokenizers.Tokenizer, special: dict[str, str], **config: Any) -> Files:
+  """Returns the files of a tokenizer made here, which text can make yield no special token.
+
+  Args:
+    tokenizer: knows the special tokens.
+    special: 'pad_token' and so on, to the token.
+    config: what else stands in tokenizer_config.json.
+  """
+  config = {'tokenizer_class': 'PreTrainedTokenizerFast', **special, **config,
+            'split_special_tokens': True, 'clean_up_tokenization_spaces': False}  # fmt: skip
+  return {'tokenizer.json': tokenizer.to_str().encode('utf-8'),
+          'tokenizer_config.json': to_json(config)}  # fmt: skip
 
 
 def to_json(value: dict[str, Any]) -> bytes:

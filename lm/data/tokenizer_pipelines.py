@@ -103,7 +103,7 @@ def surround(
 
 def own(
     pieces: Sequence[tuple[str, float]], kind: str, escapes: Sequence[tuple[str, str]], word: int,
-    extra_ids: int,
+    extra_ids: int, symbols: Sequence[str] = (),
 ) -> tokenizers.Tokenizer:  # fmt: skip
   """Returns a tokenizer that encodes as `lm`'s own vocabularies do.
 
@@ -112,17 +112,20 @@ def own(
   piece has is that piece.
 
   Args:
-    pieces: (piece, score) by id: <pad>, </s>, <unk>, 256 bytes, and what was learnt.
+    pieces: (piece, score) by id: <pad>, </s>, <unk>, `symbols`, 256 bytes or none, and what was
+      learnt.
     kind: 'bpe' or 'unigram'.
     escapes: (text, what it is spelt as), the first replaced first and U+2581 at last what a space
       is spelt as; none if all is spelt in bytes.
     word: characters at which a longer word is cut.
     extra_ids: how many <extra_id_n> follow, the 0th at the top.
+    symbols: pieces that are one id wherever text spells them.
   """
   from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
   ids = {piece: id_ for id_, (piece, _) in enumerate(pieces)}
-  special, num_given = [piece for piece, _ in pieces[:3]], 3 + 256
+  special, num_bytes = [piece for piece, _ in pieces[:3]], 256 * ('<0x00>' in ids)
+  num_given = 3 + len(symbols) + num_bytes
   if kind == 'bpe':
     merges = [
         (piece[:cut], piece[cut:])
@@ -130,10 +133,11 @@ def own(
         for cut in range(1, len(piece))
         if piece[:cut] in ids and piece[cut:] in ids
     ]
-    model = models.BPE(ids, merges, unk_token=special[2], byte_fallback=True, fuse_unk=True)
+    model = models.BPE(ids, merges, unk_token=special[2], byte_fallback=num_bytes > 0,
+                       fuse_unk=True)  # fmt: skip
   else:
     never = [(piece, _NEVER) for piece, _ in pieces[:num_given]]
-    model = models.Unigram([*never, *pieces[num_given:]], unk_id=2, byte_fallback=True)
+    model = models.Unigram([*never, *pieces[num_given:]], unk_id=2, byte_fallback=num_bytes > 0)
   tokenizer = Tokenizer(model)
   if escapes:
     steps = [normalizers.Replace(text, spelt) for text, spelt in escapes]
@@ -142,6 +146,19 @@ def own(
     tokenizer.pre_tokenizer = pre_tokenizers.Split(words, 'isolated')
   unescape = [decoders.Replace(spelt, text) for text, spelt in reversed(escapes)]
   tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), *unescape])
+  add_given(tokenizer, special, symbols, extra_ids)
+  return tokenizer
+
+
+def add_given(
+    tokenizer: tokenizers.Tokenizer, special: Sequence[str], symbols: Sequence[str], extra_ids: int
+) -> None:
+  """Tells a tokenizer which of its tokens are special, and which are one wherever they are spelt.
+
+  Above all others it gets `extra_ids` special ones: <extra_id_n>, the 0th at the top, as T5's.
+  """
+  from tokenizers import AddedToken
+
   extra = [f'<extra_id_{n}>' for n in reversed(range(extra_ids))]
   tokenizer.add_special_tokens([*special, *extra])
-  return tokenizer
+  tokenizer.add_tokens([AddedToken(symbol, special=False, normalized=False) for symbol in symbols])

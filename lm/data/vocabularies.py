@@ -2,7 +2,9 @@
 
 Of the vocabularies made here (others': `pretrained_vocabularies`) ids 0, 1, 2 are padding, end of
 document, and unknown (never produced: every byte has a piece).
-`decode(encode(text)) == text` for every `str` that UTF-8 can spell.
+`decode(encode(text)) == text` for every `str` that UTF-8 can spell. Two exceptions, if asked for:
+without `byte_fallback` characters that no piece has are unknown and lost, and WordPiece has BERT's
+ids and keeps no spaces.
 """
 
 from __future__ import annotations
@@ -14,15 +16,18 @@ import json
 import os
 from pathlib import Path
 import re
-from typing import Any, Iterable, Literal, Optional, Protocol, Sequence
+from typing import Any, Iterable, Literal, Optional, Protocol, Sequence, Tuple
 
 import numpy as np
 
 from lm.errors import UserError
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
-NUM_SPECIAL = 3
-TRAINED = ('bpe', 'unigram')
+SPECIAL = ('<pad>', '</s>', '<unk>')
+NUM_SPECIAL = len(SPECIAL)
+WORDPIECE_SPECIAL = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')  # As BERT's, ids from 0.
+SENTENCEPIECE, TOKENIZERS = ('bpe', 'unigram'), ('byte_bpe', 'wordpiece')  # By who trains them.
+TRAINED = SENTENCEPIECE + TOKENIZERS
 # SentencePiece writes a space as U+2581, so it cannot tell that character from a space. It is spelt
 # with an escape instead; the escape character (a private-use one) spells itself as a pair.
 _SPACE_MARK, _ESCAPE = '\u2581', '\uf8f1'
@@ -30,6 +35,9 @@ _SPACE_MARK, _ESCAPE = '\u2581', '\uf8f1'
 _LONGEST_WORD = 4096
 _WORD = re.compile(f' *[^ ]{{1,{_LONGEST_WORD}}}| +')
 _MOST_KNOWN_WORDS = 1 << 18
+_SYMBOL = re.compile(
+    r'(?!##|<0x..>$|<extra_id_|<(pad|/s|unk)>$|\[(PAD|UNK|CLS|SEP|MASK)\]$)[!-~]{2,}'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,38 +45,74 @@ class VocabularyConfig:
   """What vocabulary a task uses.
 
   Attributes:
-    kind: 'bpe' or 'unigram' (SentencePiece, trained on the training split), 'byte' (nothing to
-      train), or 'pretrained' (another project's, at `path`).
+    kind: trained on the training split 'bpe' or 'unigram' (SentencePiece), 'byte_bpe' (GPT-2's) or
+      'wordpiece' (BERT's, cased); 'byte' (nothing to train); or 'pretrained' (another project's, or
+      one of `lm tokenizer`, at `path`).
     size: number of ids, special and extra ones included, of a trained vocabulary.
     max_training_bytes: at most about this much text is used for training, sampled evenly.
     extra_ids: ids at the top that no text yields (T5's sentinels, BERT's [MASK]). 'pretrained':
       ids are added until there are so many.
     path: of 'pretrained': what `pretrained_vocabularies.open_pretrained` takes.
+    user_defined_symbols: text that is one id wherever it is spelt, such as UL2's mode tokens
+      ('[NLU]', '[S2S]', '[NLG]'), in a trained vocabulary.
+    split_digits: each digit is a piece of its own, in a trained vocabulary.
+    byte_fallback: 'bpe' and 'unigram' spell in bytes what no piece has; else it is unknown.
   """
 
-  kind: Literal['bpe', 'unigram', 'byte', 'pretrained'] = 'bpe'
+  kind: Literal['bpe', 'unigram', 'byte_bpe', 'wordpiece', 'byte', 'pretrained'] = 'bpe'
   size: int = 4096
   max_training_bytes: int = 4_000_000
   extra_ids: int = 0
   path: Optional[str] = None
+  user_defined_symbols: Tuple[str, ...] = ()
+  split_digits: bool = True
+  byte_fallback: bool = True
 
   def __post_init__(self) -> None:
     if self.kind not in (*TRAINED, 'byte', 'pretrained'):
-      raise UserError(f"kind={self.kind!r} is not a vocabulary; use 'bpe', 'unigram', 'byte' or"
-                      " 'pretrained'.")
+      raise UserError(f"kind={self.kind!r} is not a vocabulary; use 'bpe', 'unigram', 'byte_bpe',"
+                      " 'wordpiece', 'byte' or 'pretrained'.")
     if self.extra_ids < 0:
       raise UserError(f'extra_ids={self.extra_ids} must not be negative.')
-    smallest = 256 + NUM_SPECIAL + 1 + self.extra_ids
+    object.__setattr__(self, 'user_defined_symbols', tuple(self.user_defined_symbols))
+    self._check_symbols()
+    smallest = self.num_given + self.extra_ids + 1
     if self.kind in TRAINED and self.size < smallest:
+      num_symbols, num_bytes = len(self.user_defined_symbols), 256 * self._has_bytes
       raise UserError(
-          f'size={self.size} is too small: a vocabulary holds 3 special ids, 256 bytes,'
-          f' {self.extra_ids} extra ids and at least one piece; use {smallest} or more.'
+          f'size={self.size} is too small: a vocabulary holds {self._num_special} special ids,'
+          f' {num_bytes} bytes, {num_symbols} symbols, {self.extra_ids} extra ids and at least one'
+          f' piece; use {smallest} or more.'
       )
     if self.max_training_bytes < 1:
       raise UserError(f'max_training_bytes={self.max_training_bytes} must be positive.')
     if (self.kind == 'pretrained') != (self.path is not None):
       raise UserError(f"kind={self.kind!r} with path={self.path!r}: 'pretrained' needs the path of"
                       ' a tokenizer, and the other kinds have none.')
+
+  @property
+  def num_given(self) -> int:
+    """The first ids, which are not learnt: special ones, symbols and bytes."""
+    return self._num_special + len(self.user_defined_symbols) + 256 * self._has_bytes
+
+  @property
+  def _num_special(self) -> int:
+    return len(WORDPIECE_SPECIAL) if self.kind == 'wordpiece' else NUM_SPECIAL
+
+  @property
+  def _has_bytes(self) -> bool:
+    return self.kind == 'byte_bpe' or self.kind in SENTENCEPIECE and self.byte_fallback
+
+  def _check_symbols(self) -> None:
+    symbols = self.user_defined_symbols
+    if symbols and self.kind not in TRAINED:
+      raise UserError(f'user_defined_symbols={symbols} with kind={self.kind!r}: only a vocabulary'
+                      ' that is trained takes them.')
+    for symbol in symbols:
+      if not _SYMBOL.fullmatch(symbol) or symbols.count(symbol) > 1:
+        raise UserError(f'{symbol!r} of user_defined_symbols must stand there once, and be two or'
+                        ' more visible ASCII characters that spell no other special token and do'
+                        " not begin with ##; '[NLU]' would do.")
 
 
 class Vocabulary(Protocol):
@@ -143,8 +187,8 @@ class ByteVocabulary:
 
   def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
     """Writes tokenizer.json and tokenizer_config.json, which `transformers` opens."""
-    names = ['<pad>', '</s>', '<unk>', *(f'<0x{byte:02X}>' for byte in range(256))]
-    _save_pretrained(directory, [(name, 0.0) for name in names], 'bpe', (), self.extra_ids)
+    names = [*SPECIAL, *(f'<0x{byte:02X}>' for byte in range(256))]
+    _save_pretrained(directory, [(name, 0.0) for name in names], 'bpe', (), self.extra_ids, ())
 
 
 class SentencePieceVocabulary:
@@ -203,7 +247,7 @@ class SentencePieceVocabulary:
     """Returns the text of the ids; ids out of range are skipped like the special ones."""
     table = self._bytes_of
     data = b''.join(table[id_] for id_ in map(int, ids) if 0 <= id_ < self.size)
-    return _unescape(data.decode('utf-8', 'replace'))
+    return unescape(data.decode('utf-8', 'replace'))
 
   def save(self, directory: str | os.PathLike[str]) -> None:
     """Writes `vocabulary.json` and `vocabulary.model`."""
@@ -225,7 +269,8 @@ class SentencePieceVocabulary:
     kind = 'bpe' if proto.trainer_spec.model_type == proto.trainer_spec.BPE else 'unigram'
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     escapes = ((_ESCAPE, _ESCAPE + 'e'), (_SPACE_MARK, _ESCAPE + 's'), (' ', _SPACE_MARK))
-    _save_pretrained(directory, pieces, kind, escapes, self.extra_ids)
+    symbols = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+    _save_pretrained(directory, pieces, kind, escapes, self.extra_ids, symbols)
     Path(directory, 'tokenizer.model').write_bytes(self.model)
 
   def _piece_bytes(self, id_: int) -> bytes:
@@ -237,8 +282,12 @@ class SentencePieceVocabulary:
     return piece.replace(_SPACE_MARK, ' ').encode('utf-8')
 
 
-def load(directory: str | os.PathLike[str]) -> Vocabulary:
+def load(directory: str | os.PathLike[str], extra_ids: int = 0) -> Vocabulary:
   """Returns the vocabulary that `save` wrote.
+
+  Args:
+    directory: holds its `vocabulary.json`.
+    extra_ids: ids are added until there are so many.
 
   Raises:
     UserError: there is none, or the model is not the one that was saved.
@@ -248,16 +297,18 @@ def load(directory: str | os.PathLike[str]) -> Vocabulary:
     if info['kind'] == 'pretrained':
       from lm.data import pretrained_vocabularies
 
-      return pretrained_vocabularies.load(directory, info)
+      return pretrained_vocabularies.load(directory, info, extra_ids)
+    saved = info.get('extra_ids', 0)
+    extra_ids = max(saved, extra_ids)
     if info['kind'] == 'byte':
-      return ByteVocabulary(info.get('extra_ids', 0))
-    model, extra_ids = Path(directory, 'vocabulary.model').read_bytes(), info.get('extra_ids', 0)
+      return ByteVocabulary(extra_ids)
+    model = Path(directory, 'vocabulary.model').read_bytes()
     digest = info['digest']
   except (OSError, ValueError, KeyError) as error:
     raise UserError(
         f'{directory} holds no vocabulary ({error}); name the directory of one.'
     ) from error
-  if _digest(model, extra_ids) != digest:
+  if _digest(model, saved) != digest:
     raise UserError(
         f'{directory}/vocabulary.model is damaged; delete the directory and build it again.'
     )
@@ -282,19 +333,15 @@ def _digest(model: bytes, extra_ids: int) -> str:
 
 def _save_pretrained(
     directory: str | os.PathLike[str], pieces: list[tuple[str, float]], kind: str,
-    escapes: Sequence[tuple[str, str]], extra_ids: int,
+    escapes: Sequence[tuple[str, str]], extra_ids: int, symbols: Sequence[str],
 ) -> None:  # fmt: skip
   """Writes the tokenizer of these pieces for `transformers`."""
+  from lm.data import tokenizer_files
   from lm.data import tokenizer_pipelines
 
-  tokenizer = tokenizer_pipelines.own(pieces, kind, escapes, _LONGEST_WORD, extra_ids)
-  special = dict(zip(('pad_token', 'eos_token', 'unk_token'), (piece for piece, _ in pieces)))
-  config = {'tokenizer_class': 'PreTrainedTokenizerFast', **special, 'split_special_tokens': True,
-            'clean_up_tokenization_spaces': False}  # fmt: skip
-  Path(directory).mkdir(parents=True, exist_ok=True)
-  Path(directory, 'tokenizer.json').write_text(tokenizer.to_str(), encoding='utf-8')
-  text = json.dumps(config, indent=2) + '\n'
-  Path(directory, 'tokenizer_config.json').write_text(text, encoding='utf-8')
+  tokenizer = tokenizer_pipelines.own(pieces, kind, escapes, _LONGEST_WORD, extra_ids, symbols)
+  special = dict(zip(('pad_token', 'eos_token', 'unk_token'), SPECIAL))
+  tokenizer_files.save(tokenizer_files.of_tokenizer(tokenizer, special), directory)
 
 
 def escape(text: str) -> str:
@@ -304,7 +351,8 @@ def escape(text: str) -> str:
   return text
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
+  """Returns the text that `escape` was given."""
   if _ESCAPE in text:
     text = text.replace(_ESCAPE + 's', _SPACE_MARK).replace(_ESCAPE + 'e', _ESCAPE)
   return text
