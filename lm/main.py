@@ -26,8 +26,6 @@ COMMANDS = {
     'convert': "make a run of other people's weights (--from), or the reverse (--to)",
     'explain': 'show every value of a config and the file and line it came from',
 }
-
-
 _MODULES = ('convert', 'compile', 'corpus', 'plan', 'sweep', 'tokenizer')  # of lm.commands
 
 
