@@ -12,7 +12,6 @@ import collections
 from collections.abc import Callable, Iterator, Sequence
 import ctypes
 import dataclasses
-import itertools
 import multiprocessing
 from multiprocessing import connection
 import os
@@ -100,12 +99,13 @@ class Processes:
       return
     while len(self._pool) < self.workers:
       self._pool.append(_start(self._memory))
-    tasks = itertools.chain.from_iterable(source.tasks() for source in sources)
-    with tqdm.tqdm(desc=name, total=None, unit=' blocks', disable=not self._progress) as bar:
-      left = True
+    with tqdm.tqdm(desc=name, total=len(sources), disable=not self._progress) as bar:
+      tasks, left, done = _drawn(sources, bar), True, 0
       while left or self._ahead or any(worker.task for worker in self._pool):
         left, ended = self._turn(tasks, left)
-        bar.update(ended)
+        done += ended
+        if ended and len(sources) < done:  # The sources are files, cut into blocks.
+          bar.set_postfix_str(f'{done} blocks')
 
   def _turn(self, tasks: Iterator[Task], left: bool) -> tuple[bool, int]:
     """Hands out tasks, collects what is done, draws a task where there is time for it; returns
@@ -154,6 +154,12 @@ class Processes:
     seen.add(culprit)
     self._ahead.appendleft(task)
     self._pool[place] = _start(self._memory)
+
+
+def _drawn(sources: Sequence[Any], bar: Any) -> Iterator[Task]:
+  for source in sources:
+    yield from source.tasks()
+    bar.update()
 
 
 def _start(memory: int) -> _Worker:
