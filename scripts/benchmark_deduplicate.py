@@ -49,8 +49,8 @@ def texts(shared: pathlib.Path = SHARED) -> dict:
       'wikitext': wikitext.split('\n'), 'kjv': [' '.join(c) for c in chapters.values()],
       'inaugural': re.split(r'\n\s*\n', '\n\n'.join(speeches)), 'enwiki': dump.split('\n'),
       'chinese': ['\n'.join(map(str, entry.get('paragraphs') or entry.get('content')))
-                  for name in ('lunyu', 'mengzi', 'shijing', 'songci300', 'tangshi300')
-                  for entry in json.loads((shared / f'lm/chinese-classics/{name}.json').read_text())]}
+                  for path in sorted((shared / 'lm/chinese-classics').glob('*.json'))
+                  for entry in json.loads(path.read_text(encoding='utf-8'))]}
   return {name: list(filter(None, map(passage, some))) for name, some in found.items()}
 
 
@@ -189,45 +189,50 @@ def synthetic(sentences: list, count: int, seed: int):
 
 
 def growth(args) -> dict:
-  """CPU seconds of each round's emit, resolve and conclude, with the blocks of one file at a time."""
+  """CPU seconds of each step, documents/s in all, and MB of records, at several sizes."""
+  import scipy.sparse.csgraph  # pylint: disable=unused-import
   sentences = sorted({s.strip() for some in texts(args.shared).values() for text in some
                       for s in re.split(r'(?<=[.;:])\s', text) if 4 < s.count(' ') < 30})
   rows = {}
   for count in args.documents:
-    grouping, seconds = deduplicate.MinHash(), collections.Counter()
     blocks, stream = [], synthetic(sentences, count, seed=1)
     while block := list(itertools.islice(stream, 4096)):
       blocks.append([Document('', text, address=(len(blocks) << 24) + i)
                      for i, text in enumerate(block)])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    decisions = None
-    for number in (1, 2):
-      start = time.process_time()
-      records = []
-      for block in blocks:
-        about = decisions
-        if decisions is not None:
-          limits = [block[0].address, block[-1].address + 1]
-          about = decisions[slice(*np.searchsorted(decisions['address'], limits))]
-        records.append(grouping.emit(block, about))
-      records, start = np.concatenate(records), tick(seconds, f'emit {number}', start)
-      partition = records['key'] >> np.uint64(64 - grouping.partition_bits)
-      records = records[np.argsort(partition, kind='stable')]
-      limits = np.searchsorted(np.sort(partition), np.arange(1, 1 << grouping.partition_bits))
-      start = tick(seconds, f'shuffle {number}', start)
-      resolved = np.concatenate([grouping.resolve(some) for some in np.split(records, limits)])
-      start = tick(seconds, f'resolve {number}', start)
-      decisions = grouping.conclude(resolved)
-      tick(seconds, f'conclude {number}', start)
-      seconds[f'MB {number}'] = records.nbytes / 1e6
-    total = sum(value for name, value in seconds.items() if not name.startswith('MB'))
+    seconds, megabytes, decisions = stepwise(deduplicate.MinHash(), blocks)
     rows[count] = {name: round(value, 2) for name, value in seconds.items()} | {
-        'documents/s': round(count / total), 'removed': int(np.sum(
-            decisions['address'] != decisions['cluster'])),
-        'texts and before MB': before // 1024,
-        'peak MB': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+        'documents/s': round(count / sum(seconds.values())), 'records MB': megabytes,
+        'removed': int(np.sum(decisions['address'] != decisions['cluster'])),
+        'texts MB': sum(len(d.text) for block in blocks for d in block) // 10**6,
+        'peak MiB before and after': [
+            before // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024]}
     print(count, rows[count], flush=True)
   return rows
+
+
+def stepwise(grouping, blocks: list) -> tuple:
+  """CPU seconds of each step, MB of the records of each round, and the decisions."""
+  seconds, megabytes, decisions = collections.Counter(), [], None
+  for number in range(1, grouping.rounds + 1):
+    start, records = time.process_time(), []
+    for block in blocks:
+      about = decisions
+      if decisions is not None:
+        limits = [block[0].address, block[-1].address + 1]
+        about = decisions[slice(*np.searchsorted(decisions['address'], limits))]
+      records.append(grouping.emit(block, about))
+    records, start = np.concatenate(records), tick(seconds, f'emit {number}', start)
+    partition = records['key'] >> np.uint64(64 - grouping.partition_bits)
+    records = records[np.argsort(partition, kind='stable')]
+    limits = np.searchsorted(np.sort(partition), np.arange(1, 1 << grouping.partition_bits))
+    start = tick(seconds, f'shuffle {number}', start)
+    resolved = np.concatenate([grouping.resolve(some) for some in np.split(records, limits)])
+    start = tick(seconds, f'resolve {number}', start)
+    decisions = grouping.conclude(resolved)
+    tick(seconds, f'conclude {number}', start)
+    megabytes.append(records.nbytes // 10**6)
+  return seconds, megabytes, decisions
 
 
 def tick(seconds, name, start) -> float:

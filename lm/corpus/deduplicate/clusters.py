@@ -27,7 +27,7 @@ def rank(document: Document, keep: str) -> int:
 
 
 def digest(text: str, size: int) -> bytes:
-  """Returns the BLAKE2b hash, of `size` bytes, of a text without its spaces, tabs and ends of lines."""
+  """Returns the BLAKE2b hash, `size` bytes, of a text without its spaces, tabs and line ends."""
   data = text.encode('utf-8', 'surrogatepass').translate(None, _WHITE_SPACE)
   return hashlib.blake2b(data, digest_size=size).digest()
 

@@ -106,7 +106,7 @@ def normalised(url: str) -> str:
   """
   url = url.strip()
   try:
-    parts = urllib.parse.urlsplit(url if re.match(r'[a-zA-Z][\w+.-]*://', url) else f'//{url}')
+    parts = urllib.parse.urlsplit(url if re.match(r'([a-zA-Z][\w+.-]*:)?//', url) else f'//{url}')
     host, port = (parts.hostname or '').rstrip('.').removeprefix('www.'), parts.port
     pairs = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
   except ValueError:  # No URL, but the same for the same documents.
