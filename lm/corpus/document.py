@@ -51,3 +51,9 @@ class Document:
   def remove(self, rule: str) -> None:
     """Marks it removed by `rule`, if no rule removed it before."""
     self.removed_by = self.removed_by or rule
+
+  def judge(self, rule: str, value: Any, keep: bool) -> None:
+    """Writes what `rule` measured or did, and marks the document removed unless `keep`."""
+    self.verdicts[rule] = value
+    if not keep:
+      self.remove(rule)
