@@ -54,3 +54,9 @@ class Document:
     """Marks it removed by `rule`, if no rule removed it before; call it for every rule it fails."""
     self.failed.append(rule)
     self.removed_by = self.removed_by or rule
+
+  def judge(self, rule: str, value: Any, keep: bool) -> None:
+    """Writes what `rule` measured or did, and marks the document removed unless `keep`."""
+    self.verdicts[rule] = value
+    if not keep:
+      self.remove(rule)
