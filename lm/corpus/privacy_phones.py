@@ -74,11 +74,11 @@ _DATE = re.compile(
 )
 _YEARS = re.compile(r'\D*(?:(?:1\d|20)\d\d\D+)+(?:(?:1\d|20)\d\d|\d\d)\D*')
 _UNIFORM = re.compile(r'\d{2,6}([ .-])\d{2,8}(?:\1\d{2,6})*')
-_POST_CODE = re.compile(r'\d{5}-\d{3,4}')
+_OTHER_FORM = re.compile(r'\d{5}-\d{3,4}|\d{3}-\d{2}-\d{4}')  # post code, social security
 
 
 def phones(text: str, places: list[Span], regions: tuple[str, ...]) -> Iterator[Span]:
-  """Yields telephone numbers.
+  """Yields telephone numbers; of two that overlap the first is the better one.
 
   Args:
     text: to search.
@@ -87,21 +87,17 @@ def phones(text: str, places: list[Span], regions: tuple[str, ...]) -> Iterator[
   """
   for start, end in places:
     begin, stop = max(0, start - 3), min(len(text), end + 12)
-    found = False
     for match in _FORM.finditer(text, begin, stop):
       if match.start() < end and _form_holds(match):
-        found = True
         yield match.span()
-    if found:
-      continue
     for match in _ANY.finditer(text, begin, stop):
       number = re.split('[x#e]', match[0])[0].rstrip()
       digits = sum(character.isdigit() for character in number)
       if not 7 <= digits <= 15 or _DATE.match(number) or _YEARS.fullmatch(number):
         continue
-      if _POST_CODE.fullmatch(number):
-        continue
-      if _cued(text, *match.span()) or _in_plan(number, digits, regions):
+      if not _OTHER_FORM.fullmatch(number) and (
+          _cued(text, *match.span()) or _in_plan(number, digits, regions)
+      ):
         yield match.span()
 
 
@@ -110,7 +106,7 @@ def _form_holds(match: re.Match[str]) -> bool:
   digits = sum(character.isdigit() for character in number)
   if form in ('international', 'american'):
     return True
-  if _DATE.match(number) or _POST_CODE.fullmatch(number):
+  if _DATE.match(number) or _OTHER_FORM.fullmatch(number):
     return False
   return 9 <= digits <= (15 if form == 'prefixed' else 11)
 

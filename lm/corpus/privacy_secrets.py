@@ -3,7 +3,8 @@
 Each form is guarded by a literal that stands in it, so that text without any is searched at the
 speed of `in`. Forms are those that the issuers document; assignments to a name such as `api_key`
 count by the entropy of the value, as in Yelp's detect-secrets (base64 4.5 and hexadecimal 3.0 bits
-there; here 3.0 for both, since the name must speak of a secret as well).
+there; here 3.0 for both, since the name must speak of a secret as well, and there must be a letter
+and a figure, or half of all code would count).
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ _OPENING = re.compile(
 )
 _ASSIGNED = (
     r'(?:[sS])?(?![a-z])[\w-]{0,24}["\']?\]?\s{0,4}(?:=>|:=|=|:)\s{0,4}'
-    r'(?:["\'`]([^\s"\'`]{8,200})["\'`]|([A-Za-z0-9+/=_!@#%^*~.-]{8,200}))'
+    r'(?:["\'`]([^\s"\'`]{8,200})["\'`]|["\'`]?([A-Za-z0-9+/=_!@#%^*~.-]{8,200})(?<!\.))'
 )
 _LEAST_ENTROPY = 3.0  # bits a character
 
