@@ -13,12 +13,9 @@ datatrove (seen: 0.10.1) is no dependency of this project: install it beside, wi
 [processing], spacy and warcio.
 """
 import argparse
-import bz2
-from collections.abc import Callable, Iterator
-import copy
+from collections.abc import Callable
 import dataclasses
 import gzip
-import io
 import json
 import os
 import pathlib
@@ -32,9 +29,14 @@ import tempfile
 import time
 import zipfile
 
-from lm.corpus import collect, deduplicate, extract, normalise, privacy, write
-from lm.corpus import quality_c4, quality_fineweb, quality_gopher, steps
+from lm.corpus import collect, decontaminate, deduplicate, extract, harm, language, normalise
+from lm.corpus import privacy, quality_c4, quality_fineweb, quality_gopher, write
 from lm.corpus.document import Document
+
+try:
+  import benchmark_corpus_datatrove  # Beside this file.
+except ImportError:
+  benchmark_corpus_datatrove = None
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared' / 'data'
 
@@ -73,54 +75,159 @@ def _ignore(name: str, reason: str) -> None:
 
 @dataclasses.dataclass
 class Pair:
-  """A stage of ours and what does its work there, each from inputs that it may change."""
+  """What is timed: a function of fresh documents of ours, and one of theirs with the same work."""
 
   name: str
-  inputs: Callable[[], list]
-  ours: Callable[[list], object]
-  theirs: Callable[[list], object] | None
-  size: int  # bytes of all inputs
+  inputs: list
+  ours: Callable[[list[Document]], object]
+  theirs: Callable[[list], object] | None = None
 
-
-def stage_pair(name: str, stage: object, documents: list[str], theirs: object) -> Pair:
-  """Compares a stage with a filter or a formatter."""
-  def ours(some: list[Document]) -> None:
-    for _ in stage.apply_all(some):
-      pass
-
-  def run(some: list) -> None:
-    for document in some:
-      if hasattr(theirs, 'filter'):
-        theirs.filter(document)
-      else:
-        document.text = theirs.format(document.text)
-
-  return Pair(name, lambda: documents, ours, run if theirs else None,
-              sum(len(text.encode()) for text in documents))
-
-
-def measure(pair: Pair, rounds: int, as_theirs: Callable[[str], object] | None) -> dict:
-  """Medians of both sides' processor seconds, and the median of their ratios."""
-  ours, theirs, ratios = [], [], []
-  for _ in range(rounds + 1):
-    given = pair.inputs()
-    took = _seconds(pair.ours, [Document(str(i), text, address=i) if isinstance(text, str) else text
-                                for i, text in enumerate(given)])
-    ours.append(took)
-    if pair.theirs and as_theirs:
-      theirs.append(_seconds(pair.theirs, [as_theirs(text) if isinstance(text, str) else text
-                                           for text in given]))
-      ratios.append(theirs[-1] / took)
-  count = len(pair.inputs())
-  row = {'stage': pair.name, 'documents_per_second': count / statistics.median(ours[1:]),
-         'megabytes_per_second': pair.size / 1e6 / statistics.median(ours[1:])}
-  if ratios:
-    row |= {'datatrove_documents_per_second': count / statistics.median(theirs[1:]),
-            'times_datatrove': statistics.median(ratios[1:])}
-  return row
+  def measure(self, rounds: int) -> dict:
+    """Medians of processor seconds and of their ratios, the first round left out."""
+    ours, theirs = [], []
+    for _ in range(rounds + 1):
+      ours.append(_seconds(self.ours, [_ours(i, given) for i, given in enumerate(self.inputs)]))
+      if self.theirs:
+        theirs.append(_seconds(self.theirs, [
+            given.decode('utf-8', 'replace') if isinstance(given, bytes) else given
+            for given in self.inputs]))
+    size = sum(len(given if isinstance(given, bytes) else given.encode()) for given in self.inputs)
+    median = statistics.median(ours[1:])
+    row = {'stage': self.name, 'documents_per_second': len(self.inputs) / median,
+           'megabytes_per_second': size / 1e6 / median}
+    if theirs:
+      row['times_datatrove'] = statistics.median(
+          their / our for our, their in zip(ours[1:], theirs[1:]))
+    return row
 
 
 def _seconds(function: Callable[[list], object], inputs: list) -> float:
   started = time.process_time()
   function(inputs)
   return time.process_time() - started
+
+
+def _ours(index: int, given: str | bytes) -> Document:
+  if isinstance(given, bytes):
+    return Document(str(index), '', raw=given, media_type='text/html', address=index)
+  return Document(str(index), given, address=index, language='en')
+
+
+def _all(stage: object) -> Callable[[list[Document]], None]:
+  def run(documents: list[Document]) -> None:
+    for _ in stage.apply_all(documents):
+      pass
+  return run
+
+
+def _grouped(grouping: object) -> Callable[[list[Document]], None]:
+  return lambda documents: deduplicate.run(grouping, documents)
+
+
+def pairs() -> list[Pair]:
+  """All stages, each with datatrove's where that has it."""
+  html, text = pages() * 2, texts()
+  spoilt = [one.encode().decode('cp1252', 'replace') for one in text]  # As of a wrong charset.
+  evaluations = tuple(str(SHARED / f'eval/{name}/*.jsonl*') for name in ('lambada', 'piqa'))
+  theirs = benchmark_corpus_datatrove.STAGES if benchmark_corpus_datatrove else {}
+  rows = [
+      ('extract', html, _all(extract.Extract())),
+      ('normalise', text, _all(normalise.Normalise())),
+      ('normalise, spoilt', spoilt, _all(normalise.Normalise())),
+      ('language', text, _all(language.Language())),
+      ('Gopher repetition', text, _all(quality_gopher.GopherRepetition())),
+      ('Gopher quality', text, _all(quality_gopher.Gopher())),
+      ('C4', text, _all(quality_c4.C4())),
+      ('FineWeb', text, _all(quality_fineweb.FineWeb())),
+      ('e-mail and IP', text, _all(privacy.Redact(kinds=('email', 'ip')))),
+      ('all that is private', text, _all(privacy.Redact())),
+      ('spam', text, _all(harm.Spam())),
+      ('decontaminate', text, _all(decontaminate.Decontaminate(tasks=evaluations))),
+      ('exact', text, _grouped(deduplicate.Exact())),
+      ('MinHash, signatures', text, lambda some: deduplicate.MinHash().emit(some, None)),
+      ('MinHash, whole', text, _grouped(deduplicate.MinHash())),
+      ('paragraphs', text, _grouped(deduplicate.Paragraphs())),
+      ('substrings', text, _grouped(deduplicate.Substrings())),
+      ('write jsonl', text, _write),
+  ]
+  return [Pair(name, inputs, ours, theirs.get(name)) for name, inputs, ours in rows]
+
+
+def _write(documents: list[Document]) -> None:
+  with tempfile.TemporaryDirectory() as directory:
+    write.Writer('jsonl').write(os.path.join(directory, 'shard'), documents)
+
+
+def archive(path: pathlib.Path, copies: int) -> int:
+  """Writes a WARC, a gzip member a record, of the pages of ../shared/data, each `copies` times with
+  sentences of other texts put between its paragraphs; returns its bytes inflated."""
+  rng, some = random.Random(0), [text[:400].encode() for text in texts()]
+  size = 0
+  with open(path, 'wb') as file:
+    for number in range(copies):
+      for index, page in enumerate(pages()):
+        parts = page.split(b'</p>')
+        body = b'</p>'.join(part + (b'<p>%s</p>' % rng.choice(some) if number else b'')
+                            for part in parts)
+        http = b'HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n' + body
+        head = (f'WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: https://a{index}.org/{number}'
+                f'\r\nWARC-Date: 2026-01-01T00:00:00Z\r\nWARC-Record-ID: <urn:uuid:{number:08d}-'
+                f'0000-0000-0000-{index:012d}>\r\nContent-Type: application/http; msgtype=response'
+                f'\r\nContent-Length: {len(http)}\r\n\r\n').encode()
+        record = head + http + b'\r\n\r\n'
+        file.write(gzip.compress(record, 6))
+        size += len(record)
+  return size
+
+
+def whole(copies: int) -> list[dict]:
+  """`lm corpus` on one and on two processes, and datatrove's pipeline on two, in wall seconds."""
+  rows = []
+  with tempfile.TemporaryDirectory() as directory:
+    root = pathlib.Path(directory)
+    path = root / 'pages.warc.gz'
+    size = archive(path, copies)
+    seconds = {}
+    for processes in (1, 2, 1, 2):
+      shutil.rmtree(root / 'out', ignore_errors=True)
+      started = time.perf_counter()
+      subprocess.run([sys.executable, '-m', 'lm.main', 'corpus', '--gin_file=gin/corpus/web.gin',
+                      f'--run_dir={root / "out"}', f'--gin.FILES="{path}"',
+                      f'--workers={processes}'], check=True, stderr=subprocess.DEVNULL)
+      seconds.setdefault(processes, []).append(time.perf_counter() - started)
+    for processes, took in seconds.items():
+      rows.append({'whole': f'lm corpus, {processes} processes', 'seconds': min(took),
+                   'megabytes_per_second': size / 1e6 / min(took)})
+    rows.append({'whole': 'two processes against one', 'times': min(seconds[1]) / min(seconds[2])})
+    if benchmark_corpus_datatrove:
+      took = benchmark_corpus_datatrove.whole(path, root / 'theirs')
+      rows.append({'whole': 'datatrove, 2 processes', 'seconds': took,
+                   'megabytes_per_second': size / 1e6 / took})
+  rows.append({'whole': 'peak of a process, MiB',
+               'value': resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024})
+  return rows
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--only', default='', help='stages whose name has this')
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--copies', type=int, default=30, help='of each page, for the whole')
+  parser.add_argument('--json')
+  args = parser.parse_args()
+  rows = []
+  for pair in pairs():
+    if args.only in pair.name:
+      rows.append(pair.measure(args.rounds))
+      print('  '.join(f'{key} {value:,.1f}' if isinstance(value, float) else f'{value:24}'
+                      for key, value in rows[-1].items()), flush=True)
+  if not args.only:
+    for row in whole(args.copies):
+      rows.append(row)
+      print(row, flush=True)
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == '__main__':
+  main()

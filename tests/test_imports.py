@@ -55,7 +55,8 @@ NEVER = {
 # Slow to import and needed by few commands: only inside functions, and under TYPE_CHECKING.
 LAZY = ['tensorflow', 'apache_beam', 'tensorboard', 'sentencepiece', 'zstandard', 'orbax',
         'array_record', 'torch', 'transformers', 'tensorstore', 'gguf', 'tokenizers', 'optuna',
-        'pyarrow']
+        'pyarrow', 'msgpack', 'ftfy', 'fasttext', 'sklearn', 'scipy', 'fastwarc', 'trafilatura',
+        'resiliparse', 'mwparserfromhell', 'phonenumbers', 'stdnum']
 EAGER = {'lm/data/seqio_tasks.py'}  # itself imported lazily
 
 

@@ -22,7 +22,7 @@ _POLICIES = ('terms of use', 'privacy policy', 'cookie policy', 'uses cookies', 
 _SENTENCE = re.compile(
     r'(?:[!?…]|(?<![\s.(][A-Za-z])(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)\.)'
     r'["\'”’)\]]*(?=\s)'
-    r'|[。！？]+[”’」』）]*(?=.)'
+    r'|(?<![。！？])[。！？]++[”’」』）]*+(?=.)'
 )
 
 
