@@ -32,7 +32,7 @@ import optax
 
 from lm import config, doctor
 from lm.data import objectives, vocabularies
-from lm.data.loader import Loader
+from lm.data.loader import Example, Loader
 from lm.data.mixtures import Mixture, PreparedMixture
 from lm.data.tasks import Prepared, TextTask
 from lm.errors import UserError
@@ -53,6 +53,7 @@ from lm.training.alerts import Alerts
 from lm.training.goodput import Goodput
 from lm.training.loop import TrainConfig, Trainer
 from lm.training.optimizers import Optimizer
+from lm.training.position import Position
 from lm.training.state import abstract_params
 
 
@@ -378,6 +379,36 @@ def check_invariants(experiment: Experiment) -> dict[str, Any]:
       experiment.rules, settings.sequence_length, settings.batch_size,
       _loader(experiment, prepared, 'train', settings.seed), settings.seed,
       objective=_objective(experiment, prepared), loss=experiment.loss)
+
+
+def examples(experiment: Experiment, run_dir: str, step: int, index: int
+             ) -> tuple[list[tuple[TextTask, Prepared]], int, list[Example]]:
+  """What row `index` of the global batch of a step (counted from 1) of a run was made of.
+
+  Returns the tasks, of a mixture all, with their caches; the row in the endless stream of rows; and
+  its examples, whose `stream` says of which task.
+
+  Raises:
+    UserError: there is no such row, or the data are not those of the run.
+  """
+  settings, prepared = experiment.train, experiment.task.prepare()
+  if not 1 <= step <= settings.num_steps:
+    raise UserError(f'--step={step} is no step of this run, which has 1 to {settings.num_steps}')
+  size, _ = settings.sizes.of(step)
+  if not 0 <= index < size:
+    raise UserError(f'--index={index} is no row of the batch of step {step}, which has 0 to '
+                    f'{size - 1}')
+  saved = checkpoint.read_data(pathlib.Path(run_dir) / 'checkpoints') or {}
+  digest_ = _data_digest(prepared.info)
+  if saved.get('data', digest_) != digest_:
+    raise UserError(f'{run_dir} was trained on data {saved["data"]}, and its files now give '
+                    f'{digest_}; bring them back, or bind FILES to where they lie')
+  row = Position.described(settings.sizes, saved).first_of(step) + index
+  found = _loader(experiment, prepared, 'train', settings.seed).examples(row)
+  if isinstance(prepared, PreparedMixture):
+    parts = [component.task for component in prepared.mixture.components]
+    return list(zip(parts, prepared.prepared)), row, found
+  return [(experiment.task, prepared)], row, found
 
 
 def _load(experiment: Experiment, run_dir: str, rules: Rules | None = None

@@ -158,6 +158,11 @@ def find(directory: str | os.PathLike[str], name: str) -> list[dict[str, Any]]:
   return _where(Path(directory), 'name', [name])
 
 
+def cluster(directory: str | os.PathLike[str], address: int) -> list[dict[str, Any]]:
+  """Returns the passports of the cluster that the document of this address stands for."""
+  return _where(Path(directory), 'cluster', [address])
+
+
 def at(directory: str | os.PathLike[str], addresses: Sequence[int]) -> dict[int, dict[str, Any]]:
   """Returns address -> passport, of those that are found."""
   return {row['address']: row for row in _where(Path(directory), 'address', list(addresses))}

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -157,6 +158,11 @@ def read(path: str | os.PathLike[str]) -> Iterator[Mapping[str, Any]]:
       yield from _READ[form](os.fspath(path))
       return
   raise UserError(f'{path} ends in none of {", ".join(SUFFIXES.values())}, so it is no shard.')
+
+
+def record(path: str | os.PathLike[str], index: int) -> Mapping[str, Any] | None:
+  """Returns record `index` of a shard, reading all before it; None if there are fewer."""
+  return next(itertools.islice(read(path), index, None), None)
 
 
 def _write_array_record(path: Path, records: Iterable[Mapping[str, str]]) -> None:

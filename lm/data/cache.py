@@ -3,8 +3,8 @@
     <cache_dir>/<task>-<digest>/
       info.json                  provenance; written last, so a cache that has it is whole
       train.lengths.npy          int64 [documents]: tokens of each document, its end included
-      train-00000.array_record   the documents' records, in order
-      validation...              the same; first records also hold the document's name and text
+      train-00000.array_record   the documents' records, in order; the first also holds its name
+      validation...              the same; the first also holds its text
       vocabulary/                the vocabulary that made the ids
 
 A document is stored as ceil(length / RECORD_TOKENS) records, so that a sequence cut from a long
@@ -31,7 +31,8 @@ import numpy as np
 from lm.errors import UserError
 
 RECORD_TOKENS = 4096
-FORMAT = 1  # Part of every cache's digest: raise it when the bytes of a record change.
+FORMAT = 2  # Part of every cache's digest: raise it when the bytes of a record change.
+_NAME = ('utf-8', 'surrogateescape')  # A file's name may be any bytes.
 _HEADER = struct.Struct('<4I')
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -40,7 +41,7 @@ def encode_record(tokens: np.ndarray, name: str = '', text: str = '') -> bytes:
   """Returns the bytes of a record; ids below 65536 take two bytes each."""
   tokens = np.asarray(tokens)
   dtype = np.dtype('<u2') if tokens.size == 0 or tokens.max() < 2**16 else np.dtype('<u4')
-  ids, name_, text_ = tokens.astype(dtype).tobytes(), name.encode('utf-8'), text.encode('utf-8')
+  ids, name_, text_ = tokens.astype(dtype).tobytes(), name.encode(*_NAME), text.encode('utf-8')
   return _HEADER.pack(dtype.itemsize, len(ids), len(name_), len(text_)) + ids + name_ + text_
 
 
@@ -52,7 +53,7 @@ def decode_record(record: bytes) -> tuple[np.ndarray, str, str]:
   name_end = start + ids + name
   return (
       tokens,
-      record[start + ids : name_end].decode('utf-8'),
+      record[start + ids : name_end].decode(*_NAME),
       record[name_end : name_end + text].decode('utf-8'),
   )
 
@@ -220,12 +221,13 @@ class TokenCache:
     return len(self.lengths)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns {'tokens': int32 [length]}, for validation also 'name' and 'text'."""
+    """Returns {'tokens': int32 [length], 'name': of the document}, for validation also 'text'."""
     index = range(len(self))[index]
     parts = [decode_record(r) for r in self._read(self._first[index], self._first[index + 1])]
-    document: dict[str, Any] = {'tokens': np.concatenate([tokens for tokens, _, _ in parts])}
+    tokens = np.concatenate([tokens for tokens, _, _ in parts])
+    document: dict[str, Any] = {'tokens': tokens, 'name': parts[0][1]}
     if self.split != 'train':
-      document.update(name=parts[0][1], text=parts[0][2])
+      document['text'] = parts[0][2]
     return document
 
   def slice(self, index: int, start: int, stop: int) -> np.ndarray:

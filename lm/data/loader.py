@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import Any, Iterator, Optional, Protocol
+from typing import Any, Iterator, NamedTuple, Optional, Protocol
 import weakref
 
 import grain
@@ -23,6 +23,21 @@ from lm.errors import UserError
 _ENDLESS = sys.maxsize // 2
 
 
+class Example(NamedTuple):
+  """A packed row that features were made of.
+
+  Attributes:
+    stream: of a mixture, which of its components; 0 of a single task.
+    row: of that stream of packed rows.
+    pieces: the parts of documents in the packed row. What the objective makes of it may move,
+      mask or drop them; a decoder's targets are the packed row itself.
+  """
+
+  stream: int
+  row: int
+  pieces: list[packing.Piece]
+
+
 class Rows(Protocol):
   """An endless stream of rows; its length is an epoch's."""
 
@@ -31,6 +46,9 @@ class Rows(Protocol):
 
   def __getitem__(self, row: int) -> objectives.Features:
     """Returns the features of a row, without a batch axis."""
+
+  def examples(self, row: int) -> list[Example]:
+    """Returns what a row was made of: its own packed row, then those that the objective drew."""
 
 
 class ObjectiveRows:
@@ -58,12 +76,22 @@ class ObjectiveRows:
     return len(self._packed)
 
   def __getitem__(self, row: int) -> objectives.Features:
+    return self._make(row, [])
+
+  def examples(self, row: int) -> list[Example]:
+    """Returns what a row was made of: its own packed row, then those that the objective drew."""
+    self._make(row, drawn := [])
+    return [Example(0, each, self._packed.pieces(each)) for each in (row, *drawn)]
+
+  def _make(self, row: int, drawn: list[int]) -> objectives.Features:
+    """Returns the features of a row, and appends the packed rows that the objective drew."""
     rng = _generator(self._key, row)
 
     def draw() -> packing.Packed:
       epoch, place = divmod(row, len(self))
       other = (place + rng.integers(1, max(len(self), 2))) % len(self)
-      return self._packed[epoch * len(self) + int(other)]
+      drawn.append(epoch * len(self) + int(other))
+      return self._packed[drawn[-1]]
 
     return self._objective(self._packed[row], rng, draw)
 
@@ -79,6 +107,9 @@ class _From:
 
   def __getitem__(self, row: int) -> objectives.Features:
     return self._rows[self._first + row]
+
+  def examples(self, row: int) -> list[Example]:
+    return self._rows.examples(self._first + row)
 
 
 class Loader:
@@ -122,6 +153,10 @@ class Loader:
   def batch(self, step: int, rows: Optional[slice] = None) -> objectives.Features:
     """Returns the features of `step`, [batch_size, ...] each, or of its `rows`."""
     return _Batches(self._rows, self.batch_size, rows)[step]
+
+  def examples(self, row: int) -> list[Example]:
+    """Returns what row `row` of all batches laid end to end was made of; see `Rows`."""
+    return self._rows.examples(row)
 
   def iterate(
       self,

@@ -215,6 +215,11 @@ class MixedRows:
       return features
     return {k: v * weight if k.endswith('_weights') else v for k, v in features.items()}
 
+  def examples(self, row: int) -> list[loader.Example]:
+    """Returns what a row was made of; see `loader.Rows`."""
+    stream, place = self.locate(row)
+    return [example._replace(stream=stream) for example in self._streams[stream].examples(place)]
+
   def locate(self, row: int) -> tuple[int, int]:
     """Returns (stream, row of it): each stream takes its share of what those before it left."""
     for stream, share in enumerate(self._shares):

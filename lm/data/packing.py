@@ -33,6 +33,15 @@ class Documents(Protocol):
     """Returns ids [stop - start] of document `index`."""
 
 
+class Piece(NamedTuple):
+  """Tokens start..stop of a document, which stand in a row from `place` on."""
+
+  document: int
+  start: int
+  stop: int
+  place: int
+
+
 class Packed(NamedTuple):
   """One sequence of packed documents, or of parts of them.
 
@@ -100,19 +109,43 @@ class ConcatThenSplit(grain.MapDataset[Packed]):
   def __getitem__(self, index: int | slice) -> Any:
     if isinstance(index, slice):
       return self.slice(index)
-    number, place = divmod(int(index), len(self))
+    return self._cut(*self._span(int(index)))
+
+  def pieces(self, index: int) -> list[Piece]:
+    """Returns which parts of which documents element `index` is made of, in their order."""
+    epoch, start, stop = self._span(index)
+    if start >= stop:
+      return []
+    first, borders = self._borders(epoch, start, stop)
+    documents = epoch.documents[first : first + len(borders) - 1].tolist()
+    begins = epoch.starts[first : first + len(borders) - 1]
+    return [
+        Piece(document, left + start - begin, right + start - begin, left)
+        for document, begin, left, right in zip(
+            documents, begins.tolist(), borders[:-1].tolist(), borders[1:].tolist()
+        )
+    ]
+
+  def _span(self, index: int) -> tuple[_Epoch, int, int]:
+    """Returns the epoch of an element, and where in its tokens it starts and stops."""
+    number, place = divmod(index, len(self))
     epoch = self._epoch(number)
     start = int(epoch.sequences[place]) * self._sequence_length
-    return self._cut(epoch, start, min(start + self._sequence_length, self._num_tokens))
+    return epoch, start, min(start + self._sequence_length, self._num_tokens)
+
+  def _borders(self, epoch: _Epoch, start: int, stop: int) -> tuple[int, np.ndarray]:
+    """Returns the place of the first document of tokens start..stop in the epoch's order, and
+    where in the row each of them begins, and the last ends."""
+    first = int(np.searchsorted(epoch.starts, start, side='right')) - 1
+    last = int(np.searchsorted(epoch.starts, stop, side='left'))
+    return first, np.clip(epoch.starts[first : last + 1], start, stop) - start
 
   def _cut(self, epoch: _Epoch, start: int, stop: int) -> Packed:
     """Returns tokens start..stop of the epoch."""
-    first = int(np.searchsorted(epoch.starts, start, side='right')) - 1
-    last = int(np.searchsorted(epoch.starts, stop, side='left'))
-    borders = np.clip(epoch.starts[first : last + 1], start, stop) - start
+    first, borders = self._borders(epoch, start, stop)
     tokens, segment_ids, positions = np.zeros((3, self._sequence_length), np.int32)
     offset = start - int(epoch.starts[first])
-    for piece, document in enumerate(epoch.documents[first:last]):
+    for piece, document in enumerate(epoch.documents[first : first + len(borders) - 1]):
       left, right = int(borders[piece]), int(borders[piece + 1])
       skip = offset if piece == 0 else 0
       tokens[left:right] = self._cache.slice(int(document), skip, skip + right - left)
@@ -164,14 +197,19 @@ class Contiguous(ConcatThenSplit):
   def __getitem__(self, index: int | slice) -> Any:
     if isinstance(index, slice):
       return self.slice(index)
-    number, place = divmod(int(index), len(self))
+    epoch, start, stop = self._span(int(index))
+    packed = Packed(*np.zeros((3, self._sequence_length), np.int32), np.int32(-1))
+    if start < stop:  # The last parts run short where tokens are few.
+      packed = self._cut(epoch, start, stop)
+    return packed._replace(restart=np.int32(int(index) % len(self) < self._batch_size))
+
+  def _span(self, index: int) -> tuple[_Epoch, int, int]:
+    """Returns what the base class does; it stops before it starts where there are no tokens."""
+    number, place = divmod(index, len(self))
     step, row = divmod(place, self._batch_size)
     start = row * self._part + step * self._sequence_length
     stop = min(start + self._sequence_length, (row + 1) * self._part, self._num_tokens)
-    packed = Packed(*np.zeros((3, self._sequence_length), np.int32), np.int32(-1))
-    if start < stop:  # The last parts run short where tokens are few.
-      packed = self._cut(self._epoch(number), start, stop)
-    return packed._replace(restart=np.int32(step == 0))
+    return self._epoch(number), start, stop
 
 
 def _permutation(size: int, *key: int) -> np.ndarray:

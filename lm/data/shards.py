@@ -39,7 +39,7 @@ def write_shard(job: ShardJob) -> None:
   def records() -> Iterator[bytes]:
     for tokens, name, text in seqio_tasks.tokenized(task, lambda: read_texts(Path(job.texts))):
       lengths.append(len(tokens))
-      yield from cache.split_records(tokens, name if keep else '', text if keep else '')
+      yield from cache.split_records(tokens, name, text if keep else '')
 
   directory = Path(job.directory)
   cache.write_array_record(directory / f'{job.name}.array_record', records())

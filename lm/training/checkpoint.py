@@ -267,6 +267,16 @@ def best_step(directory: str | pathlib.Path) -> int | None:
   return min(losses)[1] if losses else None
 
 
+def read_data(directory: str | pathlib.Path) -> dict[str, Any] | None:
+  """Returns what the latest readable checkpoint says of the data of its run; None without one."""
+  for step in reversed(list_steps(directory)):
+    try:
+      return _read_description(pathlib.Path(directory) / f'{step:08d}')['data']
+    except (OSError, ValueError, KeyError):
+      continue  # Damaged: whoever loads it will say so.
+  return None
+
+
 def restore_params(directory: str | pathlib.Path, abstract_params: Any = None,
                    step: int | str | None = None, log: Callable[[str], None] = print,
                    ) -> tuple[int, Any]:

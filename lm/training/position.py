@@ -55,6 +55,14 @@ class Position:
     """Trained on or stepped over when `step` steps are done: where the next one reads."""
     return self.sizes.sequences(step) + sum(end - first for first, end in self.stepped_over)
 
+  def first_of(self, step: int) -> int:
+    """The first sequence of a step (counted from 1) that is done, whatever was stepped over
+    since."""
+    first = self.sizes.sequences(step - 1)
+    for start, end in self.stepped_over:
+      first += (end - start) * (first >= start)
+    return first
+
   def after_spike(self, step: int, end: int, batches_over: int, rollbacks: int) -> 'Position':
     """That of a run that went back to `step`, this being the checkpoint's position.
 

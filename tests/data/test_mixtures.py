@@ -1,5 +1,6 @@
 """Mixtures: rates as SeqIO's and T5's, rows in their proportions, any row found directly."""
 
+import collections
 import dataclasses
 
 from hypothesis import given
@@ -117,6 +118,13 @@ def test_a_mixture_of_tasks_makes_batches_by_seed_and_step_alone(mixture):
   assert [(weights == weight).sum() for weight in (1.0, 0.5)] == [40, 40]
   rows = data.batch(0)['decoder_target_tokens']
   assert len({tuple(row) for row in rows}) == 4  # Both components do not show the same text.
+  for number, row in enumerate(rows):
+    (example,) = data.from_row(0, 4).examples(number)
+    stream = prepared.prepared[example.stream].cache('train')
+    parts = [stream.slice(piece.document, piece.start, piece.stop) for piece in example.pieces]
+    lost = collections.Counter(np.concatenate(parts).tolist()) - collections.Counter(row.tolist())
+    assert lost.total() <= 3 * (len(parts) - 1)  # What does not fit in behind a moved middle.
+    assert weights[number] == (1.0, 0.5)[example.stream]
 
 
 def test_rates_are_part_of_the_digest_and_of_the_examples(mixture):

@@ -128,6 +128,10 @@ def test_draws_are_other_rows_of_the_epoch_by_seed_and_row():
     for row, drawn in zip(own, batch['drawn']):
       found = {tuple(other) for other in drawn}
       assert found <= set(own) - {row} and len(found) >= 7
+    for number, (row, drawn) in enumerate(zip(own, batch['drawn'])):  # and the loader names them
+      told = data.examples(step * 10 + number)
+      rows = [[data.batch(e.row // 10)['row'][e.row % 10].tolist() for e in told]]
+      assert rows == [[list(row), *drawn.tolist()]] and len(told[0].pieces) == 1
     np.testing.assert_array_equal(batch['drawn'][3:4], data.batch(step, slice(3, 4))['drawn'])
 
 

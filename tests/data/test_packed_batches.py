@@ -71,6 +71,22 @@ def test_each_piece_is_a_run_of_one_document(lengths, sequence_length):
 
 
 @settings(deadline=None)
+@given(lengths_strategy, st.integers(1, 50), st.integers(0, 4), st.integers(0, 99))
+def test_pieces_say_what_a_row_is_made_of(lengths, sequence_length, batch_size, index):
+  documents = Documents(lengths)
+  dataset = packing.ConcatThenSplit(documents, sequence_length, seed=3)
+  if batch_size:
+    dataset = packing.Contiguous(documents, sequence_length, 3, batch_size)
+  row, rebuilt, segments = dataset[index], *np.zeros((2, sequence_length), np.int32)
+  for number, piece in enumerate(dataset.pieces(index), start=1):
+    here = slice(piece.place, piece.place + piece.stop - piece.start)
+    rebuilt[here] = documents.slice(piece.document, piece.start, piece.stop)
+    segments[here] = number
+  assert rebuilt.tolist() == row.tokens.tolist()
+  assert segments.tolist() == row.segment_ids.tolist()
+
+
+@settings(deadline=None)
 @given(lengths_strategy, st.integers(1, 30), st.integers(1, 4))
 def test_inputs_are_targets_shifted_within_documents(lengths, sequence_length, batch_size):
   batch = loader.Loader(Documents(lengths), sequence_length, batch_size, seed=0).batch(5)

@@ -195,6 +195,10 @@ def test_a_rollback_behind_an_earlier_one_steps_over_its_window_too():
   second = start.after_spike(step=8, end=first.sequences(12), batches_over=5, rollbacks=2)
   assert second.stepped_over == ((32, 88),) and second.rollbacks == 2
   assert Position.described(sizes, json.loads(json.dumps(second.describe(9)))) == second
+  for position in (start, first, second):  # where a step read, also long after it
+    assert all(position.first_of(step) == position.sequences(step - 1) for step in range(11, 20))
+  assert [first.first_of(step) for step in (9, 10, 11)] == [32, 36, 80]
+  assert [second.first_of(step) for step in (8, 9)] == [28, 88]
   assert second.describe(9)['sequences'] == 92 and start.describe(9) == {'sequences': 36}
 
 

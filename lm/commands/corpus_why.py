@@ -1,0 +1,159 @@
+"""`lm corpus why --run_dir=R --step=S --index=I`: from a row of a training batch to its sources.
+
+R is a run of `lm train`. Row I of the batch of step S (counted as in metrics.jsonl, from 1) holds
+parts of documents. Of each it is told which tokens of it stand where in the row, and from where the
+document came: of a corpus of `lm corpus` the shard and the record, its passport with the verdict of
+every rule, and the source; of other files the file and the line.
+"""
+import argparse
+from collections.abc import Sequence
+import hashlib
+import os
+import pathlib
+import re
+from typing import Any
+
+from lm.corpus import collect, passports, write
+from lm.data.packing import Piece
+from lm.data.tasks import Prepared, TextTask
+from lm.errors import UserError
+
+_SHOWN = 300  # characters of each piece
+_TAIL = '#tail'  # of the name of a document that was cut in two; see `splits`
+
+
+def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[str, Any]:
+  """Prints what stands in the row, and returns it."""
+  from lm import run
+  if args.run_dir is None or args.step is None or args.index is None:
+    raise UserError('`lm corpus why` needs --run_dir of a run of `lm train`, --step (counted from '
+                    '1) and --index of a row of its batch')
+  experiment = run.open_experiment(args.gin_file, bindings, args.run_dir)
+  tasks, row, examples = run.examples(experiment, args.run_dir, args.step, args.index)
+  result = {'step': args.step, 'index': args.index, 'row': row, 'examples': []}
+  for example in examples:
+    task, prepared = tasks[example.stream]
+    result['examples'].append({
+        'task': task.name, 'row': example.row, 'tokens': _num_tokens(example.pieces),
+        'pieces': [_trace(piece, task, prepared) for piece in example.pieces]})
+  print(describe(result))
+  return result
+
+
+def _num_tokens(pieces: Sequence[Piece]) -> int:
+  return sum(piece.stop - piece.start for piece in pieces)
+
+
+def _trace(piece: Piece, task: TextTask, prepared: Prepared) -> dict[str, Any]:
+  """A part of a document, and whence it came."""
+  cache = prepared.cache('train')
+  name = cache[piece.document]['name']
+  tokens = cache.slice(piece.document, piece.start, piece.stop)
+  if tokens[-1] == prepared.vocabulary.eos_id:
+    tokens = tokens[:-1]
+  return {'name': name, 'place': [piece.place, piece.place + piece.stop - piece.start],
+          'tokens': [piece.start, piece.stop], 'of': int(cache.lengths[piece.document]),
+          'text': prepared.vocabulary.decode(tokens), **origin(task.files, name)}
+
+
+def origin(files: Any, name: str) -> dict[str, Any]:
+  """Whence a document of a task's files came: `file` and `record` (from 0) or `line` (from 1), and
+  of a corpus `corpus`, `passport`, `source` and `duplicates`.
+
+  Raises:
+    UserError: a shard no longer holds what its passport says.
+  """
+  if files is None:
+    return {'file': "Python's standard library"}
+  name = name.removesuffix(_TAIL)
+  paths = collect.paths(files)
+  for directory in dict.fromkeys(pathlib.Path(path).parent.parent for path in paths):
+    for passport in _passports(directory, name, paths):
+      return _of_corpus(directory, passport)
+  by_name = dict(zip(collect.names(paths), paths))
+  if name in by_name:
+    return {'file': by_name[name]}
+  file, _, line = name.rpartition(':')
+  if file in by_name and line.isdigit():
+    return {'file': by_name[file], 'line': int(line)}
+  return {'file': f'a shard of {os.path.dirname(paths[0])}, which has no passports beside it'}
+
+
+def _passports(directory: pathlib.Path, name: str, paths: Sequence[str]) -> list[dict[str, Any]]:
+  """Those of the name, of documents that stand in one of the files."""
+  home = directory / 'passports'
+  if not home.is_dir():
+    return []
+  shards = {path.name for path in map(pathlib.Path, paths) if path.parent.parent == directory}
+  return [passport for passport in passports.find(home, name) if passport['shard'] in shards]
+
+
+def _of_corpus(directory: pathlib.Path, passport: dict[str, Any]) -> dict[str, Any]:
+  shard, index = directory / 'data' / passport['shard'], passport['index']
+  record = write.record(shard, index)
+  digest = hashlib.sha256((record or {}).get('text', '').encode('utf-8')).hexdigest()
+  if record is None or (record['name'], digest) != (passport['name'], passport['sha256']):
+    raise UserError(f'record {index} of {shard} is not what its passport says; make the corpus '
+                    f'again: `lm corpus --run_dir={directory}`')
+  duplicates = []
+  if passport['cluster'] >= 0:
+    duplicates = [row['name'] for row in passports.cluster(directory / 'passports',
+                                                           passport['cluster'])
+                  if row['address'] != passport['address']]
+  return {'file': str(shard), 'record': index, 'corpus': str(directory), 'passport': passport,
+          'source': source(passport), 'duplicates': duplicates}
+
+
+def source(passport: dict[str, Any]) -> dict[str, Any]:
+  """Name, file and record of the source: 'web/a.warc.gz:17' is record 17 of a.warc.gz of 'web'."""
+  rest = passport['name'].removeprefix(f'{passport["source"]}/')
+  found = re.fullmatch(r'(.+):(\d+)', rest, re.DOTALL)
+  file, record = found.groups() if found else (rest, None)
+  return {'name': passport['source'], 'file': file, 'record': record and int(record)}
+
+
+def describe(result: dict[str, Any]) -> str:
+  """The result for a person to read."""
+  lines = [f'row {result["index"]} of the batch of step {result["step"]}: row {result["row"]} of '
+           'the run']
+  for number, example in enumerate(result['examples']):
+    drawn = ', drawn by the objective' if number else ''
+    lines.append(f'packed row {example["row"]} of task {example["task"]!r}{drawn}: '
+                 f'{example["tokens"]} tokens of {len(example["pieces"])} document(s)')
+    for piece in example['pieces']:
+      lines += ['', *_describe(piece)]
+  return '\n'.join(lines)
+
+
+def _describe(piece: dict[str, Any]) -> list[str]:
+  (left, right), (start, stop) = piece['place'], piece['tokens']
+  lines = [f'tokens {left}-{right - 1} of the row are {start}-{stop - 1} of the {piece["of"]} of '
+           f'{printable(piece["name"])}']
+  where = [f'{key} {piece[key]}' for key in ('line', 'record') if key in piece]
+  lines.append('  file       ' + ', '.join([piece['file'], *where]))
+  if 'passport' in piece:
+    passport, origin_ = piece['passport'], piece['source']
+    record = '' if origin_['record'] is None else f', record {origin_["record"]}'
+    lines.append(f'  source     {printable(origin_["name"])}: {printable(origin_["file"])}{record}')
+    lines += [f'  {key:<10} {printable(passport[key])}'
+              for key in ('title', 'url', 'date', 'licence', 'language') if passport[key]]
+    lines.append(f'  sha256     {passport["sha256"]} ({passport["bytes"]:,} bytes)')
+    if piece['duplicates']:
+      lines.append('  stands for ' + printable(', '.join(piece['duplicates'])))
+    lines += [f'  {"verdicts" if first else "":<10} {printable(rule)} = {printable(value)}'
+              for first, (rule, value) in _marked(passport['verdicts'].items())]
+  text = piece['text']
+  half = _SHOWN // 2
+  cut = text if len(text) <= _SHOWN else f'{text[:half]} […] {text[-half:]}'
+  return [*lines, '  text       ' + printable(cut)]
+
+
+def _marked(items: Any) -> Any:
+  """(whether it is the first, item)."""
+  return ((number == 0, item) for number, item in enumerate(items))
+
+
+def printable(text: str) -> str:
+  """Text on one line, without what would steer a terminal."""
+  shown = text.replace('\n', '⏎')
+  return ''.join(c if c.isprintable() else f'\\x{ord(c):02x}' for c in shown)
