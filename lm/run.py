@@ -14,13 +14,12 @@ import difflib
 import fcntl
 import functools
 import json
-import math
 import os
 import pathlib
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -339,35 +338,10 @@ def evaluate(experiment: Experiment, run_dir: str, prepared: Data | None = None,
 def generate(experiment: Experiment, run_dir: str, prompts: Sequence[str], sampling: SamplingConfig,
              seed: int = 0) -> dict[str, Any]:
   """Continues each prompt with a run's last good checkpoint; under early stopping, its best."""
-  _, module, params = _load(experiment, run_dir)
+  _, module, params = load(experiment, run_dir)
   vocabulary = vocabularies.load(pathlib.Path(run_dir) / 'vocabulary')
   return {'completions': complete(module, params, vocabulary, list(prompts), sampling, seed,
                                   experiment.model.max_length)}
-
-
-def scorer(run_dir: str, max_tokens: int) -> Callable[[Sequence[str]], np.ndarray]:
-  """Returns what gives the bits a byte of texts by a run's last good checkpoint (under early
-  stopping, its best), on one device, of at most their first `max_tokens` tokens.
-
-  Raises:
-    UserError: there is no such run, or its model does not predict the next token.
-  """
-  experiment = open_experiment((), (), run_dir)
-  if not isinstance(experiment.objective, objectives.CausalLM):
-    raise UserError(f'the model of {run_dir} was trained by '
-                    f'{type(experiment.objective).__name__} and gives texts no probability; name a '
-                    'run of CausalLM')
-  _, module, params = _load(experiment, run_dir)
-  vocabulary = vocabularies.load(pathlib.Path(run_dir) / 'vocabulary')
-  length, batch_size = experiment.train.sequence_length, experiment.train.batch_size
-
-  def score(texts: Sequence[str]) -> np.ndarray:
-    tokens = [np.asarray(vocabulary.encode(text)[:max_tokens], np.int32) for text in texts]
-    sizes = [len(vocabulary.decode(ids.tolist()).encode()) for ids in tokens]
-    nats = evaluator.document_nats(module, params, tokens, length, batch_size, progress=False)
-    return nats / math.log(2) / np.maximum(sizes, 1)
-
-  return score
 
 
 def check_invariants(experiment: Experiment) -> dict[str, Any]:
@@ -411,7 +385,7 @@ def examples(experiment: Experiment, run_dir: str, step: int, index: int
   return [(experiment.task, prepared)], row, found
 
 
-def _load(experiment: Experiment, run_dir: str, rules: Rules | None = None
+def load(experiment: Experiment, run_dir: str, rules: Rules | None = None
           ) -> tuple[int, nn.Module, Any]:
   """The step, the module, and the parameters of a run's last good checkpoint (under early stopping,
   its best), sharded by `rules` or on one device."""
@@ -429,7 +403,7 @@ def _chosen(experiment: Experiment) -> str | None:
 
 
 def _load_on_mesh(experiment: Experiment, run_dir: str, hosts: Hosts) -> tuple[int, nn.Module, Any]:
-  """`_load` on the run's mesh or, where a process alone has not its devices, on one device."""
+  """`load` on the run's mesh or, where a process alone has not its devices, on one device."""
   try:
     rules = experiment.bound_rules()
     abstract_params(experiment.model.build(rules), rules)
@@ -438,7 +412,7 @@ def _load_on_mesh(experiment: Experiment, run_dir: str, hosts: Hosts) -> tuple[i
       raise
     print(f'evaluates on one device: {error}', file=sys.stderr)
     rules = experiment.rules_on(MeshConfig(data=1).build(jax.devices()[:1]))
-  loaded = _load(experiment, run_dir, rules)
+  loaded = load(experiment, run_dir, rules)
   hosts.prove_same({'the step of the checkpoint': str(loaded[0])})
   return loaded
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 from pathlib import Path
 from typing import Self
@@ -65,8 +66,7 @@ class Perplexity(Stage):
   @functools.cached_property
   def _score(self) -> Callable[[Sequence[str]], np.ndarray]:
     os.environ['JAX_PLATFORMS'] = 'cpu'  # Accelerators do not go round among the workers.
-    from lm import run
-    return run.scorer(self.run_dir, self.max_tokens)
+    return _scorer(self.run_dir, self.max_tokens)
 
   def apply(self, document: Document) -> None:
     """Scores one document."""
@@ -82,3 +82,27 @@ class Perplexity(Stage):
         document.verdicts['perplexity.bits_per_byte'] = score
         if not self.min_bits_per_byte <= score <= self.max_bits_per_byte:
           document.remove('perplexity.bits_per_byte')
+
+
+def _scorer(run_dir: str, max_tokens: int) -> Callable[[Sequence[str]], np.ndarray]:
+  """Returns what gives the bits a byte of texts, of at most their first `max_tokens` tokens."""
+  from lm import run
+  from lm.data import objectives, vocabularies
+  from lm.evaluation import evaluator
+
+  experiment = run.open_experiment((), (), run_dir)
+  if not isinstance(experiment.objective, objectives.CausalLM):
+    raise UserError(f'the model of run_dir={run_dir!r} was trained by '
+                    f'{type(experiment.objective).__name__} and gives texts no probability; name a '
+                    'run of CausalLM')
+  _, module, params = run.load(experiment, run_dir)
+  vocabulary = vocabularies.load(Path(run_dir) / 'vocabulary')
+  length, batch_size = experiment.train.sequence_length, experiment.train.batch_size
+
+  def score(texts: Sequence[str]) -> np.ndarray:
+    tokens = [np.asarray(vocabulary.encode(text)[:max_tokens], np.int32) for text in texts]
+    sizes = [len(vocabulary.decode(ids.tolist()).encode()) for ids in tokens]
+    nats = evaluator.document_nats(module, params, tokens, length, batch_size, progress=False)
+    return nats / math.log(2) / np.maximum(sizes, 1)
+
+  return score
