@@ -18,10 +18,11 @@ _ENDS = ('.', '?', '!', '"', "'", '”', '’', '。', '？', '！', '」', '』
 _CITATION = re.compile(r'\[\d*\]|\[edit\]|\[citation needed\]')
 _POLICIES = ('terms of use', 'privacy policy', 'cookie policy', 'uses cookies', 'use of cookies',
              'use cookies')  # fmt: skip
-# A period after an initial ("J.", "U.S.", "e.g.") or a title ends no sentence.
+# A period after an initial ("J.", "U.S.", "e.g.") or a title ends no sentence, nor does a mark before
+# a small letter.
 _SENTENCE = re.compile(
     r'(?:[!?…]|(?<![\s.(][A-Za-z])(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)\.)'
-    r'["\'”’)\]]*(?=\s)'
+    r'["\'”’)\]]*+(?=\s++[^a-z])'
     r'|(?<![。！？])[。！？]++[”’」』）]*+(?=.)'
 )
 

@@ -73,7 +73,7 @@ class Gopher(Stage):
     count = real // words.pieces_per_word
     document.judge('gopher.word_count', count, self.min_words <= count <= self.max_words)
     if words.spaced:
-      length = (int(words.lengths.sum()) - words.num_symbols) / max(1, real)
+      length = (int(words.lengths.sum()) - words.symbol_characters) / max(1, real)
       keep = self.min_word_length <= length <= self.max_word_length
       document.judge('gopher.mean_word_length', round(length, 4), keep)
     else:
