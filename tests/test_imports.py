@@ -54,7 +54,8 @@ NEVER = {
 
 # Slow to import and needed by few commands: only inside functions, and under TYPE_CHECKING.
 LAZY = ['tensorflow', 'apache_beam', 'tensorboard', 'sentencepiece', 'zstandard', 'orbax',
-        'array_record', 'torch', 'transformers', 'tensorstore', 'gguf', 'tokenizers', 'optuna']
+        'array_record', 'torch', 'transformers', 'tensorstore', 'gguf', 'tokenizers', 'optuna',
+        'stdnum', 'phonenumbers']
 EAGER = {'lm/data/seqio_tasks.py'}  # itself imported lazily
 
 

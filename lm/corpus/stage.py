@@ -11,6 +11,8 @@ The name of a rule is `stage.rule`, as in 'gopher.word_count'.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,10 @@ from lm.corpus.document import Document
 
 class Stage:
   """Something done to each document by itself."""
+
+  def __getstate__(self) -> dict[str, Any]:
+    """Returns its fields, without what was opened: another process opens that for itself."""
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
   def apply(self, document: Document) -> None:
     """Changes the document: its text, its verdicts, or `document.remove(rule)`.
