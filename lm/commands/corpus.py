@@ -29,7 +29,7 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
   """
   if args.what == 'why':
     from lm.commands import corpus_why
-    return corpus_why.execute(args)
+    return corpus_why.execute(args, bindings)
   if args.what == 'classifier':
     from lm.commands import corpus_classifier
     return corpus_classifier.execute(args, bindings)
@@ -51,3 +51,21 @@ def _executor(args: argparse.Namespace, corpus: pipeline.Corpus) -> Any:
   if args.flags:
     return beam.Beam(tuple(args.flags), processes)
   return workers.Processes(processes, corpus.document_seconds, corpus.worker_bytes, progress=True)
+
+
+def _tell(result: dict[str, Any], run_dir: pathlib.Path) -> None:
+  """Prints what came of the corpus."""
+  collected = sum(documents for documents, _ in result['collected'].values())
+  kept = sum(documents for documents, _ in result['kept'].values())
+  size = sum(written for *_, written in result['written'].values())
+  print(f'collected {collected:,} documents, kept {kept:,} ({kept / max(collected, 1):.1%}): '
+        f'{size:,} bytes of text in {len(result["shards"])} shards')
+  removed = sorted(result['removed'].items(), key=lambda item: -item[1][0])
+  for rule, (documents, _) in removed[:8]:
+    print(f'  {documents:>9,} removed by {rule}')
+  if len(removed) > 8:
+    print(f'  {sum(documents for _, (documents, _) in removed[8:]):>9,} removed by '
+          f'{len(removed) - 8} other rules')
+  for kind, (count,) in sorted(result['faults'].items()):
+    print(f'  {count:>9,} passed over: {kind}')
+  print(f'card: {run_dir / "card.html"}')

@@ -50,7 +50,7 @@ _FORM = re.compile(
 # Any figures in groups: what a word beside them, or a numbering plan, has to tell.
 _ANY = re.compile(
     _BEFORE
-    + rf'(?<!\.)\(?\d{{1,5}}\)?(?:{_SEPARATOR}?\(?\d{{1,12}}\)?){{1,6}}'
+    + rf'(?<!\.)\(?\d{{1,15}}\)?(?:(?:{_SEPARATOR}\(?|\(|(?<=\)))\d{{1,12}}\)?){{0,6}}'
     + _EXTENSION
     + r'(?![\w/]|[.,:]\d|%)'
 )

@@ -1,0 +1,199 @@
+"""A corpus of real pages and texts by the command that users give: its products, and kills."""
+import gzip
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lm import main
+from lm.corpus import collect, passports, write
+from lm.corpus.document import ADDRESS_BITS
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / 'shared' / 'data'
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason='needs ../shared/data')
+GIN = """
+include 'gin/corpus/clean.gin'
+from __gin__ import dynamic_registration
+from lm.corpus import collect
+from lm.corpus import pipeline
+pipeline.Corpus.sources = (
+    @warc/collect.Source(), @wiki/collect.Source(), @lines/collect.Source(), @books/collect.Source())
+warc/collect.Source.name = 'warc'
+warc/collect.Source.files = '{shared}/raw/warc/ai2-cc-sample.warc.gz'
+wiki/collect.Source.name = 'wiki'
+wiki/collect.Source.files = '{home}/wiki.xml'
+wiki/collect.Source.format = 'wikipedia'
+wiki/collect.Source.licence = 'CC-BY-SA-3.0'
+lines/collect.Source.name = 'lines'
+lines/collect.Source.files = '{home}/*.jsonl.gz'
+lines/collect.Source.weight = 1.5
+books/collect.Source.name = 'books'
+books/collect.Source.files = ('{home}/*.txt', '{home}/missing')
+SHARD_BYTES = 200000
+FORMAT = 'jsonl'
+LANGUAGES = ()
+EVALUATIONS = '{home}/evaluation.jsonl'
+"""
+
+
+def speech():
+  """Sentences that all rules let pass."""
+  import zipfile
+  with zipfile.ZipFile(SHARED / 'lm/inaugural/inaugural.zip') as archive:
+    names = sorted(name for name in archive.namelist() if name.endswith('.txt'))
+    return [archive.read(name).decode('utf-8', 'replace') for name in names]
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+  """The input of the corpus: some of it is broken, some stands twice."""
+  import bz2
+  directory = tmp_path_factory.mktemp('corpus')
+  dump = bz2.open(SHARED / 'raw/enwiki-xml/enwiki-shortened.xml.bz2', 'rt', encoding='utf-8').read()
+  head, *pages = dump.split('  <page>')
+  (directory / 'wiki.xml').write_text('  <page>'.join([head, *pages[:12]]) + '</mediawiki>')
+  speeches = speech()
+  rng = random.Random(0)
+  with gzip.open(directory / 'a.jsonl.gz', 'wt') as file:
+    for index, text in enumerate(speeches[:30]):
+      file.write(json.dumps({'text': text, 'url': f'https://a.org/{index}'}) + '\n')
+      if index % 3 == 0:  # Nearly the same, elsewhere; and the same address again.
+        words = text.split(' ')
+        words[rng.randrange(len(words))] = 'never'
+        file.write(json.dumps({'text': ' '.join(words), 'url': f'https://b.org/{index}'}) + '\n')
+        file.write(json.dumps({'text': 'other', 'url': f'http://www.a.org/{index}#top'}) + '\n')
+    file.write('{"text": "no end\n[1, 2]\n')
+  with gzip.open(directory / 'b.jsonl.gz', 'wt') as file:
+    file.write(json.dumps({'text': 'My mail is jane.doe@company.com. ' + speeches[31]}) + '\n')
+  (directory / 'b.jsonl.gz').write_bytes((directory / 'b.jsonl.gz').read_bytes()[:-20])
+  (directory / 'book.txt').write_text(speeches[40])
+  (directory / 'empty.txt').write_text('')
+  leaked = ' '.join(speeches[45].split()[100:130])
+  (directory / 'leak.txt').write_text(speeches[45])
+  (directory / 'evaluation.jsonl').write_text(json.dumps({'question': leaked}) + '\n')
+  (directory / 'missing').symlink_to(directory / 'nowhere')
+  (directory / 'corpus.gin').write_text(GIN.format(shared=SHARED, home=directory))
+  return directory
+
+
+def command(home, out, *flags):
+  return ['corpus', f'--gin_file={home / "corpus.gin"}', f'--run_dir={out}', '--workers=2', *flags]
+
+
+def products(out):
+  """Every byte that must be the same, by file."""
+  return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob('*'))
+          if path.is_file() and path.name not in ('throughput.json', '.lock')}
+
+
+@pytest.fixture(scope='module')
+def whole(home):
+  """A run that nothing disturbs."""
+  out = home / 'whole'
+  previous = os.getcwd()
+  os.chdir(ROOT)
+  try:
+    assert main.main(command(home, out)) == 0
+  finally:
+    os.chdir(previous)
+  return out
+
+
+@needs_data
+@pytest.mark.supports('documents', 'lm corpus: raw files to shards, passports and a card')
+def test_each_document_is_kept_or_removed_by_a_named_rule(home, whole):
+  result = json.loads((whole / 'corpus.json').read_text())
+  kept = [row for path in sorted((whole / 'passports').glob('kept*')) for row in
+          passports.read(path)]
+  removed = [row for path in sorted((whole / 'passports').glob('removed*')) for row in
+             passports.read(path)]
+  unique = {row['name']: row for row in kept}
+  assert sum(count for count, _ in result['collected'].values()) == len(unique) + len(removed)
+  assert not unique.keys() & {row['name'] for row in removed}
+  assert all(row['removed_by'] for row in removed) and not any(row['removed_by'] for row in kept)
+  rules = {row['name']: row['removed_by'] for row in removed}
+  assert rules['books/leak.txt'] == 'decontaminate.hits'
+  assert sum(rule == 'url.duplicate' for rule in rules.values()) >= 10
+  assert sum(rule == 'minhash.duplicate' for rule in rules.values()) >= 10
+  records = [record for path in sorted((whole / 'data').iterdir()) for record in write.read(path)]
+  assert [record['name'] for record in records] == [row['name'] for row in kept]
+  assert len(result['shards']) > 2
+  mail = next(record for record in records if 'My mail is' in record['text'])
+  assert '<EMAIL>' in mail['text'] and 'jane.doe' not in mail['text']
+  assert unique[mail['name']]['verdicts']['privacy.email'] == '1'
+  wiki = [row for row in kept if row['source'] == 'wiki']
+  assert wiki and all(row['licence'] == 'CC-BY-SA-3.0' for row in wiki)
+
+
+@needs_data
+def test_what_is_broken_is_named(whole):
+  faults = json.loads((whole / 'corpus.json').read_text())['fault_examples']
+  named = {name for examples in faults.values() for name, _ in examples}
+  assert {'books/empty.txt', 'books/missing', 'lines/b.jsonl.gz'} <= named
+  assert sum(name.startswith('lines/a.jsonl.gz:') for name in named) == 2
+
+
+@needs_data
+@pytest.mark.supports('faults survived', 'kill -9 of lm corpus: the same bytes')
+def test_killed_at_any_time_it_ends_with_the_same_bytes(home, whole):
+  out, rng, kills, seen = home / 'killed', random.Random(1), 0, {}
+  flags = [sys.executable, '-m', 'lm.main', *command(home, out)]
+  while True:
+    process = subprocess.Popen(flags, cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+      status = process.wait(timeout=rng.uniform(0.8, 3.5) if kills < 6 else 300)
+    except subprocess.TimeoutExpired:
+      process.send_signal(signal.SIGKILL)
+      process.wait()
+      kills += 1
+    else:
+      assert status == 0
+      break
+    done = {path: path.stat().st_mtime_ns for path in out.glob('work/*/*.done')}
+    assert all(done.get(path) == when for path, when in seen.items())  # Nothing is done again.
+    seen = done
+  assert kills >= 2
+  assert products(out) == products(whole)
+
+
+@needs_data
+@pytest.mark.supports('documents', 'lm corpus by Apache Beam: the same bytes')
+def test_beam_and_other_numbers_of_processes_make_the_same_bytes(home, whole, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  assert main.main(command(home, home / 'beam', '--runner=DirectRunner')) == 0
+  assert products(home / 'beam') == products(whole)
+  assert main.main([*command(home, home / 'one'), '--workers=1']) == 0
+  assert products(home / 'one') == products(whole)
+
+
+@needs_data
+def test_it_trains_with_one_binding(home, whole):
+  names = {document.name for document in collect.documents(str(whole / 'data' / '*'))}
+  kept = [row['name'] for path in sorted((whole / 'passports').glob('kept*')) for row in
+          passports.read(path)]
+  assert names == set(kept) and len(kept) > len(names)  # lines have the weight 1.5
+
+
+@needs_data
+def test_a_finished_corpus_stands_and_another_is_refused(home, whole, monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  before = {path: path.stat().st_mtime_ns for path in whole.rglob('*')}
+  assert main.main(['corpus', f'--run_dir={whole}']) == 0
+  assert {path: path.stat().st_mtime_ns for path in whole.rglob('*')
+          if path.name != '.lock'} == {path: when for path, when in before.items()
+                                       if path.name != '.lock'}
+  assert main.main([*command(home, whole), '--gin.LANGUAGES=("en",)']) == 2
+  assert 'choose another --run_dir' in capsys.readouterr().err
+  assert main.main([*command(home, home / 'x'), '--bogus=1']) == 2
+  assert '--bogus=1 is neither a flag of `lm corpus`' in capsys.readouterr().err
+
+
+def test_addresses_count_more_blocks_than_there_will_be():
+  assert 63 - ADDRESS_BITS - 20 >= 19
