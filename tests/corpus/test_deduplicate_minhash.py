@@ -116,6 +116,8 @@ def test_what_all_documents_share_gives_pairs_in_proportion_to_them():
   records['address'] = np.random.default_rng(0).permutation(10_000)
   pairs = deduplicate.MinHash().resolve(records)
   assert len(pairs) < 3 * len(records)
+  apart = minhash._pairs(np.array([(1, 5), (2, 6), (1, 7), (2, 8), (3, 9)], minhash._BAND))
+  assert apart.tolist() == [(5, 7), (6, 8)]
   slices = deduplicate.MinHash().conclude(pairs)['slice']
   assert np.bincount(slices.astype(int)).max() <= 2 * 1024  # Each verified by itself.
 

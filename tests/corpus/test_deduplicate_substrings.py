@@ -72,10 +72,11 @@ def test_spans_of_real_text_are_cut_at_their_very_ends():
 def test_what_is_left_keeps_its_paragraphs_and_an_empty_document_is_removed():
   span = 'one two three four'
   documents = run([f'{span} five', f'A\n\n{span} b\n', f'E {span}\n\nB', f'{span}\n c', f' {span} ',
-                   f'd {span}'], 4)
+                   f'd {span}', f'f\n{span}    g'], 4)
   assert [document.text for document in documents] == [
-      f'{span} five', 'A\n\nb\n', 'E\n\nB', 'c', '', 'd']
-  assert [document.removed_by for document in documents] == [''] * 4 + ['substrings.duplicate', '']
+      f'{span} five', 'A\n\nb\n', 'E\n\nB', 'c', '', 'd', 'f\ng']
+  removed = [document.address for document in documents if document.removed_by]
+  assert removed == [4] and documents[4].removed_by == 'substrings.duplicate'
 
 
 def test_a_repeated_text_keeps_its_first_occurrence_whole():

@@ -29,7 +29,7 @@ from lm.errors import UserError
 
 RECALL = 0.95  # Of pairs at the threshold, by the bands.
 SKETCH = 1024  # Of a longer document, so many shingles are compared: those of the lowest hashes.
-_NEIGHBOURS = 2  # A document is paired with the first of its band and with so many before it.
+_NEIGHBOURS = 3  # Before a document, of those that agree with it in a band: they are its pairs.
 _PART = 16  # Shingles a record.
 _SLICE = 1024  # Pairs that are verified together; a partition has any number of slices.
 _AT_ONCE = 1 << 20  # Shingles that are compared at a time.
@@ -256,7 +256,7 @@ def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _batches(documents: Sequence[Document]) -> Iterator[slice]:
-  return tokens.batches([len(document.text) for document in documents])
+  return tokens.batches([len(document.text) for document in documents], tokens.PIECE)
 
 
 @functools.lru_cache(maxsize=4)
@@ -268,12 +268,11 @@ def _factors(count: int) -> np.ndarray:
 def _pairs(records: np.ndarray) -> np.ndarray:
   """Returns pairs of those who agree in a band, the lower address first; linear in their number."""
   found, groups = clusters.alike(records, ('key',))
-  first = np.flatnonzero(np.diff(groups, prepend=-1))
-  ends = [(first[groups], np.arange(len(found)))]
+  parts = []
   for distance in range(1, 1 + _NEIGHBOURS):
-    ends.append((np.arange(len(found) - distance), np.arange(distance, len(found))))
-  one, other = (np.concatenate(side) for side in zip(*ends))
-  real = (groups[one] == groups[other]) & (found['address'][one] < found['address'][other])
-  pairs = np.empty(np.count_nonzero(real), _PAIR)
-  pairs['address'], pairs['other'] = found['address'][one[real]], found['address'][other[real]]
-  return clusters.unique(pairs)
+    agree = groups[distance:] == groups[:-distance]
+    pairs = np.empty(np.count_nonzero(agree), _PAIR)
+    pairs['address'] = found['address'][:-distance][agree]
+    pairs['other'] = found['address'][distance:][agree]
+    parts.append(pairs)
+  return clusters.unique(np.concatenate(parts))

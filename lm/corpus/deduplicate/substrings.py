@@ -64,7 +64,7 @@ class Substrings(Grouping):
       repeated = np.unique(decisions['key'])
       about = set(decisions['address'].tolist())
       documents = [document for document in documents if document.address in about]
-    for at in tokens.batches([len(document.text) for document in documents]):
+    for at in tokens.batches([len(document.text) for document in documents], tokens.PIECE):
       anchors, spans = self._spans(documents[at])
       if decisions is None:
         parts.append(_at_most_twice(anchors))
