@@ -1,9 +1,9 @@
 """Sequences of words by hash, on disk and in memory: what evaluations hold.
 
     beginnings   hash of the first 8 words of each sequence, sorted, and a table of their first bits
-    sequences    hash of whole sequences and their length, sorted, with the evaluation of each
+    sequences    hash of whole sequences, sorted, with the evaluation of each
     text         words -> 64-bit hashes -> hash of each 8 words -> the table -> the array -> whole
-                 sequences, each looked up with its length
+                 sequences
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Index:
     width: words that the hashes of `beginnings` cover.
     beginnings: hashes of the first `width` words of all sequences, sorted.
     table: True at the leading bits of each of `beginnings`.
-    sequences: hashes of whole sequences and their length, sorted.
+    sequences: hashes of whole sequences, sorted.
     tasks: index in `names` of each of `sequences`, the first evaluation that holds it.
     lengths: of the sequences, in words.
     digest: of all this.
@@ -179,8 +179,8 @@ def _kinds() -> np.ndarray:
 
 
 def _combine(words: np.ndarray) -> np.ndarray:
-  """Returns a hash of each column of word hashes [words, sequences]; it depends on their number."""
-  total = np.full(words.shape[1], len(words), np.uint64)
+  """Returns a hash of each column of word hashes [words, sequences]."""
+  total = np.zeros(words.shape[1], np.uint64)
   for row in words:
     total = total * _ODD + row
   return _mixed(total)

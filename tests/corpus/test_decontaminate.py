@@ -176,7 +176,8 @@ def test_the_evaluation_splits_of_registered_tasks_count():
   try:
     stage = decontaminate.Decontaminate()
     assert judged(stage, 'Test: one, two, three, four, five, six, seven.')[0][0] == f'{name}:test'
-    assert not judged(stage, 'Train: one, two, three, four, five, six, seven.')
+    for split in ('Train', 'Validation'):
+      assert not judged(stage, f'{split}: one, two, three, four, five, six, seven.')
   finally:
     seqio.TaskRegistry.remove(name)
 
