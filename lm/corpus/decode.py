@@ -91,7 +91,7 @@ def _normal(name: str) -> str:
 
 
 def _wide(data: bytes) -> str:
-  """Returns the UTF-16 without a mark that zeros in mostly Latin text betray, or nothing for others."""
+  """Returns the UTF-16 without a mark that zeros in mostly Latin text betray, else nothing."""
   head = data[:1024]
   even, odd = head[::2].count(0), head[1::2].count(0)
   if len(head) >= 16 and max(even, odd) * 3 > len(head) and min(even, odd) * 16 < len(head):
