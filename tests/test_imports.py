@@ -56,7 +56,8 @@ NEVER = {
 LAZY = ['tensorflow', 'apache_beam', 'tensorboard', 'sentencepiece', 'zstandard', 'orbax',
         'array_record', 'torch', 'transformers', 'tensorstore', 'gguf', 'tokenizers', 'optuna',
         'pyarrow', 'msgpack', 'ftfy', 'fasttext', 'sklearn', 'scipy', 'fastwarc', 'trafilatura',
-        'resiliparse', 'mwparserfromhell', 'phonenumbers', 'stdnum']
+        'resiliparse', 'lxml', 'tensorflow_datasets', 'charset_normalizer',
+        'phonenumbers', 'stdnum']
 EAGER = {'lm/data/seqio_tasks.py'}  # itself imported lazily
 
 

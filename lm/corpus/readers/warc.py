@@ -6,6 +6,7 @@ record (HTTP headers, chunks, compressed bodies) FastWARC reads.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 import re
 from typing import Any, TYPE_CHECKING
@@ -42,20 +43,21 @@ _HTML = re.compile(rb'(?i)<(?:!doctype html|html|head|body|title|meta|div|p)[\s>
 def pieces(file: File, source: Source, report: Report) -> Iterator[Piece]:
   """Takes the records out of an archive that may hold text: responses, resources, conversions.
 
-  A record is named by its number in the file, counted from 1. Reported are those that are damaged,
-  larger than `max_document_bytes`, or a response without text.
+  A record is named by its number in the file, counted from 1. Reported are those that are damaged
+  or larger than `max_document_bytes`, and together, at the end, how many were no text or no page.
 
   Raises:
     OSError: the file cannot be read.
   """
   packer = Packer(file)
-  stream = streams.Buffer(file, report)
-  frames = _Frames(stream, file, source.max_document_bytes, report)
+  frames = _Frames(streams.Buffer(file, report), file, source.max_document_bytes, report)
   for number, record in frames:
     if piece := packer.add(number, record):
       yield piece
   if piece := packer.flush():
     yield piece
+  for what, count in sorted(frames.left_out.items()):
+    report(file.name, f'has records that are no {what} ({count})')
 
 
 class _Frames:
@@ -64,6 +66,7 @@ class _Frames:
   def __init__(self, stream: streams.Buffer, file: File, limit: int, report: Report) -> None:
     self._stream, self._limit, self._number = stream, limit, 0
     self._tell = lambda reason: report(f'{file.name}:{self._number}', reason)
+    self.left_out: collections.Counter[str] = collections.Counter()
     self._arc = streams.stem(file.path).lower().endswith('.arc')
 
   def __iter__(self) -> Iterator[tuple[int, bytes]]:
@@ -150,14 +153,14 @@ class _Frames:
       http = body[: match.start()] if match else body
       status = _HTTP_STATUS.match(http)
       if status and not 200 <= int(status[1]) < 300:
-        self._tell(f'is no page (HTTP status {int(status[1])})')
+        self.left_out['page: HTTP status beyond 2xx'] += 1
         return False
       match = _HTTP_TYPE.search(http)
       media_type = match[1].lower() if match else b''
     media_type = fields.get(b'warc-identified-payload-type', media_type)
     kind = media_type.decode('latin-1')
     if kind not in _TEXT_TYPES:
-      self._tell(f'is no text ({kind})')
+      self.left_out['text'] += 1
     return kind in _TEXT_TYPES
 
   def _ends_well(self, length: int) -> bool:

@@ -30,8 +30,8 @@ _BASE = re.compile(rb'<base>(https?://[^<\s"]*/)[^</]*</base>')
 def pieces(file: File, source: Source, report: Report) -> Iterator[Piece]:
   """Takes the articles out of a dump; each is named by its page id.
 
-  Reported are redirects, pages that are no articles (talk, users, templates) and those larger than
-  `max_document_bytes`.
+  Reported are those larger than `max_document_bytes`, and together, at the end, how many redirects
+  and pages of other kinds (talk, users, templates) there are.
 
   Raises:
     OSError: the file cannot be read.
@@ -40,6 +40,7 @@ def pieces(file: File, source: Source, report: Report) -> Iterator[Piece]:
   stream = streams.Buffer(file, report)
   stream.fill(_MOST_HEAD)
   begin = _begin(bytes(stream.data[:_MOST_HEAD]))
+  redirects = others = 0
   while _seek(stream, _BEGIN):
     page = _page(stream, limit)
     if page is None:
@@ -52,13 +53,17 @@ def pieces(file: File, source: Source, report: Report) -> Iterator[Piece]:
     if len(page) > limit:
       report(name, too_long(limit))
     elif namespace and namespace[1] != b'0':
-      report(name, f'is no article (namespace {int(namespace[1])})')
+      others += 1
     elif b'<redirect' in head:
-      report(name, 'is a redirect')
+      redirects += 1
     elif piece := packer.add(number, begin + page[len(_BEGIN) :]):
       yield piece
   if piece := packer.flush():
     yield piece
+  if redirects:
+    report(file.name, f'has redirects ({redirects})')
+  if others:
+    report(file.name, f'has pages that are no articles ({others})')
 
 
 def _begin(head: bytes) -> bytes:
