@@ -30,6 +30,7 @@ from lm.corpus.document import Document
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared' / 'data'
 WORD = re.compile(r'[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+')  # Not the library's own way.
 SHINGLE = 5
+BITS = 6  # 64 partitions.
 SIMILARITIES = (0.5, 0.6, 0.65, 0.7, 0.725, 0.75, 0.775, 0.8, 0.85, 0.9, 0.95)
 
 
@@ -56,7 +57,7 @@ def texts(shared: pathlib.Path = SHARED) -> dict:
 
 def passage(text: str) -> str:
   """The first 400 words, in a number that leaves a ninth of its shingles whole; '' below 60."""
-  words = list(WORD.finditer(text))[:400]
+  words = list(itertools.islice(WORD.finditer(text), 400))
   count = (len(words) - SHINGLE + 1) // 9 * 9
   return text[:words[count + SHINGLE - 2].end()] if len(words) >= 60 else ''
 
@@ -223,9 +224,9 @@ def stepwise(grouping, blocks: list) -> tuple:
         about = decisions[slice(*np.searchsorted(decisions['address'], limits))]
       records.append(grouping.emit(block, about))
     records, start = np.concatenate(records), tick(seconds, f'emit {number}', start)
-    partition = records['key'] >> np.uint64(64 - grouping.partition_bits)
+    partition = records['key'] >> np.uint64(64 - BITS)
     records = records[np.argsort(partition, kind='stable')]
-    limits = np.searchsorted(np.sort(partition), np.arange(1, 1 << grouping.partition_bits))
+    limits = np.searchsorted(np.sort(partition), np.arange(1, 1 << BITS))
     start = tick(seconds, f'shuffle {number}', start)
     resolved = np.concatenate([grouping.resolve(some) for some in np.split(records, limits)])
     start = tick(seconds, f'resolve {number}', start)

@@ -20,12 +20,12 @@ GROUPINGS = [
     deduplicate.MinHash(threshold=0.6, shingle=1, keep='longest')]
 
 
-def run(grouping, texts, block=2, **fields):
+def run(grouping, texts, block=2, bits=3, **fields):
   documents = [Document(str(i), text) for i, text in enumerate(texts)]
   for name, values in fields.items():
     for document, value in zip(documents, values):
       setattr(document, name, value)
-  deduplicate.run(grouping, documents, block)
+  deduplicate.run(grouping, documents, block, bits)
   return documents
 
 
@@ -117,8 +117,21 @@ def test_neither_blocks_nor_partitions_nor_the_order_of_records_matter(
   texts = texts + texts[::2]
   fields = {'url': [f'u.org/{len(text) % 3}' for text in texts]}
   values = {f.name: getattr(grouping, f.name) for f in dataclasses.fields(grouping)}
-  changed = Shuffled(**{**values, 'partition_bits': bits})
-  assert run(changed, texts, block, **fields) == run(grouping, texts, len(texts), **fields)
+  changed = run(Shuffled(**values), texts, block, bits, **fields)
+  assert changed == run(grouping, texts, len(texts), **fields)
+
+
+@pytest.mark.parametrize('grouping', GROUPINGS, ids=repr)
+@settings(deadline=None, max_examples=12)
+@given(texts=st.lists(st.text(st.characters(), max_size=60), min_size=1, max_size=4))
+def test_no_text_and_no_url_makes_it_fail(grouping, texts):
+  """Lone surrogates, NUL and whatever else a page may hold."""
+  texts = texts + texts
+  urls = [f'http://a.org/{text}?{text}' for text in texts[1:]] + texts[:1]
+  documents = run(grouping, texts, url=urls)
+  assert documents[0].text == texts[0] or isinstance(grouping, deduplicate.Substrings)
+  assert all(not document.removed_by for document in documents if not document.text.split()
+             and not document.verdicts)
 
 
 @pytest.mark.parametrize('make, sentence', [

@@ -23,7 +23,7 @@ def check_keep(keep: str) -> None:
 
 def rank(document: Document, keep: str) -> int:
   """Returns a number that is lowest for the document to keep; the first of the lowest is kept."""
-  return -len(document.text) if keep == 'longest' else 0
+  return -len(document.raw or document.text) if keep == 'longest' else 0
 
 
 def digest(text: str, size: int) -> bytes:

@@ -10,13 +10,16 @@ from lm.corpus.document import Document
 from lm.corpus.stage import Grouping
 
 
-def run(grouping: Grouping, documents: Sequence[Document], block: int = 1024) -> None:
+def run(
+    grouping: Grouping, documents: Sequence[Document], block: int = 1024, bits: int = 2
+) -> None:
   """Changes those documents that are kept so far, as the grouping decides.
 
   Args:
     grouping: for instance `deduplicate.Exact()`.
     documents: in the order of the input; their addresses become their places in it.
     block: documents of a block.
+    bits: leading ones of the keys that tell partitions apart.
   """
   for address, document in enumerate(documents):
     document.address = address
@@ -26,9 +29,9 @@ def run(grouping: Grouping, documents: Sequence[Document], block: int = 1024) ->
   for _ in range(grouping.rounds if blocks else 0):
     emitted = [grouping.emit(some, _about(some, decisions)) for some in blocks]
     records = np.concatenate(emitted)
-    partition = records['key'] >> np.uint64(64 - grouping.partition_bits)
+    partition = records['key'] >> np.uint64(64 - bits)
     order = np.argsort(partition, kind='stable')
-    numbers = np.arange(1, 1 << grouping.partition_bits, dtype=np.uint64)
+    numbers = np.arange(1, 1 << bits, dtype=np.uint64)
     bounds = np.searchsorted(partition[order], numbers)
     resolved = [grouping.resolve(some) for some in np.split(records[order], bounds)]
     decisions = grouping.conclude(np.concatenate(resolved))

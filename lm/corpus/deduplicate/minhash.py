@@ -10,7 +10,8 @@ Round 2 verifies. The shingles themselves of candidates meet, and a pair stands 
 reaches the threshold. So the bands need not be strict, and nothing is removed by chance. Documents
 linked by pairs are a cluster, of which one is kept.
 
-Of n documents either round moves and holds a number of records proportional to n.
+The records of n documents are proportional to n: in round 1, 16 bytes a band; in round 2, of each
+candidate 5.8 bytes a shingle, of 1024 at most.
 """
 
 from __future__ import annotations
@@ -54,15 +55,12 @@ class MinHash(Grouping):
     shingle: words of a shingle; in scripts that write no spaces, characters.
     num_hashes: minima of a document; bands and rows follow, see `bands`.
     keep: of a cluster, 'first' in the order of the input, or 'longest' (of these the first).
-    partition_bits: of the key; memory holds one partition: 16 bytes a band and document in round 1,
-      in round 2 for each candidate 5.8 bytes a shingle, of 1024 at most, and slice of pairs.
   """
 
   threshold: float = 0.75
   shingle: int = 5
   num_hashes: int = 112
   keep: str = 'first'
-  partition_bits: int = 6
   rounds = 2
 
   def __post_init__(self):

@@ -92,13 +92,11 @@ class Lines(_Passages):
 
   Attributes:
     min_characters: shorter lines stay: headings, lines of code, of verse and of lists.
-    partition_bits: of the key; memory holds one partition, 24 bytes a line.
   """
 
   stage = 'lines'
   separator = re.compile(r'\n')
   min_characters: int = 80
-  partition_bits: int = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +107,8 @@ class Paragraphs(_Passages):
 
   Attributes:
     min_characters: shorter paragraphs stay: headings.
-    partition_bits: of the key; memory holds one partition, 24 bytes a paragraph.
   """
 
   stage = 'paragraphs'
   separator = re.compile(r'\n(?:[^\S\n]*\n)+')
   min_characters: int = 80
-  partition_bits: int = 6

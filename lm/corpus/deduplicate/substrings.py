@@ -5,7 +5,8 @@ Here hashes of every span of `length` tokens are compared instead, which needs n
 partition, and only of spans that may be repeated, which are found first by winnowing (Schleimer,
 Wilkerson and Aiken 2003, section 3): the anchor of a span is the least of the hashes of the runs of
 length / 2 tokens in it. Equal spans have equal anchors, so only spans whose anchor occurs twice are
-compared; and neighbours share anchors, so anchors are few, 2 in every length / 2 + 2 tokens.
+compared; and neighbours share anchors, so anchors are few, 2 in every length / 2 + 2 tokens. A
+record has 16 bytes in round 1; in round 2, 28 for each token of spans whose anchor is repeated.
 
 What is found is what comparing all spans with all others would find, if no hashes collide. For
 that, two spans with one anchor would have to agree in another 64 bits by chance: of 10**12 spans,
@@ -45,12 +46,9 @@ class Substrings(Grouping):
 
   Attributes:
     length: of a span, in tokens.
-    partition_bits: of the key; memory holds one partition: 16 bytes an anchor in round 1, in round
-      2 28 bytes for each token of spans whose anchor is repeated.
   """
 
   length: int = 50
-  partition_bits: int = 6
   rounds = 2
 
   def __post_init__(self):

@@ -22,6 +22,7 @@ _TRACKING = re.compile(
     r'|mkt_tok|ref_src|ref_url|cmpid|spm',
     re.IGNORECASE,
 )
+_SAFE = "/!$&'()*+,;=:@~"  # Characters of a path that have no need of an escape.
 
 
 class _Same(Grouping):
@@ -60,14 +61,9 @@ class _Same(Grouping):
 
 @dataclasses.dataclass(frozen=True)
 class Exact(_Same):
-  """Keeps the first of the documents whose texts differ in nothing but spaces and ends of lines.
-
-  Attributes:
-    partition_bits: of the key; memory holds one partition, 28 bytes a document.
-  """
+  """Keeps the first of the documents whose texts differ in nothing but spaces and ends of lines."""
 
   stage = 'exact'
-  partition_bits: int = 6
 
   def identity(self, document: Document) -> str:
     """Returns the text."""
@@ -82,12 +78,10 @@ class URL(_Same):
 
   Attributes:
     keep: 'first' in the order of the input, or 'longest' (of these the first).
-    partition_bits: of the key; memory holds one partition, 28 bytes a document.
   """
 
   stage = 'url'
   keep: str = 'first'
-  partition_bits: int = 6
 
   def __post_init__(self):
     clusters.check_keep(self.keep)
@@ -109,10 +103,10 @@ def normalised(url: str) -> str:
     parts = urllib.parse.urlsplit(url if re.match(r'([a-zA-Z][\w+.-]*:)?//', url) else f'//{url}')
     host, port = (parts.hostname or '').rstrip('.').removeprefix('www.'), parts.port
     pairs = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
+    path = urllib.parse.unquote(parts.path, errors='surrogateescape')
+    path = urllib.parse.quote(path, _SAFE, errors='surrogateescape').rstrip('/')
+    query = urllib.parse.urlencode(sorted(p for p in pairs if not _TRACKING.fullmatch(p[0])))
   except ValueError:  # No URL, but the same for the same documents.
     return url
   port_text = '' if port in (None, 80, 443) else f':{port}'
-  path = urllib.parse.quote(urllib.parse.unquote(parts.path, errors='surrogateescape'),
-                            safe="/!$&'()*+,;=:@~", errors='surrogateescape').rstrip('/')
-  query = urllib.parse.urlencode(sorted(p for p in pairs if not _TRACKING.fullmatch(p[0])))
   return f'{host}{port_text}{path}{"?" * bool(query)}{query}'
