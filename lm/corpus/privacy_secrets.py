@@ -160,14 +160,14 @@ def _random(value: str) -> bool:
 
 @functools.cache
 def _compiled() -> tuple[tuple[tuple[str, ...], re.Pattern[str]], ...]:
-  return tuple((literals, re.compile(form)) for literals, form in FORMS.values())
+  return tuple((literals, re.compile(form, re.ASCII)) for literals, form in FORMS.values())
 
 
 @functools.cache
 def _assignments() -> tuple[tuple[str, re.Pattern[str]], ...]:
   """Returns a search for each name in each case, since a search for a literal is fast."""
   return tuple(
-      (cased, re.compile(cased + _ASSIGNED))
+      (cased, re.compile(cased + _ASSIGNED, re.ASCII))
       for name in _NAMES
       for cased in (name, name.capitalize(), name.upper())
   )

@@ -107,7 +107,7 @@ def test_a_planted_secret_is_found(kind):
   for example in EXAMPLES.get(kind, ASSIGNMENTS):
     before, _, secret = example.rpartition('|')
     after = '@db.example.com/x' if kind == 'password_in_url' else ''
-    for text in ('We use {} for this.\n', 'x = "{}"\n', '{}', '密钥：{}。', '<code>{}</code>'):
+    for text in ('We use {} for this.\n', 'x = "{}"\n', '{}', '密钥{}。', '<code>{}</code>'):
       planted = text.format(before + secret + after)
       assert redact(planted) == text.format(before + '<SECRET>' + after), planted
 
