@@ -127,7 +127,8 @@ def test_each_form_is_found(text, kind):
     'arXiv:2005.14165v4', 'costs $1,234,567.89, or 1 234 567,89 €, or 1000000000',
     'populations of 12345678 and 9876543210', '1990) 233-274 and 12(3): 211-227 (2003)',
     'in 1999-2000, 2001 2002 2003', '40.7128, -74.0060', '3.14159265358979 and 1e-10000000',
-    'version 1.2.3.4, v10.20.30.40, Chrome/91.10.44.124', 'Section 14.12.1.3', '4.2.1.13', '192.168.17.12',
+    'version 1.2.3.4, v10.20.30.40, Chrome/91.10.44.124', 'Section 14.12.1.3', '4.2.1.13',
+    '192.168.17.12',
     '203.0.113.17 and 2001:db8::17', 'std::vector<a::b>', '12:34:56:07', '00:1a:2b:3c:4d:5e',
     '550e8400-e29b-41d4-a716-446655440000', 'da39a3ee5e6b4b0d3255bfef95601890afd80709',
     'git@github.com:a/b.git', 'image@2x.png', '@name and a@b', '4111 1111 1111 1112',
@@ -163,7 +164,8 @@ def test_the_text_around_stays_and_a_second_pass_changes_nothing():
 
 @pytest.mark.parametrize(
     'unit',
-    ['1', f'{1:0100}\n', '1 ', '(1)', '+1 ', '0', 'a@a.a.', ':', 'a:1:', '://a:', '-----BEGIN PRIVATE KEY-----',
+    ['1', f'{1:0100}\n', '1 ',
+     '(1)', '+1 ', '0', 'a@a.a.', ':', 'a:1:', '://a:', '-----BEGIN PRIVATE KEY-----',
      'eyJaaaaaaaaa.', 'api_key=', 'GB02 ABCD ', 'phone 123 4567 ', '12345678A ', 'PuTTY-User-Key-'
      'File-2: '])  # fmt: skip
 def test_time_is_linear_in_hostile_text(unit):
