@@ -31,7 +31,6 @@ from lm.corpus.document import Document
 from lm.corpus.stage import Stage
 from lm.errors import UserError
 
-_RULE = 'decontaminate.hits'
 _SPLITS = ('validation', 'test')
 _TEXTS = 4096  # of an evaluation that are hashed at a time
 
@@ -78,9 +77,7 @@ class Decontaminate(Stage):
 
   def apply(self, document: Document) -> None:
     hits = self._index.hits(document.text)
-    document.verdicts[_RULE] = hits
-    if hits:
-      document.remove(_RULE)
+    document.judge('decontaminate.hits', hits, not hits)
 
   @functools.cached_property
   def _index(self) -> Index:

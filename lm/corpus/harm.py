@@ -54,9 +54,7 @@ class Blocklist(Stage):
     languages = (document.language,) if document.language else self._lists
     text = document.text.lower()
     hits = sorted({entry for name in languages for entry in self._lists[name].found(text)})
-    document.verdicts['blocklist.words'] = hits[:_MOST_HITS]
-    if hits:
-      document.remove('blocklist.words')
+    document.judge('blocklist.words', hits[:_MOST_HITS], not hits)
 
   @functools.cached_property
   def _lists(self) -> Mapping[str, _List]:
@@ -166,6 +164,4 @@ class Spam(Stage):
         ),
     }
     for rule, (value, most) in measured.items():
-      document.verdicts[rule] = round(value, 4)
-      if value > most:
-        document.remove(rule)
+      document.judge(rule, round(value, 4), value <= most)

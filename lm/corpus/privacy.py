@@ -145,7 +145,8 @@ def addresses(text: str) -> Iterator[Span]:
     while end < len(text) and text[end] in _HEXADECIMAL and end - start < 40:
       end += 1
     candidate = text[start:end].rstrip(':')
-    if _is_public_ipv6(candidate) and not text[start - 1 : start].isalnum():
+    before = text[max(0, start - 1) : start]
+    if _is_public_ipv6(candidate) and not re.match('[A-Za-z0-9_]', before):
       yield start, start + len(candidate)
 
 

@@ -30,7 +30,8 @@ _CARD = re.compile(
 )
 _CARD_CANDIDATE = re.compile(
     r'(?<![\w.,+-])\d{4}([ -])\d{4}\1\d{4}\1\d{1,4}(?:\1\d{3})?(?![\w-])'
-    r'|(?<![\w.,+-])\d{4}([ -])\d{6}\2\d{4,5}(?![\w-])|(?<![\w.,+-])\d{12,19}(?![\w-])'
+    r'|(?<![\w.,+-])\d{4}([ -])\d{6}\2\d{4,5}(?![\w-])|(?<![\w.,+-])\d{12,19}(?![\w-])',
+    re.ASCII,
 )
 _CARD_CUE = re.compile(
     r'(?i)\b(?:(?:credit|debit|bank)?cards?|cc|visa|mastercard|maestro|amex|\w*karten?(?:nummer)?'
@@ -111,7 +112,7 @@ def ibans(text: str) -> Iterator[Span]:
   """Yields international bank account numbers: a country's form, and 1 modulo 97 (ISO 13616)."""
   for match in _IBAN.finditer(text):
     start, end = match.start() - 2, match.end()
-    if start and text[start - 1].isalnum():
+    if re.match('[A-Za-z0-9]', text[max(0, start - 1) : start]):
       continue
     while end - start >= 15:  # The last groups may be words that follow it.
       if _stdnum('iban').is_valid(text[start:end], check_country=False):
@@ -160,7 +161,7 @@ def _forms(table: tuple) -> tuple:
 
 @functools.cache
 def _alone(form: str) -> re.Pattern[str]:
-  return re.compile(rf'(?<![\w.,/+-])(?:{form})(?![\w/]|[.,-]\d)')
+  return re.compile(rf'(?<![\w.,/+-])(?:{form})(?![\w/]|[.,-]\d)', re.ASCII)
 
 
 @functools.cache

@@ -45,14 +45,16 @@ _FORM = re.compile(
     + '|'.join(f'(?P<{name}>{form})' for name, form in _FORMS.items())
     + ')'
     + _EXTENSION
-    + _AFTER
+    + _AFTER,
+    re.ASCII,  # Chinese characters may stand next to a number.
 )
 # Any figures in groups: what a word beside them, or a numbering plan, has to tell.
 _ANY = re.compile(
     _BEFORE
     + rf'(?<!\.)\(?\d{{1,15}}\)?(?:(?:{_SEPARATOR}\(?|\(|(?<=\)))\d{{1,12}}\)?){{0,6}}'
     + _EXTENSION
-    + r'(?![\w/]|[.,:]\d|%)'
+    + r'(?![\w/]|[.,:]\d|%)',
+    re.ASCII,
 )
 _CUE_WIDTH = 40
 _CUE_BEFORE = re.compile(

@@ -29,11 +29,11 @@ FORMS = {
         r'PuTTY-User-Key-File-[23]: [\s\S]{0,4000}?Private-MAC: [0-9a-f]+',
     ),
     'age_key': (('AGE-SECRET-KEY-1',), r'AGE-SECRET-KEY-1[A-Z0-9]{58}'),
-    'jwt': (('eyJ',), r'\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}'),
+    'jwt': (('eyJ',), r'\beyJ[\w-]{8,}\.eyJ[\w-]{8,}(?:\.[\w-]{8,})?'),
     'password_in_url': (('://',), r'''://[^\s:/@"'<>]{0,64}:([^\s/@"'<>]{3,128})@[\w.-]'''),
     'aws_access_key': (
-        ('AKIA', 'ASIA', 'ABIA', 'ACCA'),
-        r'\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}\b',
+        ('AKIA', 'ASIA', 'ABIA', 'ACCA', 'A3T'),
+        r'\b(?:AKIA|ASIA|ABIA|ACCA|A3T[A-Z0-9])[A-Z0-9]{16}\b',
     ),
     'google_api_key': (('AIza',), r'\bAIza[\w-]{35}(?![\w-])'),
     'google_oauth': (('ya29.',), r'\bya29\.[\w-]{20,}'),
@@ -47,8 +47,11 @@ FORMS = {
     ),
     'github_fine_grained': (('github_pat_',), r'\bgithub_pat_\w{22,255}'),
     'gitlab_token': (
-        ('glpat-', 'gloat-', 'glrt-', 'gldt-', 'glcbt-', 'glptt-', 'glft-', 'glsoat-', 'glagent-'),
-        r'\bgl(?:pat|oat|rt|dt|cbt|ptt|ft|soat|agent)-[\w-]{20,}',
+        (
+            'glpat-', 'gloas-', 'gloat-', 'glrt-', 'gldt-', 'glcbt-', 'glptt-', 'glft-', 'glimt-',
+            'glsoat-', 'glagent-', 'GR1348941',
+        ),  # fmt: skip
+        r'\b(?:gl(?:pat|oas|oat|rt|dt|cbt|ptt|ft|imt|soat|agent)-|GR1348941)[\w-]{20,}',
     ),
     'bitbucket_token': (('ATBB',), r'\bATBB[A-Za-z0-9]{24}[A-F0-9]{8}\b'),
     'atlassian_token': (('ATATT3',), r'\bATATT3[\w=-]{60,}'),
@@ -91,6 +94,10 @@ FORMS = {
     'replicate_token': (('r8_',), r'\br8_[A-Za-z0-9]{37}\b'),
     'groq_key': (('gsk_',), r'\bgsk_[A-Za-z0-9]{52}\b'),
     'pypi_token': (('pypi-',), r'\bpypi-AgE[\w-]{50,}'),
+    'artifactory_token': (
+        ('AKCp', 'cmVmdGtu'),
+        r'\b(?:AKCp[A-Za-z0-9]{69}|cmVmdGtu[A-Za-z0-9]{56})\b',
+    ),
     'npm_token': (('npm_',), r'\bnpm_[A-Za-z0-9]{36}\b'),
     'rubygems_key': (('rubygems_',), r'\brubygems_[0-9a-f]{48}\b'),
     'docker_token': (('dckr_',), r'\bdckr_(?:pat|oat)_[\w-]{27,}'),
@@ -160,14 +167,14 @@ def _random(value: str) -> bool:
 
 @functools.cache
 def _compiled() -> tuple[tuple[tuple[str, ...], re.Pattern[str]], ...]:
-  return tuple((literals, re.compile(form)) for literals, form in FORMS.values())
+  return tuple((literals, re.compile(form, re.ASCII)) for literals, form in FORMS.values())
 
 
 @functools.cache
 def _assignments() -> tuple[tuple[str, re.Pattern[str]], ...]:
   """Returns a search for each name in each case, since a search for a literal is fast."""
   return tuple(
-      (cased, re.compile(cased + _ASSIGNED))
+      (cased, re.compile(cased + _ASSIGNED, re.ASCII))
       for name in _NAMES
       for cased in (name, name.capitalize(), name.upper())
   )

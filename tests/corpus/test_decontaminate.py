@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import types
 
 import numpy as np
 import pytest
@@ -160,6 +161,34 @@ def test_the_digest_is_of_what_the_evaluations_hold(tmp_path):
   assert first == digest('a b c d e f g h i j') != digest('a b c d e f g h i k')
 
 
+def test_local_evaluation_splits_of_the_registry_count_and_no_others(monkeypatch, tmp_path):
+  def task(splits, **source):
+    def get_dataset(split, shuffle):
+      assert split in splits and not shuffle
+      examples = [{'inputs': f'{split} one two three four five six seven'.encode(), 'label': 1}]
+      return types.SimpleNamespace(as_numpy_iterator=lambda: iter(examples))
+
+    source = types.SimpleNamespace(get_dataset=get_dataset, **source)
+    return types.SimpleNamespace(splits=splits, source=source)
+
+  def prepared(directory):
+    builder = types.SimpleNamespace(data_dir=str(directory))
+    return {'tfds_dataset': types.SimpleNamespace(builder=builder)}
+
+  tasks = {
+      'here': task(('train', 'test')), 'downloaded': task(('validation',), **prepared(tmp_path)),
+      'elsewhere': task(('test',), **prepared(tmp_path / 'missing')),
+  }  # fmt: skip
+  registry = types.SimpleNamespace(names=tasks.keys, get=tasks.get)
+  monkeypatch.setitem(sys.modules, 'seqio', types.SimpleNamespace(TaskRegistry=registry))
+  stage = decontaminate.Decontaminate()
+  text = ': one, two, three, four, five, six, seven.'
+  assert [hit[0] for hit in judged(stage, f'Test{text}')] == ['here:test']
+  assert [hit[0] for hit in judged(stage, f'Validation{text}')] == ['downloaded:validation']
+  assert not judged(stage, f'Train{text}')
+
+
+@pytest.mark.slow  # Imports TensorFlow.
 def test_the_evaluation_splits_of_registered_tasks_count():
   seqio = pytest.importorskip('seqio')
   import tensorflow as tf

@@ -29,9 +29,10 @@ EXAMPLES = {
     + [key_block('PGP PRIVATE KEY BLOCK')],
     'putty_key': [f'PuTTY-User-Key-File-2: ssh-rsa\n{draw(64)}\nPrivate-MAC: {draw(40, HEX)}'],
     'age_key': ['AGE-SECRET-KEY-1' + draw(58, UPPER + string.digits)],
-    'jwt': [f'eyJ{draw(30)}.eyJ{draw(60)}.{draw(43)}'],
+    'jwt': [f'eyJ{draw(30)}.eyJ{draw(60)}.{draw(43)}', f'eyJ{draw(30)}.eyJ{draw(60)}'],
     'password_in_url': ['postgres://bob:|' + draw(12), 'redis://:|' + draw(16)],
-    'aws_access_key': ['AKIA' + draw(16, UPPER + '234567'), 'ASIA' + draw(16, UPPER + '234567')],
+    'aws_access_key': ['AKIA' + draw(16, UPPER + '234567'), 'ASIA' + draw(16, UPPER + '234567'),
+                       'A3TX' + draw(16, UPPER)],
     'google_api_key': ['AIza' + draw(35)],
     'google_oauth': ['ya29.' + draw(60)],
     'google_client_secret': ['GOCSPX-' + draw(28)],
@@ -40,7 +41,7 @@ EXAMPLES = {
     'azure_sas': [f'https://a.net/b?sv=2020&sig=|{draw(43)}%3D'],
     'github_token': [f'gh{letter}_{draw(36)}' for letter in 'pousr'],
     'github_fine_grained': [f'github_pat_{draw(22)}_{draw(59)}'],
-    'gitlab_token': ['glpat-' + draw(20), 'gldt-' + draw(20)],
+    'gitlab_token': ['glpat-' + draw(20), 'gldt-' + draw(20), 'GR1348941' + draw(20)],
     'bitbucket_token': [f'ATBB{draw(24)}{draw(8, "0123456789ABCDEF")}'],
     'atlassian_token': ['ATATT3' + draw(180) + '=' + draw(8)],
     'slack_token': [f'xoxb-{draw(12, "123")}-{draw(24)}', f'xoxp-{draw(11, "123")}-{draw(32)}'],
@@ -64,6 +65,7 @@ EXAMPLES = {
     'replicate_token': ['r8_' + draw(37)],
     'groq_key': ['gsk_' + draw(52)],
     'pypi_token': ['pypi-AgEIcHlwaS5vcmc' + draw(140)],
+    'artifactory_token': ['AKCp' + draw(69), 'cmVmdGtu' + draw(56)],
     'npm_token': ['npm_' + draw(36)],
     'rubygems_key': ['rubygems_' + draw(48, HEX)],
     'docker_token': ['dckr_pat_' + draw(27)],
@@ -107,7 +109,7 @@ def test_a_planted_secret_is_found(kind):
   for example in EXAMPLES.get(kind, ASSIGNMENTS):
     before, _, secret = example.rpartition('|')
     after = '@db.example.com/x' if kind == 'password_in_url' else ''
-    for text in ('We use {} for this.\n', 'x = "{}"\n', '{}', '密钥：{}。', '<code>{}</code>'):
+    for text in ('We use {} for this.\n', 'x = "{}"\n', '{}', '密钥{}。', '<code>{}</code>'):
       planted = text.format(before + secret + after)
       assert redact(planted) == text.format(before + '<SECRET>' + after), planted
 
