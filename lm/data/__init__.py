@@ -7,7 +7,8 @@ function of (seed, step).
     Loader.iterate()    cache -> packed sequences -> objective -> batches           (every step)
 
 Change `splits.py` for what is held out, `vocabularies.py` and `vocabulary_training.py` for text <->
-ids (`pretrained_vocabularies.py` and `tokenizer_*.py` for those of other projects),
+ids (`tokenizer_training.py` for byte-level BPE and WordPiece, `pretrained_vocabularies.py` and the
+other `tokenizer_*.py` for those of other projects), `vocabulary_measures.py` for how they compare,
 `seqio_tasks.py` for what happens to a document before it is cached (the only file here that imports
 TensorFlow), `cache.py`, `shards.py` and `build.py` for how the cache lies on disk and is built,
 `packing.py` for how documents fill sequences, `objectives/` for what the model is asked to predict,

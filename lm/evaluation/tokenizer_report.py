@@ -13,7 +13,8 @@ CHARTS = 8  # of languages, those of the most held-out bytes
 NOTE = (
     'All of held-out text but the last columns. Fertility is tokens a word (Rust et al. 2021, '
     'arXiv:2012.15613), where a word is a run of what is not space; in scripts that put no spaces '
-    'between words (Han, kana, Thai, ...) each character counts as one. Unknown: share of tokens. '
+    'between words (Han, kana, Thai, ...) each character counts as one. Unknown: share of tokens; '
+    'a WordPiece has one for a whole word that it cannot spell, and none for spaces. '
     'Used: learnt pieces that the sample of the training split holds. 95 % occur: so often, or '
     'more, do 95 % of the learnt pieces occur in the training split; pieces that are rarer than '
     f'{OFTEN} times are learnt badly (Gowda and May 2020, arXiv:2004.02334, of translation).')

@@ -49,6 +49,8 @@ def test_every_size_of_every_kind_is_measured_on_held_out_text(sweep):
   found = [(row['kind'], row['size']) for row in result['vocabularies']]
   kinds = ('bpe', 'unigram', 'byte_bpe', 'wordpiece')
   assert found == [(kind, size) for kind in kinds for size in (420, 500)] + [('byte', 279)]
+  assert [facts['unspaced'] > 0.5 for facts in result['languages'].values()] == [False, True]
+  assert list(result['languages']) == ['en', 'zh']
   files = result['files']
   rule = splits.survey(splits.documents(files), 0.2)
   held_out = [document.text for part, document in splits.split(splits.documents(files), rule, 0.2)
