@@ -51,7 +51,7 @@ class Decontaminate(Stage):
     digest: of the evaluations' sequences, so that `repr` says which they were.
   """
 
-  tasks: tuple[str, ...] = ()
+  tasks: collect.Patterns = ()
   n: int = 13
   min_words: int = 8
   index: str = dataclasses.field(default='', repr=False)

@@ -46,7 +46,7 @@ class Blocklist(Stage):
       'lists/zh.txt'.
   """
 
-  files: tuple[str, ...]
+  files: collect.Patterns
 
   def apply(self, document: Document) -> None:
     if document.language and document.language not in self._lists:

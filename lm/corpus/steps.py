@@ -19,6 +19,7 @@ import numpy as np
 from lm.corpus import collect
 from lm.corpus.document import ADDRESS_BITS, Document
 from lm.corpus.stage import Grouping, Stage
+from lm.errors import UserError
 
 _FIELDS = [field.name for field in dataclasses.fields(Document)]
 _INDEX = (1 << ADDRESS_BITS) - 1
@@ -174,6 +175,8 @@ def _run(result: Advanced, place: int, apply_all: Callable[[Sequence[Document]],
         index = begun + offset
         watch(place, documents[index].address & _INDEX)
       break
+    except UserError:  # Of the user, as a file that is not there; not of the document.
+      raise
     except Exception as error:  # pylint: disable=broad-except  # Of any library, on hostile input.
       _fail(result, documents[index], f'{type(error).__name__}: {error}'[:300])
       begun = index + 1

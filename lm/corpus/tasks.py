@@ -244,8 +244,8 @@ def advance(segment: steps.Segment, directory: Path, sources: Sequence[Any], exe
   if (numbers := files.read_json(complete)) is not None:
     return numbers
   directory.mkdir(parents=True, exist_ok=True)
-  names = [type(stage).__name__ for stage in segment.stages]
-  executor.run(sources, ', '.join(names) or 'documents')
+  names = [type(stage).__name__ for stage in (segment.before, *segment.stages) if stage]
+  executor.run(sources, ', '.join(names) or 'reading')
   numbers = sorted(int(path.stem, 16) for path in directory.glob('*.done'))
   if segment.after is not None:
     _group(segment.after, directory, numbers, executor)

@@ -69,9 +69,11 @@ def home(tmp_path_factory):
         words[rng.randrange(len(words))] = 'never'
         file.write(json.dumps({'text': ' '.join(words), 'url': f'https://b.org/{index}'}) + '\n')
         file.write(json.dumps({'text': 'other', 'url': f'http://www.a.org/{index}#top'}) + '\n')
+    mail = 'My mail is jane.doe@company.com. ' + speeches[31]
+    file.write(json.dumps({'text': mail}) + '\n')
     file.write('{"text": "no end\n[1, 2]\n')
   with gzip.open(directory / 'b.jsonl.gz', 'wt') as file:
-    file.write(json.dumps({'text': 'My mail is jane.doe@company.com. ' + speeches[31]}) + '\n')
+    file.write(json.dumps({'text': speeches[32]}) + '\n')
   (directory / 'b.jsonl.gz').write_bytes((directory / 'b.jsonl.gz').read_bytes()[:-20])
   (directory / 'book.txt').write_text(speeches[40])
   (directory / 'empty.txt').write_text('')
