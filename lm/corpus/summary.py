@@ -12,6 +12,7 @@ import hashlib
 from typing import Any
 import urllib.parse
 
+from lm.corpus import collect
 from lm.corpus import passports
 from lm.corpus.document import Document
 from lm.corpus.write import well_formed
@@ -83,9 +84,9 @@ class Summary:
 
     Args:
       name: of the document, or of the file.
-      reason: its kind, ':', and more.
+      reason: of which `collect.kind` is counted.
     """
-    kind = reason.partition(':')[0]
+    kind = collect.kind(reason)
     _add(self.faults, kind, 1)
     examples = self.fault_examples.setdefault(kind, [])
     examples.append([well_formed(name), well_formed(reason)])
