@@ -363,15 +363,9 @@ def examples(experiment: Experiment, run_dir: str, step: int, index: int
   its examples, whose `stream` says of which task.
 
   Raises:
-    UserError: there is no such row, or the data are not those of the run.
+    UserError: the data are not those of the run.
   """
   settings, prepared = experiment.train, experiment.task.prepare()
-  if not 1 <= step <= settings.num_steps:
-    raise UserError(f'--step={step} is no step of this run, which has 1 to {settings.num_steps}')
-  size, _ = settings.sizes.of(step)
-  if not 0 <= index < size:
-    raise UserError(f'--index={index} is no row of the batch of step {step}, which has 0 to '
-                    f'{size - 1}')
   saved = checkpoint.read_data(pathlib.Path(run_dir) / 'checkpoints') or {}
   digest_ = _data_digest(prepared.info)
   if saved.get('data', digest_) != digest_:

@@ -13,7 +13,7 @@ import pathlib
 import re
 from typing import Any
 
-from lm.corpus import collect, passports, write
+from lm.corpus import card, collect, passports, write
 from lm.data.packing import Piece
 from lm.data.tasks import Prepared, TextTask
 from lm.errors import UserError
@@ -29,6 +29,7 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
     raise UserError('`lm corpus why` needs --run_dir of a run of `lm train`, --step (counted from '
                     '1) and --index of a row of its batch')
   experiment = run.open_experiment(args.gin_file, bindings, args.run_dir)
+  _check(args, experiment.train)
   tasks, row, examples = run.examples(experiment, args.run_dir, args.step, args.index)
   result = {'step': args.step, 'index': args.index, 'row': row, 'examples': []}
   for example in examples:
@@ -38,6 +39,16 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
         'pieces': [_trace(piece, task, prepared) for piece in example.pieces]})
   print(describe(result))
   return result
+
+
+def _check(args: argparse.Namespace, settings: Any) -> None:
+  if not 1 <= args.step <= settings.num_steps:
+    raise UserError(f'--step={args.step} is no step of this run, which has 1 to '
+                    f'{settings.num_steps}')
+  size, _ = settings.sizes.of(args.step)
+  if not 0 <= args.index < size:
+    raise UserError(f'--index={args.index} is no row of the batch of step {args.step}, which has 0 '
+                    f'to {size - 1}')
 
 
 def _num_tokens(pieces: Sequence[Piece]) -> int:
@@ -97,9 +108,8 @@ def _of_corpus(directory: pathlib.Path, passport: dict[str, Any]) -> dict[str, A
                     f'again: `lm corpus --run_dir={directory}`')
   duplicates = []
   if passport['cluster'] >= 0:
-    duplicates = [row['name'] for row in passports.cluster(directory / 'passports',
-                                                           passport['cluster'])
-                  if row['address'] != passport['address']]
+    found = passports.duplicates(directory / 'passports', passport['address'])
+    duplicates = [row['name'] for row in found]
   return {'file': str(shard), 'record': index, 'corpus': str(directory), 'passport': passport,
           'source': source(passport), 'duplicates': duplicates}
 
@@ -128,24 +138,24 @@ def describe(result: dict[str, Any]) -> str:
 def _describe(piece: dict[str, Any]) -> list[str]:
   (left, right), (start, stop) = piece['place'], piece['tokens']
   lines = [f'tokens {left}-{right - 1} of the row are {start}-{stop - 1} of the {piece["of"]} of '
-           f'{printable(piece["name"])}']
+           f'{_line(piece["name"])}']
   where = [f'{key} {piece[key]}' for key in ('line', 'record') if key in piece]
   lines.append('  file       ' + ', '.join([piece['file'], *where]))
   if 'passport' in piece:
     passport, origin_ = piece['passport'], piece['source']
     record = '' if origin_['record'] is None else f', record {origin_["record"]}'
-    lines.append(f'  source     {printable(origin_["name"])}: {printable(origin_["file"])}{record}')
-    lines += [f'  {key:<10} {printable(passport[key])}'
+    lines.append(f'  source     {_line(origin_["name"])}: {_line(origin_["file"])}{record}')
+    lines += [f'  {key:<10} {_line(passport[key])}'
               for key in ('title', 'url', 'date', 'licence', 'language') if passport[key]]
     lines.append(f'  sha256     {passport["sha256"]} ({passport["bytes"]:,} bytes)')
     if piece['duplicates']:
-      lines.append('  stands for ' + printable(', '.join(piece['duplicates'])))
-    lines += [f'  {"verdicts" if first else "":<10} {printable(rule)} = {printable(value)}'
+      lines.append('  stands for ' + _line(', '.join(piece['duplicates'])))
+    lines += [f'  {"verdicts" if first else "":<10} {_line(rule)} = {_line(value)}'
               for first, (rule, value) in _marked(passport['verdicts'].items())]
   text = piece['text']
   half = _SHOWN // 2
   cut = text if len(text) <= _SHOWN else f'{text[:half]} […] {text[-half:]}'
-  return [*lines, '  text       ' + printable(cut)]
+  return [*lines, '  text       ' + _line(cut)]
 
 
 def _marked(items: Any) -> Any:
@@ -153,7 +163,6 @@ def _marked(items: Any) -> Any:
   return ((number == 0, item) for number, item in enumerate(items))
 
 
-def printable(text: str) -> str:
+def _line(text: str) -> str:
   """Text on one line, without what would steer a terminal."""
-  shown = text.replace('\n', '⏎')
-  return ''.join(c if c.isprintable() else f'\\x{ord(c):02x}' for c in shown)
+  return card.visible(text).replace('\n', '⏎')

@@ -10,6 +10,7 @@ Tables of Parquet, a row a document. Row i of `kept-00003-of-00012.parquet` is r
     write(path, documents)          those of a block
     merge(paths, out, shard)        the blocks of a shard
     find(directory, name)           that of a document
+    clusters(directory, most)       who stands for how many
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lm.corpus import files
 from lm.corpus.document import Document
@@ -158,9 +161,38 @@ def find(directory: str | os.PathLike[str], name: str) -> list[dict[str, Any]]:
   return _where(Path(directory), 'name', [name])
 
 
-def cluster(directory: str | os.PathLike[str], address: int) -> list[dict[str, Any]]:
-  """Returns the passports of the cluster that the document of this address stands for."""
-  return _where(Path(directory), 'cluster', [address])
+def duplicates(directory: str | os.PathLike[str], address: int) -> list[dict[str, Any]]:
+  """Returns the passports of the documents that the one of this address stands for, and of those
+  that these stood for before a later stage removed them."""
+  found, wanted = {address: {}}, [address]
+  while wanted:
+    rows = _where(Path(directory), 'cluster', wanted)
+    wanted = [row['address'] for row in rows if row['address'] not in found]
+    found |= {row['address']: row for row in rows if row['address'] not in found}
+  return list(found.values())[1:]
+
+
+def clusters(directory: str | os.PathLike[str], most: int
+             ) -> tuple[int, int, list[tuple[str, int]]]:
+  """Returns the number of clusters, the documents removed for them, and the largest clusters.
+
+  Args:
+    directory: `passports/` of a corpus; the columns address and cluster are read.
+    most: clusters of which the name of who stands for them and the number of removed are returned,
+      the largest first.
+  """
+  _, parquet = arrow_and_parquet()
+  parts = [np.zeros(0, np.int64)]
+  for path in sorted(Path(directory).glob('removed-*.parquet')):
+    columns = parquet.read_table(path, columns=['address', 'cluster'], partitioning=None)
+    address, heads = (columns[name].to_numpy() for name in ('address', 'cluster'))
+    parts.append(heads[(heads >= 0) & (heads != address)])
+  heads, sizes = np.unique(np.concatenate(parts), return_counts=True)
+  largest = np.lexsort([heads, -sizes])[:most]
+  names = at(directory, heads[largest].tolist())
+  return len(heads), int(sizes.sum()), [
+      (names[head]['name'] if head in names else '', size)
+      for head, size in zip(heads[largest].tolist(), sizes[largest].tolist())]
 
 
 def at(directory: str | os.PathLike[str], addresses: Sequence[int]) -> dict[int, dict[str, Any]]:

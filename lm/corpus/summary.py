@@ -84,7 +84,7 @@ class Summary:
 
     Args:
       name: of the document, or of the file.
-      reason: counted by `collect.kind`.
+      reason: of which `collect.kind` is counted.
     """
     kind = collect.kind(reason)
     _add(self.faults, kind, 1)

@@ -249,9 +249,10 @@ def bar_chart(groups: Sequence[tuple[str, Sequence[float]]], names: Sequence[str
     parts.append(f'<text class="name" x="2" y="{y - 4}">{html.escape(name)}</text>')
     for j, value in enumerate(values):
       width, top = value / longest * room, y + bar * j
+      said = f'{value:,}' if isinstance(value, int) else f'{value:.3f}'
       parts.append(
           f'<rect class="c{j}" x="2" y="{top}" width="{width:.1f}" height="{bar - 1}"/>'
-          f'<text class="value" x="{width + 6:.1f}" y="{top + bar - 2}">{value:.3f}</text>')
+          f'<text class="value" x="{width + 6:.1f}" y="{top + bar - 2}">{said}</text>')
   parts.append(f'<text x="{WIDTH / 2}" y="{bottom + 32}" text-anchor="middle">'
                f'{html.escape(label)}</text>')
   legend = _legend([Series(name, (), f'c{j}') for j, name in enumerate(names)])

@@ -179,7 +179,7 @@ def test_a_single_task_is_told_of_too(trained, tmp_path):
 def test_what_is_printed_is_safe_and_names_all(trained):
   home, _, _ = trained
   said = ''.join(why(home / 'run', step, 0)[0] for step in range(1, 8))
-  assert '\x1b' not in said and '\\x1b[31m' in said
+  assert '\x1b' not in said and '\\u001b[31m' in said
   for word in ('tokens 0-', 'verdicts   gopher.word_count = ', ': crawl-0', '-of-00002.parquet, '
                'record ', 'https://example.org/', 'sha256', ', line ', "task 'text'"):
     assert word in said
