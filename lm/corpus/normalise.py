@@ -1,4 +1,4 @@
-"""One spelling for what looks the same: mended encoding, NFC, no invisible characters, plain blanks.
+"""One spelling for what looks the same: mended encoding, NFC, nothing invisible, plain blanks.
 
 ftfy mends mojibake, but at 5 to 10 MB/s. Here it sees only the lines that hold what it could mend,
 which one search finds: most documents cost a few searches and no copy.
@@ -147,7 +147,7 @@ def _ftfy_config(entities: bool):
   return _ftfy().TextFixerConfig(
       unescape_html=entities, fix_latin_ligatures=False, fix_character_width=False,
       uncurl_quotes=False, fix_line_breaks=False, normalization=None, explain=False,
-  )  # fmt: skip
+  )
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """The rules of the Colossal Clean Crawled Corpus: lines first, then the page.
 
 Raffel et al. 2020, arXiv:1910.10683, section 2.2, and the code that made the data set (TensorFlow
-Datasets' `c4_utils`), which adds citation marks, over-long words and policies. Not here: the list of
-bad words (see harm), the language (see language), three-sentence spans (see deduplicate).
+Datasets' `c4_utils`), which adds citation marks, over-long words and policies. Not here: the
+list of bad words (see harm), the language (see language), three-sentence spans (see deduplicate).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from lm.corpus.stage import Stage
 _ENDS = ('.', '?', '!', '"', "'", '”', '’', '。', '？', '！', '」', '』')
 _CITATION = re.compile(r'\[\d*\]|\[edit\]|\[citation needed\]')
 _POLICIES = ('terms of use', 'privacy policy', 'cookie policy', 'uses cookies', 'use of cookies',
-             'use cookies')  # fmt: skip
-# A period after an initial ("J.", "U.S.", "e.g.") or a title ends no sentence, nor does a mark before
-# a small letter.
+             'use cookies')
+# A period after an initial ("J.", "U.S.", "e.g.") or a title ends no sentence, nor does a mark
+# before a small letter.
 _SENTENCE = re.compile(
     r'(?:[!?…]|(?<![\s.(][A-Za-z])(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)\.)'
     r'["\'”’)\]]*+(?=\s++[^a-z])'

@@ -1,7 +1,7 @@
 """The rules that FineWeb adds to those of C4 and Gopher.
 
-Penedo et al. 2024, arXiv:2406.17557, section 3.6. The defaults are those with which the data set was
-made (datatrove's `FineWebQualityFilter`); the paper's text names 0.1 for duplicated characters.
+Penedo et al. 2024, arXiv:2406.17557, section 3.6. The defaults are those with which the data set
+was made (datatrove's `FineWebQualityFilter`); the paper's text names 0.1 for duplicated characters.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ class GopherRepetition(Stage):
   top_ngrams: tuple[tuple[int, float], ...] = ((2, 0.2), (3, 0.18), (4, 0.16))
   dup_ngrams: tuple[tuple[int, float], ...] = (
       (5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10),
-  )  # fmt: skip
+  )
 
   def apply(self, document: Document) -> None:
     """Writes 'gopher.dup_*' and 'gopher.top_*'; removes the document at the first that fails."""
@@ -127,7 +127,7 @@ class GopherRepetition(Stage):
         ('paragraph', _BLANK_LINES.split(text.strip()), self.dup_paragraph_fraction,
          self.dup_paragraph_characters),
         ('line', _NEWLINES.split(text), self.dup_line_fraction, self.dup_line_characters),
-    ):  # fmt: skip
+    ):
       fraction, characters = duplicates(parts)
       document.judge(f'gopher.dup_{rule}_fraction', round(fraction, 4), fraction <= most)
       fraction = characters / size

@@ -2,8 +2,8 @@
 
 A word is a run of letters, digits and marks ("don't" is "don" and "'t", "3.14" and "U.S." are one),
 or a character of punctuation, or a run of dots or dashes. In scripts without spaces between words
-(Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a piece, and two pieces count as one
-word: the paragraphs of XQuAD have 1.6 Chinese characters for each English word.
+(Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a piece, and two pieces count as
+one word: the paragraphs of XQuAD have 1.6 Chinese characters for each English word.
 
 datatrove segments by spaCy instead, at 2 % of the speed, with lists of abbreviations and of what
 stays whole ("and/or", addresses without their slashes), and Chinese by a dictionary.
@@ -129,7 +129,7 @@ def _measure(text: str) -> Words:
     if not chunk.isascii():
       unspaced += len(_UNSPACED_CHARACTER.findall(chunk))
   return Words(np.concatenate(hashes).view(np.uint64), np.concatenate(lengths), symbols,
-               characters, alphabetic, unspaced)  # fmt: skip
+               characters, alphabetic, unspaced)
 
 
 def _chunks(text: str):

@@ -98,5 +98,5 @@ def test_nothing_is_downloaded_and_nothing_is_said():
   child = subprocess.run(
       [sys.executable, '-W', 'default', '-c', OFFLINE], capture_output=True, text=True, timeout=120,
       cwd=pathlib.Path(__file__).resolve().parents[2], check=True,
-  )  # fmt: skip
+  )
   assert (child.stdout, child.stderr) == ('en\n', '')

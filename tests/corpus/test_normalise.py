@@ -12,11 +12,13 @@ from lm.corpus.document import Document
 
 # What the rules are about, more often than chance would bring it together.
 PIECES = st.sampled_from([
-    'a', 'é', 'e\u0301', ' ', '\t', '\n', '\r\n', '\r', '\x85', '\u2028', '\xa0', '\u3000', '\u200b',
+    'a', 'é', 'e\u0301', ' ', '\t', '\n', '\r\n', '\r', '\x85', '\u2028', '\xa0', '\u3000',
+    '\u200b',
     '\u200c', '\u200d', '\ufeff', '\xad', '\x00', '\x1b', '\x1b[1m', '’', '“', '”', '„', '中', '。',
     'ا', 'ی', 'क', '्', '👩', '💻', '\ufe0f', 'Ã', '©', 'Â', '€', '™', 'â', '&amp;', '&lt;', '&', ';',
-    'amp;', '<', '\ud83d', '\udc69', '.', '-', 'İ', 'Σ', '\u212b', '\u2126', '\u0344', '\n    if x:',
-])  # fmt: skip
+    'amp;', '<', '\ud83d', '\udc69', '.', '-', 'İ', 'Σ', '\u212b', '\u2126', '\u0344',
+    '\n    if x:',
+])
 
 
 def normalised(text, **options):
@@ -25,7 +27,7 @@ def normalised(text, **options):
   return document.text
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.lists(PIECES | st.characters(), max_size=40).map(''.join), st.booleans(), st.booleans()
 )
@@ -46,9 +48,10 @@ def test_what_is_left_is_canonical_and_visible(text):
   clean.encode('utf-8')
 
 
-@pytest.mark.supports('documents', 'mojibake, Unicode forms, invisible characters and blanks unified')
+@pytest.mark.supports('documents', 'mojibake, Unicode forms, invisible characters, blanks')
 @pytest.mark.parametrize('before, after', [
-    ('cafÃ© au lait', 'café au lait'), ('itâ€™s fine', "it's fine"), ('voilÃ le travail', 'voilà le travail'),
+    ('cafÃ© au lait', 'café au lait'), ('itâ€™s fine', "it's fine"),
+    ('voilÃ le travail', 'voilà le travail'),
     ('AT&amp;T', 'AT&T'), ('AT&amp;T <b>', 'AT&amp;T <b>'), ('\x1b[1mbold\x1b[0m', 'bold'),
     ('e\u0301te\u0301', 'été'), ('\u212bngstrom', 'Ångstrom'), ('\ud83d\udc69', '👩'),
     ('soft\xadhyphen zero\u200bwidth\ufeff', 'softhyphen zerowidth'), ('NUL\x00', 'NUL'),
@@ -56,14 +59,15 @@ def test_what_is_left_is_canonical_and_visible(text):
     ('“so” ‘it’ „is‟', '"so" \'it\' "is"'), ('他说：“好”。', '他说：“好”。'),
     ('他说“GPT”好\n“yes”', '他说“GPT”好\n"yes"'), ('a  \nb\t\n\n\n\n\nc', 'a\nb\n\n\nc'),
     ('\n\n  first', '  first'), ('Ω㎏ ①½', 'Ω㎏ ①½'),
-])  # fmt: skip
+])
 def test_characters(before, after):
   assert normalised(before) == after
 
 
 @pytest.mark.parametrize('text', [
-    'می\u200cخواهم', 'क्\u200dष', '👩\u200d💻', '👨🏽\u200d🚀', '❤\ufe0f\u200d🔥', '🏴\U000e0067\U000e007f',
-])  # fmt: skip
+    'می\u200cخواهم', 'क्\u200dष', '👩\u200d💻', '👨🏽\u200d🚀', '❤\ufe0f\u200d🔥',
+    '🏴\U000e0067\U000e007f',
+])
 def test_joiners_stay_where_a_script_or_an_emoji_needs_them(text):
   assert normalised(text) == text
   assert normalised(f'a\u200db\u200c {text}') == f'ab {text}'

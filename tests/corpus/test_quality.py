@@ -16,7 +16,7 @@ from lm.corpus.document import Document
 
 SHARED = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
 STAGES = (quality_gopher.GopherRepetition(), quality_gopher.Gopher(), quality_c4.C4(),
-          quality_fineweb.FineWeb())  # fmt: skip
+          quality_fineweb.FineWeb())
 # 60 words, all alphabetic, two stop words, no word twice.
 PROSE = (
     'The old harbour of our town lay quiet under a pale morning sky, and fishermen mended nets '
@@ -56,7 +56,7 @@ def test_the_same_encyclopedia_is_kept_in_english_and_in_chinese(stage, language
 
 
 @pytest.mark.parametrize('stage', STAGES, ids=lambda stage: type(stage).__name__)
-@pytest.mark.parametrize('text', ['', '\n', 'a', '中', '\x00', '{', '.' * 1000, '\ud800', ' \n' * 50])
+@pytest.mark.parametrize('text', ['', '\n', 'a', '中', '\x00', '{', '.' * 1000, '\ud800', ' \n' * 9])
 def test_any_text_is_judged_by_every_rule(stage, text):
   full = judged(stage, PROSE).verdicts
   assert judged(stage, text).verdicts.keys() == full.keys()
@@ -70,7 +70,7 @@ def test_any_text_is_judged_by_every_rule(stage, text):
         'U.S.', 'costs', '3.14', ',', 'or', '1,000', '!']),
     ('wait... -- ok', ['wait', '...', '--', 'ok']), ('naïve “x”', ['naïve', '“', 'x', '”']),
     ('我用GPT-4写。', ['我', '用', 'GPT', '-', '4', '写', '。']), ('हिन्दी', ['हिन्दी']),
-])  # fmt: skip
+])
 def test_words(text, expected):
   assert words.split(text) == expected
 
@@ -114,7 +114,7 @@ def test_the_measures_of_gopher_by_hand():
       'gopher.hash_ratio': round(1 / 16, 4), 'gopher.ellipsis_ratio': round(2 / 16, 4),
       'gopher.bullet_lines': round(2 / 3, 4), 'gopher.ellipsis_lines': round(2 / 3, 4),
       'gopher.alphabetic_words': round(9 / 16, 4), 'gopher.stop_words': 2,
-  }  # fmt: skip
+  }
 
 
 @pytest.mark.parametrize('rule, text', [
@@ -124,8 +124,9 @@ def test_the_measures_of_gopher_by_hand():
     ('hash_ratio', PROSE + ' #a' * 9), ('ellipsis_ratio', PROSE + ' so…' * 10),
     ('bullet_lines', '\n'.join('• ' + line for line in PROSE.split('. '))),
     ('ellipsis_lines', PROSE + '\nread more...' * 2 + '\nand so'),
-    ('alphabetic_words', PROSE + ' 7' * 20), ('stop_words', re.sub('and|with|of|The', 'xyz', PROSE)),
-])  # fmt: skip
+    ('alphabetic_words', PROSE + ' 7' * 20),
+    ('stop_words', re.sub('and|with|of|The', 'xyz', PROSE)),
+])
 def test_each_rule_of_gopher_removes_by_its_name(rule, text):
   assert removed_by(STAGES[1], text) == (rule and f'gopher.{rule}')
 
@@ -160,9 +161,9 @@ def naive_repetition(pieces, num_characters, tops, dups):
     yield f'gopher.dup_{n}_gram', again / num_characters
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.lists(st.sampled_from(['a', 'bb', 'the', 'cat', '.', 'x1']), max_size=6)
-                .flatmap(lambda run: st.integers(1, 4).map(lambda n: run * n)), max_size=12))  # fmt: skip
+                .flatmap(lambda run: st.integers(1, 4).map(lambda n: run * n)), max_size=12))
 def test_repetition_is_what_the_paper_says(runs):
   pieces = list(itertools.chain(*runs))
   text = ' '.join(pieces)
@@ -200,13 +201,13 @@ def test_lines_that_are_no_sentences_are_dropped_and_counted():
       'Please enable JavaScript to see this page.', 'This site uses cookies to serve you better.',
       'A fact that someone cites here.[3][citation needed] "And it ends with a quotation."',
       'y' * 1001 + ' is a very long word.',
-  ]  # fmt: skip
+  ]
   document = judged(STAGES[2], '\n'.join(lines))
   assert document.verdicts == {
       'c4.long_words': 1, 'c4.terminal_punctuation': 3, 'c4.line_words': 1, 'c4.javascript': 1,
       'c4.policy': 1, 'c4.citations': 2, 'c4.lorem_ipsum': 0, 'c4.curly_bracket': 0,
       'c4.sentences': 3,
-  }  # fmt: skip
+  }
   assert document.text == (
       'The first real sentence stands here.\n'
       'A fact that someone cites here. "And it ends with a quotation."'
@@ -217,7 +218,7 @@ def test_lines_that_are_no_sentences_are_dropped_and_counted():
     ('', PROSE), ('lorem_ipsum', PROSE + '\nLorem ipsum dolor sit amet, they say.'),
     ('curly_bracket', PROSE + '\nThe function f() { return; } is here.'),
     ('sentences', 'This page has one line of text.\nAnd this is its second one.'),
-])  # fmt: skip
+])
 def test_each_rule_of_c4_removes_the_page_and_leaves_it_as_it_was(rule, text):
   document = judged(STAGES[2], text)
   assert document.removed_by == (rule and f'c4.{rule}')
@@ -228,7 +229,7 @@ def test_each_rule_of_c4_removes_the_page_and_leaves_it_as_it_was(rule, text):
     (1, 'Dr. A. B. Smith of the U.S. paid 3.50 here.'), (2, 'Is it so? He said "yes!" and left.'),
     (3, 'It was late. Nobody came! Why should they?'), (2, '他说：“我们走吧。”然后他们就一起离开了。'),
     (3, '今天天气很好！我们去公园吧？好的，我们走！！！'), (2, 'He met Mr. Brown. They talked about it.'),
-])  # fmt: skip
+])
 def test_sentences(count, text):
   assert judged(STAGES[2], text).verdicts['c4.sentences'] == count
 
@@ -257,7 +258,7 @@ def test_the_measures_of_fineweb_by_hand():
   assert judged(STAGES[3], text).verdicts == {
       'fineweb.line_punct_ratio': 0.25, 'fineweb.short_line_ratio': 0.75,
       'fineweb.char_dup_ratio': round(4 / 48, 4), 'fineweb.newline_ratio': round(4 / 11, 4),
-  }  # fmt: skip
+  }
 
 
 @pytest.mark.parametrize('rule, text', [
@@ -267,7 +268,7 @@ def test_the_measures_of_fineweb_by_hand():
     ('char_dup_ratio', PROSE + '\nThis line stands here twice, does it?' * 2),
     ('newline_ratio', '\n'.join(itertools.chain(*zip(PROSE.split('. '), [''] * 40)))
      + '\n' * 40 + 'a line that is more than thirty characters.'),
-])  # fmt: skip
+])
 def test_each_rule_of_fineweb_removes_by_its_name(rule, text):
   assert removed_by(STAGES[3], text) == (rule and f'fineweb.{rule}')
 
