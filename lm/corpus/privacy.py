@@ -38,7 +38,9 @@ _FILE_SUFFIXES = frozenset('png jpg jpeg gif webp svg ico css js html htm pdf'.s
 
 _IPV4 = re.compile(r'[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}')
 _NO_IPV4_BEFORE = re.compile(
-    r'[\w.,-]$|[A-Za-z]/$|(?i:\bv(?:er(?:sion|s)?|\.)?|§|release|section)[ .:]{0,2}$', re.ASCII
+    r'[\w.,-]$|[A-Za-z]/$|[<>=~!]=$'
+    r'|(?i:\bv(?:er(?:sion|s)?|\.)?|§|release|section)[ .:]{0,2}$',
+    re.ASCII,
 )
 _NO_IPV4_AFTER = re.compile(r'\w|[.-]\w', re.ASCII)
 _IPV6 = re.compile(r':[0-9a-fA-F]{0,4}:')
@@ -157,4 +159,6 @@ def _is_public_ipv6(candidate: str) -> bool:
     address = ipaddress.IPv6Address(candidate)
   except ValueError:
     return False
-  return address.is_global and ('::' not in candidate or address in _GLOBAL_UNICAST)
+  if not address.is_global or address.is_multicast:
+    return False
+  return '::' not in candidate or address in _GLOBAL_UNICAST

@@ -22,7 +22,7 @@ _FIGURES = re.compile(rf'[0-9][0-9{SEPARATORS}+]{{5,}}[0-9]')
 _CUE_WIDTH = 48  # characters before a number in which a word may say what it is
 
 # Issuer prefixes and lengths (ISO/IEC 7812): Visa, Mastercard, American Express, Discover and
-# UnionPay, JCB, Diners Club, Maestro. Twelve or thirteen digits may be a bar code: a word must say.
+# UnionPay, JCB, Diners Club, Maestro. Of other lengths than 14 to 16 digits, a word must say so.
 _CARD = re.compile(
     r'4\d{12}(?:\d{3}){0,2}|(?:5[1-5]\d\d|222[1-9]|22[3-9]\d|2[3-6]\d\d|27[01]\d|2720)\d{12}'
     r'|3[47]\d{13}|(?:6011|64[4-9]\d|65\d\d|62\d\d)\d{12,15}|35(?:2[89]|[3-8]\d)\d{12}'
@@ -102,7 +102,7 @@ def cards(text: str, places: list[Span]) -> Iterator[Span]:
     for match in _CARD_CANDIDATE.finditer(text, start, end + 1):
       digits = re.sub('[ -]', '', match[0])
       if not _cue(text, match.start(), _CARD_CUE):
-        if len(digits) < 14 or not _CARD.fullmatch(digits):
+        if not 14 <= len(digits) <= 16 or not _CARD.fullmatch(digits):
           continue
       if _stdnum('luhn').is_valid(digits):
         yield match.span()

@@ -22,7 +22,7 @@ _AFTER = r'(?![\w/]|[.,:-]\d|%)'
 # Each form by itself is rare outside of telephone numbers; the figures say how it was named below.
 _FORMS = {
     # +46 (0)8 928 571 38
-    'international': rf'\+ ?(?:[().\u00a0 \u2010-\u2015/-]{{0,3}}\d){{7,15}}(?!\d)',
+    'international': r'\+\(?[1-9](?:[().\u00a0 \u2010-\u2015/-]{0,3}\d){6,14}(?!\d)',
     # 001-253-366-9781
     'prefixed': rf'00{_SEPARATOR}?[1-9](?:{_SEPARATOR}?\d){{0,2}}(?:{_SEPARATOR}\d{{2,5}}){{2,4}}',
     # (602)272-9781, 541-714-1388, 1-800-991-9019, 713/345-7942, 259.735.7502
@@ -32,12 +32,12 @@ _FORMS = {
     ),
     # 0490 75 40 81, 01.84.17.61.18, (08) 8747 6301, 0961-7596216
     'trunk': (
-        rf'\(0\d{{1,4}}\)(?:{_SEPARATOR}?\d{{2,4}}){{2,4}}'
-        rf'|0\d{{1,4}}(?:{_SEPARATOR}\d{{2,4}}){{2,4}}'
-        r'|(?:\(0\d{1,4}\) ?|0\d{2,4}[- ])\d{6,8}'
+        rf'\(0[1-9]\d{{0,3}}\)(?:{_SEPARATOR}?\d{{2,4}}){{2,4}}'
+        rf'|0[1-9]\d{{0,3}}(?:{_SEPARATOR}\d{{2,4}}){{2,4}}'
+        r'|(?:\(0[1-9]\d{0,3}\) ?|0[1-9]\d{1,3}[- ])\d{6,8}'
     ),
     # (64) 3591-3246
-    'area': r'(?<!\d )\([1-9]\d{1,3}\) ?\d{3,5}[ -]\d{3,5}',
+    'area': r'\((?!1[5-9]\d\d|20\d\d)[1-9]\d{1,3}\) ?\d{3,5}[ -]\d{3,5}',
 }
 _FORM = re.compile(
     _BEFORE
@@ -75,6 +75,7 @@ _DATE = re.compile(
     r'|(?:1[5-9]|20)\d\d([./-])[01]?\d\3[0-3]?\d(?:\D|$)'
 )
 _YEARS = re.compile(r'\D*(?:(?:1\d|20)\d\d\D+)+(?:(?:1\d|20)\d\d|\d\d)\D*')
+_DECIMAL = re.compile(r'\+\d+\.\d+')
 _UNIFORM = re.compile(r'\d{2,6}([ .-])\d{2,8}(?:\1\d{2,6})*')
 _OTHER_FORM = re.compile(r'\d{5}-\d{3,4}|\d{3}-\d{2}-\d{4}')  # post code, social security
 
@@ -98,7 +99,7 @@ def phones(text: str, places: list[Span], regions: tuple[str, ...]) -> Iterator[
       if not 7 <= digits <= 15 or _DATE.match(number) or _YEARS.fullmatch(number):
         continue
       if not _OTHER_FORM.fullmatch(number) and (
-          _cued(text, *match.span()) or _in_plan(number, digits, regions)
+          _cued(text, *match.span()) or _in_plan(text, match.start(), number, digits, regions)
       ):
         yield match.span()
 
@@ -107,8 +108,10 @@ def _form_holds(match: re.Match[str]) -> bool:
   form, number = match.lastgroup, match[0]
   digits = sum(character.isdigit() for character in number)
   if form in ('international', 'american'):
-    return True
+    return not _DECIMAL.fullmatch(number)
   if _DATE.match(number) or _OTHER_FORM.fullmatch(number):
+    return False
+  if _continues(match.string, match.start()):
     return False
   return 9 <= digits <= (15 if form == 'prefixed' else 11)
 
@@ -120,15 +123,20 @@ def _cued(text: str, start: int, end: int) -> bool:
   return _CUE_BEFORE.search(before) is not None or _CUE_AFTER.match(text, end) is not None
 
 
-def _in_plan(number: str, digits: int, regions: tuple[str, ...]) -> bool:
+def _in_plan(text: str, start: int, number: str, digits: int, regions: tuple[str, ...]) -> bool:
   """Whether the number has a region's form, groups included, and is assigned there."""
-  if digits < 9 or not _UNIFORM.fullmatch(number):
+  if digits < 9 or not _UNIFORM.fullmatch(number) or _continues(text, start):
     return False
   library = _library()
   return any(
       library.PhoneNumberMatcher(number, region, library.Leniency.EXACT_GROUPING).has_next()
       for region in regions
   )
+
+
+def _continues(text: str, start: int) -> bool:
+  """Whether figures stand before it, so that it may be the end of a number in groups."""
+  return re.match(r'\d ', text[max(0, start - 2) : start]) is not None
 
 
 @functools.cache
