@@ -23,9 +23,8 @@ _REPEATED = np.dtype([('address', np.int64), ('index', np.uint32)])
 class _Passages(Grouping):
   """Keeps the first of equal passages, in the order of the input, and cuts the others.
 
-  Passages are equal if they differ in nothing but spaces and tabs. A hash of 96 bits stands for
-  one: of 10**11 passages two share one by chance with a probability of 10**-7. A record has 24
-  bytes.
+  White space around a passage does not count. A hash of 96 bits stands for one: of 10**11 passages
+  two share one by chance with a probability of 10**-7. A record has 24 bytes.
   """
 
   stage: str

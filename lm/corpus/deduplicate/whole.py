@@ -61,7 +61,7 @@ class _Same(Grouping):
 
 @dataclasses.dataclass(frozen=True)
 class Exact(_Same):
-  """Keeps the first of the documents whose texts differ in nothing but spaces and ends of lines."""
+  """Keeps the first of equal documents; white space around their texts does not count."""
 
   stage = 'exact'
 
