@@ -215,6 +215,22 @@ def test_tokenizer_json_gives_the_same_ids(trained, exported, kind, text):
   assert exported[kind].sentinel_ids == trained[kind].sentinel_ids
 
 
+def test_text_that_spells_the_last_bytes_is_not_them_in_tokenizer_json(tmp_path):
+  own = _train(_config('unigram'), [*_DOCUMENTS, Document('hex', '<0xFF> <0xFE>\n' * 200)])
+  own.save_pretrained(tmp_path)
+  copy = pretrained_vocabularies.open_pretrained(tmp_path / 'tokenizer.json')
+  text = '<0xFF>, <0xFE>'
+  assert copy.decode(copy.encode(text)) == own.decode(own.encode(text)) == text
+
+
+@pytest.mark.parametrize('kind', vocabularies.TRAINED)
+def test_nothing_is_learnt_of_what_stands_within_a_symbol(kind):
+  documents = [*_DOCUMENTS, Document('more', ' <|zqjzqj|>' * 400)]
+  vocabulary = _train(_config(kind, user_defined_symbols=('<|zqjzqj|>',)), documents)
+  pieces = [vocabulary.decode([id_]) for id_ in range(vocabulary.size)]
+  assert [piece for piece in pieces if 'zq' in piece] == ['<|zqjzqj|>']
+
+
 @pytest.mark.parametrize('kind', vocabularies.TRAINED)
 def test_what_is_saved_is_opened_by_its_path_with_more_extra_ids_if_asked(trained, kind, tmp_path):
   vocabulary, text = trained[kind], _DOCUMENTS[3].text
