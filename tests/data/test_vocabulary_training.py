@@ -216,7 +216,7 @@ def test_tokenizer_json_gives_the_same_ids(trained, exported, kind, text):
 
 
 def test_text_that_spells_the_last_bytes_is_not_them_in_tokenizer_json(tmp_path):
-  own = _train(_config('unigram'), [*_DOCUMENTS, Document('hex', '<0xFF> <0xFE>\n' * 200)])
+  own = _train(_config('unigram', 500), [*_DOCUMENTS, Document('hex', '< 0 x F E > <0xFF> ' * 300)])
   own.save_pretrained(tmp_path)
   copy = pretrained_vocabularies.open_pretrained(tmp_path / 'tokenizer.json')
   text = '<0xFF>, <0xFE>'
