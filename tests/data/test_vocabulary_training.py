@@ -38,7 +38,7 @@ _RANDOM = random.Random(0)
 
 
 def _line():
-  """A line of the above, and words of syllables and numbers, so that there is something to learn."""
+  """A line of the above, with words of syllables and numbers: there is something to learn."""
   syllable = lambda: _RANDOM.choice('bdfgklmnprst') + _RANDOM.choice(['a', 'e', 'i', 'o', 'ä'])
   words = [''.join(syllable() for _ in range(_RANDOM.randint(1, 3))) for _ in range(6)]
   return f'{_RANDOM.choice(_LINES)}{" ".join(words)} {_RANDOM.choice([1984, 2026])}\n'
