@@ -18,7 +18,8 @@ GIN = 'gin/experiments/tokenizer.gin'
 def write_documents(directory):
   """120 documents of random sentences in two languages; returns their path."""
   rng = random.Random(0)
-  words = {'en': [''.join(rng.choices('abcdeghiklmnoprstu', k=rng.randint(1, 6))) for _ in range(300)],
+  word = lambda: ''.join(rng.choices('abcdeghiklmnoprstu', k=rng.randint(1, 6)))
+  words = {'en': [word() for _ in range(300)],
            'zh': list('學而時習之不亦說乎有朋自遠方來人不知而不慍不亦君子乎')}
   records = []
   for n in range(120):

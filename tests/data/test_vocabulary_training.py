@@ -38,7 +38,7 @@ _RANDOM = random.Random(0)
 
 
 def _line():
-  """A line of the above, and words of syllables and numbers, so that there is something to learn."""
+  """A line of the above, with words of syllables and numbers: there is something to learn."""
   syllable = lambda: _RANDOM.choice('bdfgklmnprst') + _RANDOM.choice(['a', 'e', 'i', 'o', 'ä'])
   words = [''.join(syllable() for _ in range(_RANDOM.randint(1, 3))) for _ in range(6)]
   return f'{_RANDOM.choice(_LINES)}{" ".join(words)} {_RANDOM.choice([1984, 2026])}\n'
@@ -213,6 +213,22 @@ def exported(trained, tmp_path_factory):
 def test_tokenizer_json_gives_the_same_ids(trained, exported, kind, text):
   assert exported[kind].encode(text).tolist() == trained[kind].encode(text).tolist()
   assert exported[kind].sentinel_ids == trained[kind].sentinel_ids
+
+
+def test_text_that_spells_the_last_bytes_is_not_them_in_tokenizer_json(tmp_path):
+  own = _train(_config('unigram', 500), [*_DOCUMENTS, Document('hex', '< 0 x F E > <0xFF> ' * 300)])
+  own.save_pretrained(tmp_path)
+  copy = pretrained_vocabularies.open_pretrained(tmp_path / 'tokenizer.json')
+  text = '<0xFF>, <0xFE>'
+  assert copy.decode(copy.encode(text)) == own.decode(own.encode(text)) == text
+
+
+@pytest.mark.parametrize('kind', vocabularies.TRAINED)
+def test_nothing_is_learnt_of_what_stands_within_a_symbol(kind):
+  documents = [*_DOCUMENTS, Document('more', ' <|zqjzqj|>' * 400)]
+  vocabulary = _train(_config(kind, user_defined_symbols=('<|zqjzqj|>',)), documents)
+  pieces = [vocabulary.decode([id_]) for id_ in range(vocabulary.size)]
+  assert [piece for piece in pieces if 'zq' in piece] == ['<|zqjzqj|>']
 
 
 @pytest.mark.parametrize('kind', vocabularies.TRAINED)
