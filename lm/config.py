@@ -84,6 +84,11 @@ def read(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]], run_dir:
   parse(gin_files, bindings)
 
 
+def binds(target: Callable[..., Any]) -> bool:
+  """Says whether any of the bindings read is of a class or function."""
+  return any(key.target is target for key in _current.bindings)
+
+
 def build(target: Callable[..., T]) -> T:
   """Calls a class or function with all that is bound to it, nested references included.
 

@@ -124,6 +124,10 @@ def _corpus_flags(command: argparse.ArgumentParser):
   command.add_argument('--workers', type=int, metavar='N', help='processes; one a core')
   command.add_argument('--step', type=int, help='why: of the training run --run_dir')
   command.add_argument('--index', type=int, help='why: row of the batch of that step')
+  for flag, text in (('--positive', 'documents that score high'), ('--negative', 'the others'),
+                     ('--labelled', 'or lines of {"text": ..., "label": ...}')):
+    command.add_argument(flag, metavar='FILES', help=f'classifier: {text}')
+  command.add_argument('--out', metavar='FILE', help='classifier: the model goes here')
 
 
 def _bindings(rest: list[str]) -> list[tuple[str, str]]:
@@ -154,12 +158,10 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
     return module.execute(args, bindings)
   if args.command == 'compare':
     return _compare(args)
-  from lm import config, run  # late, so that `lm --help` does not wait for JAX
-  experiment = run.open_experiment(args.gin_file, bindings, args.run_dir)
   if args.command == 'explain':
-    rows = config.explain(args.name)
-    print(config.format_explanation(rows))
-    return {row.name: {'value': row.value, 'source': row.source} for row in rows}
+    return _explain(args, bindings)
+  from lm import run  # late, so that `lm --help` does not wait for JAX
+  experiment = run.open_experiment(args.gin_file, bindings, args.run_dir)
   if args.command == 'cache':
     info = experiment.task.prepare().info
     for part in info.get('components', [info]):  # of a mixture, each of its tasks
@@ -181,6 +183,20 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
   for completion in result['completions']:
     print(f'{completion["prompt"]}{completion["text"]}\n')
   return result
+
+
+def _explain(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[str, Any]:
+  from lm import config
+  from lm.corpus import pipeline
+  config.read(args.gin_file, bindings, args.run_dir)
+  if config.binds(pipeline.Corpus):
+    config.build(pipeline.Corpus)
+  else:
+    from lm import run
+    config.build(run.Experiment)
+  rows = config.explain(args.name)
+  print(config.format_explanation(rows))
+  return {row.name: {'value': row.value, 'source': row.source} for row in rows}
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:

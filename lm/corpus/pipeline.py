@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import dataclasses
 import hashlib
 from importlib import metadata
-import json
 from pathlib import Path
 import shutil
 import time
 from typing import Any
 
+from lm.corpus import card
 from lm.corpus import collect
 from lm.corpus import files
 from lm.corpus import passports
@@ -73,7 +73,7 @@ def build(corpus: Corpus, run_dir: Path, config: str, executor: tasks.Executor) 
   run_dir.mkdir(parents=True, exist_ok=True)
   with files.alone(run_dir / '.lock'):
     groups = collect.groups(corpus.sources)
-    identity = _digest(repr(corpus), repr(groups), _code(), _versions())
+    identity = _digest(repr(corpus), repr(groups), _code(), repr(_versions()))
     finished = files.read_json(run_dir / 'corpus.json')
     if finished is not None and finished['identity'] == identity:
       return finished
@@ -98,7 +98,7 @@ def _segments(corpus: Corpus, groups: Sequence[collect.FileGroup], work: Path,
   prepared.mkdir(parents=True, exist_ok=True)
   stages = tuple(stage.prepare(prepared) for stage in corpus.stages)
   weights = {source.name: source.weight for source in corpus.sources}
-  digest = _digest(repr(groups), repr(corpus.sources), _code(), _versions())
+  digest = _digest(repr(groups), repr(corpus.sources), _code(), repr(_versions()))
   directories: list[Path] = []
   numbers: list[int] = []
   segments = steps.segments(stages)
@@ -139,6 +139,8 @@ def _conclude(corpus: Corpus, run_dir: Path, directories: Sequence[Path], number
   for directory in directories:
     for number in numbers:
       total.merge(summary.Summary.from_json(tasks.counts(directory, number)['summary']))
+  weights = {source.name: source.weight for source in corpus.sources}
+  card.write(run_dir, card.Facts(corpus.name, total, shards, weights, config, _versions()))
   result = {'identity': identity, 'name': corpus.name, 'shards': shards} | total.to_json()
   return result
 
@@ -168,7 +170,7 @@ def _code() -> str:
   return _digest(*(path.read_text('utf-8') for path in sorted(_ROOM.rglob('*.py'))))
 
 
-def _versions() -> str:
+def _versions() -> dict[str, str]:
   """Returns the versions of the libraries that decide what a corpus holds."""
   found = {}
   for name in _LIBRARIES:
@@ -176,4 +178,4 @@ def _versions() -> str:
       found[name] = metadata.version(name)
     except metadata.PackageNotFoundError:
       found[name] = ''
-  return json.dumps(found)
+  return found

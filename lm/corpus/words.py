@@ -36,7 +36,7 @@ _UNSPACED_CHARACTER = re.compile(f'[{_UNSPACED}]')
 _HAS_LETTER = re.compile(r'[^\W\d_]')
 _HAS_LETTER_OR_DIGIT = re.compile(r'[^\W_]')
 _CHUNK = 1 << 20  # Characters that are lists of words at a time.
-_REMEMBERED = 1 << 22  # Characters of the texts whose words are kept for the next stage.
+_REMEMBERED = 1 << 24  # Characters whose words are kept for the next stage: those of a block.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

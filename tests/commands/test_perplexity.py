@@ -1,4 +1,4 @@
-"""The perplexity filter: a run of ours tells its own kind of text from noise and from repetition."""
+"""The perplexity filter: a run of ours tells its own kind of text from noise and repetition."""
 import pathlib
 import pickle
 import random

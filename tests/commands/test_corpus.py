@@ -24,7 +24,8 @@ from __gin__ import dynamic_registration
 from lm.corpus import collect
 from lm.corpus import pipeline
 pipeline.Corpus.sources = (
-    @warc/collect.Source(), @wiki/collect.Source(), @lines/collect.Source(), @books/collect.Source())
+    @warc/collect.Source(), @wiki/collect.Source(), @lines/collect.Source(),
+    @books/collect.Source())
 warc/collect.Source.name = 'warc'
 warc/collect.Source.files = '{shared}/raw/warc/ai2-cc-sample.warc.gz'
 wiki/collect.Source.name = 'wiki'
@@ -181,6 +182,14 @@ def test_it_trains_with_one_binding(home, whole):
   kept = [row['name'] for path in sorted((whole / 'passports').glob('kept*')) for row in
           passports.read(path)]
   assert names == set(kept) and len(kept) > len(names)  # lines have the weight 1.5
+
+
+def test_every_value_of_a_corpus_is_explained(monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  assert main.main(['explain', '--gin_file=gin/corpus/web.gin', "--gin.FILES='x'"]) == 0
+  rows = capsys.readouterr().out.splitlines()
+  assert any('collect.Source.files' in row and '--gin.FILES' in row for row in rows)
+  assert any('deduplicate.MinHash.threshold' in row and 'default' in row for row in rows)
 
 
 @needs_data
