@@ -94,7 +94,8 @@ def test_the_page_shows_curves_and_tables_and_loads_nothing(sweep):
 
 def test_a_character_counts_as_a_word_where_there_are_no_spaces():
   texts = vocabulary_measures.by_language([
-      Document('a', 'the cat, sat 12.5', language='en'), Document('b', '學而時習之，不亦說乎？', language='zh'),
+      Document('a', 'the cat, sat 12.5', language='en'),
+      Document('b', '學而時習之，不亦說乎？', language='zh'),
       Document('c', 'カタ abc สวัสดี', language=''), Document('d', ' on it \n', language='en')])
   assert list(texts) == ['zh', '', 'en']  # The most bytes first.
   assert {language: text.num_words for language, text in texts.items()} == {
@@ -136,7 +137,7 @@ def test_the_largest_size_is_that_whose_pieces_are_often_enough():
     ([], 'needs --gin_file'), (['--run_dir=R'], 'needs --gin_file'),
     ([f'--gin_file={GIN}', '--run_dir={}', '--kinds=words'], "kind='words' is not a vocabulary"),
     ([f'--gin_file={GIN}', '--run_dir={}', '--sizes=4000,300'], 'size=300 is too small'),
-    ([f'--gin_file={GIN}', '--run_dir={}', '--kinds=bpe,pretrained'], "'pretrained' needs the path"),
+    ([f'--gin_file={GIN}', '--run_dir={}', '--kinds=bpe,pretrained'], 'needs the path'),
 ])
 def test_wrong_flags_are_refused_before_any_work(flags, message, tmp_path, capsys):
   assert main.main(['tokenizer', *(flag.format(tmp_path / 'R') for flag in flags)]) == 2

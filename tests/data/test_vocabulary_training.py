@@ -46,7 +46,7 @@ def _line():
 
 _DOCUMENTS = [Document(f'{n}', ''.join(_line() for _ in range(40))) for n in range(9)]
 _TEXTS = [
-    '', ' ', '  lead', '\n\t x', 'a\0b', '▁ \uf8f1s', 'x[NLU]y [NLU]', '[NL[NLU]U]', '[S2S][S2S] 12',
+    '', ' ', '  lead', '\n\t x', 'a\0b', '▁ \uf8f1s', 'x[NLU]y [NLU]', '[NL[NLU]U]', '[S2S][S2S]',
     '<|im_start|>the', '<unk></s><pad>[MASK][CLS]', '<extra_id_0>', '<0x41>', 'Ġ', '日本語🎉 fox',
     'é e\u0301 \u200b\ufeff', 'a' * 5000, ' ' * 5000,
 ]  # fmt: skip
