@@ -7,9 +7,8 @@ import pathlib
 import numpy as np
 import pytest
 
+from lm.corpus import classifier
 from lm.corpus.document import Document
-
-classifier = pytest.importorskip('lm.corpus.classifier')
 
 TWEETS = pathlib.Path(__file__).resolve().parents[3] / 'shared/data/safety/hate-offensive'
 HATE, OFFENSIVE, NEITHER = '0', '1', '2'  # Davidson et al. 2017, arXiv 1703.04009.
