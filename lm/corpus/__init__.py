@@ -1,10 +1,20 @@
 """Documents in, clean text out.
 
-In: glob patterns of the user's files, or nothing (then Python's own standard library is the
-  corpus).
-Out: a stream of `Document(name, text)`, in an order and under names that are the same on every
-  machine.
+In: files, archives, dumps and data sets of raw documents. Out: shards of text, a passport for every
+  document that was collected, and a card. Nothing is fetched, and nothing of what is read is run.
 
-Change `collect.py` to read another file format, `stdlib.py` to change what the embedded corpus
-holds.
+    sources -> blocks -> documents -> stages, cut at groupings into segments -> shards, passports, card
+
+A `Stage` looks at one document, a `Grouping` at all of them together; any of them works alone:
+
+    stage = quality_gopher.Gopher()
+    stage.apply(document)                            # document.verdicts, document.removed_by
+
+Change `readers/` to read another format, `collect.py` for what a source is, `extract.py` (with
+`webpage.py`, `wikitext.py`, `markdown.py`, `decode.py`) for how text is made of it, and one file a
+stage for what is done to it: `normalise`, `language`, `quality_*`, `classifier`, `harm`, `privacy*`,
+`decontaminate`, `deduplicate/`. Add a stage by a file like them and a line in `gin/corpus/`.
+`pipeline.py` says what a corpus is, `steps.py` and `tasks.py` what is done in which order,
+`workers.py` and `beam.py` who does it, `write.py`, `passports.py`, `summary.py` and `card*.py` what
+is left in the end. `stdlib.py` is the corpus that every machine has.
 """
