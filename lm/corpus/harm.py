@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 import dataclasses
 import functools
+import hashlib
 import itertools
 import operator
 from pathlib import Path
@@ -44,9 +45,17 @@ class Blocklist(Stage):
   Attributes:
     files: glob patterns of lists, an entry a line, each named by its language: 'lists/en',
       'lists/zh.txt'.
+    digest: of the lists; filled in by `prepare`, so that other lists make another corpus.
   """
 
   files: collect.Patterns
+  digest: str = ''
+
+  def prepare(self, directory: Path) -> Blocklist:
+    """Returns itself with the digest of the lists."""
+    del directory
+    whole = hashlib.sha256(b'\0'.join(Path(path).read_bytes() for path in collect.paths(self.files)))
+    return dataclasses.replace(self, digest=whole.hexdigest()[:16])
 
   def apply(self, document: Document) -> None:
     if document.language and document.language not in self._lists:

@@ -75,6 +75,15 @@ def test_a_document_is_judged_by_the_list_of_its_language(blocklist):
   assert not judged(blocklist, text, 'fi').verdicts  # No list: not judged.
 
 
+def test_another_list_makes_another_corpus(tmp_path):
+  (tmp_path / 'en').write_text('bad\n')
+  stage = harm.Blocklist(files=str(tmp_path / 'en'))
+  before = stage.prepare(tmp_path)
+  assert repr(stage.prepare(tmp_path)) == repr(before)
+  (tmp_path / 'en').write_text('worse\n')
+  assert repr(stage.prepare(tmp_path)) != repr(before)
+
+
 def test_a_list_is_named_when_it_cannot_be_read(tmp_path):
   with pytest.raises(UserError, match='matches no file'):
     judged(harm.Blocklist(files=(str(tmp_path / 'en'),)), 'x')
