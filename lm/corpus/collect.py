@@ -190,6 +190,9 @@ def split(group: FileGroup, report: Report) -> Iterator[Block]:
   pieces: list[Piece] = []
   for file in group.files:
     reader = readers.FORMATS[_format(group.source, file.path)]
+    if not group.source.tfds and os.path.exists(file.path) and not os.path.isfile(file.path):
+      report(file.name, 'is a pipe, a socket or a device')
+      continue
     try:
       for piece in reader.pieces(file, group.source, report):
         if pieces and sum(p.length for p in pieces) + piece.length > PIECE_BYTES:

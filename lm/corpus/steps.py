@@ -91,30 +91,29 @@ def read(block: collect.Block, number: int, poisoned: Collection[tuple[int, int,
   """Reads the documents of a block and gives them their addresses.
 
   Args:
-    block: a piece of the input.
+    block: a part of the input.
     number: of the block, in the order of the input.
-    poisoned: as in `advance`; at place -1 is a document on which reading ended a process, and there
-      is no way around it: the rest of its block is lost, and reported.
-    watch: as in `advance`.
+    poisoned: as in `advance`; at place -1 the index is that of a piece of the block on which
+      reading ended a process, and which is passed over and reported.
+    watch: as in `advance`, with the pieces at place -1.
     report: is told the name and the reason of what is skipped.
 
   Raises:
     OverflowError: the block has more documents than an address can count.
   """
-  end = min((index for place, index, _ in poisoned if place == -1), default=_INDEX + 1)
-  stream = collect.read(block, report)
+  reasons = {index: reason for place, index, reason in poisoned if place == -1}
   documents: list[Document] = []
-  while len(documents) < end:
-    watch(-1, len(documents))
-    document = next(stream, None)
-    if document is None:
-      return documents
-    document.address = number << ADDRESS_BITS | len(documents)
-    documents.append(document)
-  if end > _INDEX:
-    raise OverflowError(f'block {number} has over {_INDEX} documents, more than addresses count')
-  name = documents[-1].name if documents else f'the start of block {number}'
-  report(f'after {name}', next(reason for place, _, reason in poisoned if place == -1))
+  for index, piece in enumerate(block.pieces):
+    if index in reasons:
+      report(piece.file.name, reasons[index])
+      continue
+    watch(-1, index)
+    for document in collect.read(dataclasses.replace(block, pieces=(piece,)), report):
+      document.address = number << ADDRESS_BITS | len(documents)
+      documents.append(document)
+  if len(documents) > _INDEX:
+    raise OverflowError(f'block {number} has {len(documents)} documents, more than the {_INDEX} '
+                        'that addresses count')
   return documents
 
 

@@ -143,6 +143,85 @@ def test_what_is_broken_is_named(whole):
   assert sum(name.startswith('lines/a.jsonl.gz:') for name in named) == 2
 
 
+def page(text):
+  """A web page with this text."""
+  paragraphs = ''.join(f'<p>{line}</p>' for line in text.split('\n') if line.strip())
+  return f'<html><head><title>t</title></head><body><article>{paragraphs}</article></body></html>'
+
+
+def archived(index, text):
+  """A response of a WARC, a gzip member by itself."""
+  body = b'HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n' + page(text).encode()
+  head = (f'WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: https://w{index}.org/\r\n'
+          f'Content-Type: application/http; msgtype=response\r\nContent-Length: {len(body)}\r\n\r\n')
+  return gzip.compress(head.encode() + body + b'\r\n\r\n')
+
+
+def make_hostile(directory, texts):
+  """Files that are broken, too large or made to do harm, between others that are sound."""
+  directory.mkdir()
+  put = lambda name, data: (directory / name).write_bytes(data)
+  put('good.html', page(texts[0]).encode())
+  put('nested.html', b'<div>' * 200_000 + b'x' + b'</div>' * 200_000)
+  put('unclosed.html', b'<b><i>' * 300_000 + b'hello')
+  put('attributes.html', b'<p %s>x</p>' % b' '.join(b'a%d="1"' % i for i in range(300_000)))
+  put('nul.html', page(texts[1]).encode().replace(b'<p>', b'<p>\0\0'))
+  put('charset.html', b'<meta charset="utf-8">' + page(texts[2].replace('the', 'th\xe9')).encode(
+      'latin-1'))
+  put('empty.html', b'')
+  put('large.html', b'<html><body>' + b'<p>word word word</p>' * (60 << 20 >> 4) + b'</body></html>')
+  with gzip.open(directory / 'bomb.html.gz', 'wb', 9) as file:
+    for _ in range(400):
+      file.write(bytes(1 << 20))
+  with gzip.open(directory / 'bomb.jsonl.gz', 'wb', 9) as file:
+    file.write(b'{"text": "')
+    for _ in range(200):
+      file.write(b'a' * (1 << 20))
+  members = [archived(index, texts[index]) for index in range(4, 8)]
+  members[1] = members[1][:200] + os.urandom(60) + members[1][260:]
+  put('damaged.warc.gz', b''.join(members))
+  put('truncated.warc.gz', b''.join(archived(i, texts[i]) for i in range(8, 11))[:-2000])
+  (directory / 'broken.html').symlink_to(directory / 'nowhere.html')
+  (directory / 'folder.html').mkdir()
+  os.mkfifo(directory / 'pipe.html')
+
+
+@needs_data
+@pytest.mark.supports('faults survived', 'bombs, damaged archives, deep nesting, pipes, wrong '
+                      'charsets in a corpus')
+def test_hostile_input_is_named_and_the_rest_is_kept(tmp_path):
+  make_hostile(tmp_path / 'in', speech())
+  out = tmp_path / 'out'
+  argv = ['corpus', '--gin_file=gin/corpus/web.gin', f"--gin.FILES='{tmp_path / 'in'}'",
+          f'--run_dir={out}', '--gin.LANGUAGES=()']
+  code = ('import resource, sys\nfrom lm import main\nif __name__ == "__main__":\n'
+          f'  assert main.main({argv!r}) == 0\n'
+          '  print(max(resource.getrusage(who).ru_maxrss for who in (-1, 0)) >> 10)')
+  script = tmp_path / 'script.py'
+  script.write_text(code)
+  child = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True,
+                         check=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
+  assert int(child.stdout.split()[-1]) < 400  # MiB of the largest process.
+  rows = {row['name']: row for path in (out / 'passports').iterdir() for row in
+          passports.read(path)}
+  kept = {name.removeprefix('web/') for name, row in rows.items() if not row['removed_by']}
+  assert kept == {'good.html', 'nul.html', 'charset.html', 'truncated.warc.gz:1',
+                  'truncated.warc.gz:2', *(f'damaged.warc.gz:{n}' for n in (1, 2, 3))}
+  removed = {name.removeprefix('web/'): row['removed_by'] for name, row in rows.items()
+             if row['removed_by']}
+  assert removed == dict.fromkeys(('nested.html', 'unclosed.html', 'attributes.html'),
+                                  'extract.complexity')
+  assert 'th\xe9' in ' '.join(record['text'] for path in (out / 'data').iterdir()
+                              for record in write.read(path))
+  examples = json.loads((out / 'corpus.json').read_text())['fault_examples']
+  found = {kind: {name.removeprefix('web/') for name, _ in some} for kind, some in examples.items()}
+  assert found == {
+      'is longer than max_document_bytes': {'large.html', 'bomb.html.gz'},
+      'is truncated or damaged': {'bomb.jsonl.gz', 'damaged.warc.gz', 'truncated.warc.gz'},
+      'is empty': {'empty.html'}, 'cannot be read': {'broken.html'},
+      'is a pipe, a socket or a device': {'pipe.html'}}
+
+
 @needs_data
 @pytest.mark.supports('faults survived', 'kill -9 of lm corpus: the same bytes')
 def test_killed_at_any_time_it_ends_with_the_same_bytes(home, whole):
