@@ -49,7 +49,8 @@ _SAVED = re.compile('\ufdd0(\\d+)\ufdd1')
 _ARGUMENT = {
     'lang': 2, 'transl': -1, 'transliteration': -1, 'nowrap': 1, 'nobr': 1, 'small': 1,
     'smaller': 1, 'big': 1, 'larger': 1, 'abbr': 1, 'sc': 1, 'smallcaps': 1, 'em': 1, 'strong': 1,
-    'val': 1, 'quote': 1, 'blockquote': 1, 'cquote': 1, 'quotation': 1, 'ill': 1, 'interlanguage link': 1,
+    'val': 1, 'quote': 1, 'blockquote': 1, 'cquote': 1, 'quotation': 1, 'ill': 1,
+    'interlanguage link': 1,
     'tq': 1, 'angbr': 1, 'code': 1, 'mvar': 1, 'math': 1, 'sup': 1, 'sub': 1, 'bce': 1, 'rp': 0,
     'as of': 1, 'linktext': 1, 'sic': 1, 'not a typo': 1, 'poemquote': 1, 'visible anchor': 1,
 }  # fmt: skip

@@ -208,9 +208,12 @@ class _Gzip:
     self._inflater = zlib.decompressobj(wbits=31)
 
   def feed(self, data: bytes) -> Iterator[bytes]:
-    while data:
-      yield self._inflater.decompress(data, _OUT_BYTES)
+    while not self._inflater.eof:
+      chunk = self._inflater.decompress(data, _OUT_BYTES)
+      yield chunk
       data = self._inflater.unconsumed_tail
+      if not data and len(chunk) < _OUT_BYTES:  # Else it may hold more back.
+        return
 
   @property
   def eof(self) -> bool:

@@ -25,7 +25,7 @@ _ARC = re.compile(
     rb'([a-z][a-z0-9+.-]{0,20}:[^\s]{0,4096}) [^\s]{0,64} (\d{14}|\d{8}) ([^\s]{0,128})'
     rb'[^\n]{0,512}? (\d{1,12})\r?\n', re.IGNORECASE
 )  # fmt: skip
-_WARC_BEGINS = re.compile(rb'\n(?=WARC/[01]\.\d+\r?\n)')
+_WARC_BEGINS = re.compile(rb'(?=WARC/[01]\.\d+\r?\n[A-Za-z-]+:)')
 _ARC_BEGINS = re.compile(rb'\n(?=' + _ARC.pattern + rb')', re.IGNORECASE)
 _HEADER_ENDS = re.compile(rb'\r?\n\r?\n')
 _FIELD = re.compile(rb'^([!-9;-~]+):[ \t]*([^\r\n]*)', re.MULTILINE)
@@ -164,10 +164,12 @@ class _Frames:
     return kind in _TEXT_TYPES
 
   def _ends_well(self, length: int) -> bool:
-    """Whether behind the record comes another one, or the end."""
+    """Whether behind the record come an empty line, another record, or the end."""
     stream, at = self._stream, length
     while stream.fill(at + 1) and stream.data[at : at + 1] in (b'\r', b'\n'):
       at += 1
+    if stream.data[length:at].startswith((b'\r\n\r\n', b'\n\n')):
+      return True
     if not stream.fill(at + 1):
       return not stream.at_gap or at > length
     stream.fill(at + _MOST_HEADER if self._arc else at + 16)
