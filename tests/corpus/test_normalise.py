@@ -58,6 +58,7 @@ def test_what_is_left_is_canonical_and_visible(text):
     ('a\xa0b\u2003c\u3000d', 'a b c d'), ('a\r\nb\rc\u2028d\x0ce', 'a\nb\nc\nd\ne'),
     ('“so” ‘it’ „is‟', '"so" \'it\' "is"'), ('他说：“好”。', '他说：“好”。'),
     ('他说“GPT”好\n“yes”', '他说“GPT”好\n"yes"'), ('a  \nb\t\n\n\n\n\nc', 'a\nb\n\n\nc'),
+    ('Ã\u200b©', 'é'), ('&am\u200bp;', '&'),  # mended in the second pass
     ('\n\n  first', '  first'), ('Ω㎏ ①½', 'Ω㎏ ①½'),
 ])
 def test_characters(before, after):
