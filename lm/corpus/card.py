@@ -151,7 +151,8 @@ def sections(facts: Facts) -> Iterator[Section]:
       (shard['file'], shard['documents'], Bytes(shard['text_bytes']), Bytes(shard['file_bytes']),
        shard['sha256']) for shard in facts.shards]))
   yield Section('Versions', '', Table(('what', 'version'), sorted(facts.versions.items())))
-  yield Section('Configuration', 'Makes it again, with the same bytes:', quotes=[('', facts.config)])
+  yield Section('Configuration', 'Makes it again, with the same bytes:',
+                quotes=[('', facts.config)])
 
 
 def _findings(facts: Facts) -> Iterator[Section]:
@@ -201,7 +202,8 @@ def _sources(facts: Facts) -> Table:
     kept = summary.kept.get(source, [0, 0])
     _, _, records, written = summary.written.get(source, [0, 0, 0, 0])
     rows.append((source, documents, Bytes(collected), kept[0], Bytes(kept[1]),
-                 Ours(f'{facts.weights.get(source, 1.0):g}'), records, Bytes(written), written / size))
+                 Ours(f'{facts.weights.get(source, 1.0):g}'), records, Bytes(written),
+                 written / size))
   return Table(('source', 'collected', 'bytes', 'kept', 'bytes', 'weight', 'records', 'bytes',
                 'share'), rows)
 
@@ -280,7 +282,8 @@ def _header(facts: Facts) -> str:
   first = facts.shards[0]['file'] if facts.shards else ''
   if Path(first).suffix in _LOADERS:
     pattern = re.sub(r'-\d+-of-\d+', '-*', first)
-    lines += ['configs:', '- config_name: default', f'  data_files: {json.dumps("data/" + pattern)}']
+    lines += ['configs:', '- config_name: default',
+              f'  data_files: {json.dumps("data/" + pattern)}']
   return '\n'.join(['---', *lines, '---'])
 
 
