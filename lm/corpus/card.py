@@ -129,8 +129,9 @@ def sections(facts: Facts) -> Iterator[Section]:
   yield Section('Composition', 'Records are written documents, as often as the weight of their '
                 'source says.', _sources(facts))
   yield Section('Languages', '', _shares('language', summary.languages, facts))
-  yield Section('Lengths', 'Characters of the kept documents, at these shares of them, to a quarter '
-                'of an octave.', Table(('share', 'characters'), quantiles(summary.lengths)))
+  yield Section('Lengths', 'Characters that a share of the kept documents does not exceed, by bins '
+                'of a quarter of an octave.',
+                Table(('share', 'characters'), quantiles(summary.lengths)))
   if summary.domains:
     sampled = ('' if len(summary.domains) < MAX_DOMAINS else
                f' Counted are {MAX_DOMAINS:,} domains, chosen by a hash.')
@@ -150,7 +151,8 @@ def sections(facts: Facts) -> Iterator[Section]:
       (shard['file'], shard['documents'], Bytes(shard['text_bytes']), Bytes(shard['file_bytes']),
        shard['sha256']) for shard in facts.shards]))
   yield Section('Versions', '', Table(('what', 'version'), sorted(facts.versions.items())))
-  yield Section('Configuration', 'Makes it again, with the same bytes:', quotes=[('', facts.config)])
+  yield Section('Configuration', 'Makes it again, with the same bytes:',
+                quotes=[('', facts.config)])
 
 
 def _findings(facts: Facts) -> Iterator[Section]:
@@ -179,22 +181,14 @@ def _samples(summary: Summary) -> Iterator[Section]:
   quotes = lambda rule: [(f'{source}: {name}', text)
                          for _, name, source, text in summary.samples.get(rule, ())]
   yield Section('Samples of what is kept', 'Chosen by a hash of the name.', quotes=quotes(KEPT))
-  for rule in ordered_rules(summary):
+  for rule in summary.ordered_rules():
     if rule in summary.removed:
       yield Section(f'Samples removed by {_code(rule)}', quotes=quotes(rule))
 
 
-def ordered_rules(summary: Summary) -> list[str]:
-  """Returns the rules in the order of their stages, as they first appeared."""
-  stages: dict[str, list[str]] = {}
-  for rule in summary.rules:
-    stages.setdefault(rule.partition('.')[0], []).append(rule)
-  return [rule for rules in stages.values() for rule in rules]
-
-
 def _rules(summary: Summary) -> Iterator[tuple[Any, ...]]:
   collected = sum(values[0] for values in summary.collected.values())
-  for rule in ordered_rules(summary):
+  for rule in summary.ordered_rules():
     removed, size = summary.removed.get(rule, [0, 0])
     seen = summary.seen.get(rule, [Ours('all')])  # Groupings leave no verdict where they keep.
     yield (rule, seen[0], removed, removed / max(collected, 1), Bytes(size),
@@ -208,7 +202,8 @@ def _sources(facts: Facts) -> Table:
     kept = summary.kept.get(source, [0, 0])
     _, _, records, written = summary.written.get(source, [0, 0, 0, 0])
     rows.append((source, documents, Bytes(collected), kept[0], Bytes(kept[1]),
-                 Ours(f'{facts.weights.get(source, 1.0):g}'), records, Bytes(written), written / size))
+                 Ours(f'{facts.weights.get(source, 1.0):g}'), records, Bytes(written),
+                 written / size))
   return Table(('source', 'collected', 'bytes', 'kept', 'bytes', 'weight', 'records', 'bytes',
                 'share'), rows)
 
@@ -287,7 +282,8 @@ def _header(facts: Facts) -> str:
   first = facts.shards[0]['file'] if facts.shards else ''
   if Path(first).suffix in _LOADERS:
     pattern = re.sub(r'-\d+-of-\d+', '-*', first)
-    lines += ['configs:', '- config_name: default', f'  data_files: {json.dumps("data/" + pattern)}']
+    lines += ['configs:', '- config_name: default',
+              f'  data_files: {json.dumps("data/" + pattern)}']
   return '\n'.join(['---', *lines, '---'])
 
 

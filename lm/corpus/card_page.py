@@ -57,7 +57,7 @@ def _waterfall(facts: card.Facts) -> Iterator[tuple[str, list[float]]]:
   summary = facts.summary
   collected = max(facts.total(summary.collected), 1)
   left, stages = facts.total(summary.collected), {}
-  for rule in card.ordered_rules(summary):
+  for rule in summary.ordered_rules():
     stage = rule.partition('.')[0]
     stages[stage] = stages.get(stage, 0) + summary.removed.get(rule, [0])[0]
   yield 'collected', [left / collected]

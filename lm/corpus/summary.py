@@ -7,6 +7,7 @@ it is a sum of integers, a first appearance, or the lowest of all hashes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import dataclasses
 import hashlib
 from typing import Any
@@ -42,7 +43,8 @@ class Summary:
     kept: source -> [documents, bytes] that no rule removed.
     written: source -> [documents, bytes, records, bytes of them]: of those that are kept the ones
       that stand in the corpus at all, and how often by their source's weight.
-    rules: each that looked at a document or removed one, in the order of first appearance.
+    rules: [rule, the one before it in the document where it appeared first] of each that looked at
+      a document or removed one, in the order of their first appearance; see `ordered_rules`.
     seen: rule -> [documents it looked at].
     removed: rule -> [documents, bytes] that it was the first to remove.
     failed: rule -> [documents that broke it, documents that broke it alone].
@@ -61,7 +63,7 @@ class Summary:
   collected: Counts = _counts()
   kept: Counts = _counts()
   written: Counts = _counts()
-  rules: list[str] = dataclasses.field(default_factory=list)
+  rules: list[list[str]] = dataclasses.field(default_factory=list)
   seen: Counts = _counts()
   removed: Counts = _counts()
   failed: Counts = _counts()
@@ -95,19 +97,17 @@ class Summary:
   def add_removed(self, document: Document) -> None:
     """Counts a document that `document.removed_by` removed."""
     rule = document.removed_by
-    self._look(document)
-    _add(self.removed, rule, 1, _size(document))
     failed = dict.fromkeys([rule, *document.failed])
+    self._look(document, failed)
+    _add(self.removed, rule, 1, _size(document))
     for one in failed:
       _add(self.failed, one, 1, int(len(failed) == 1))
-      if one not in self.rules:
-        self.rules.append(one)
     self._sample(rule, document, MAX_SAMPLES)
 
   def add_kept(self, document: Document) -> None:
     """Counts a document that came through all stages."""
     size = _size(document)
-    self._look(document)
+    self._look(document, ())
     _add(self.kept, document.source, 1, size)
     _add(self.licences, document.licence, 1, size)
     _add(self.lengths, str(length_bin(len(document.text))), 1)
@@ -137,8 +137,8 @@ class Summary:
         continue
       for key, values in theirs.items():
         _add(mine, key, *values)
-    known = set(self.rules)
-    self.rules += [rule for rule in other.rules if rule not in known]
+    known = {rule for rule, _ in self.rules}
+    self.rules += [pair for pair in other.rules if pair[0] not in known]
     self._prune_domains(MAX_DOMAINS)
     for kind, examples in other.fault_examples.items():
       self.fault_examples[kind] = [*self.fault_examples.get(kind, ()), *examples][:MAX_FAULTS]
@@ -159,10 +159,32 @@ class Summary:
     """Returns the summary that `to_json` wrote; takes what it is given as its own."""
     return cls(**fields)
 
-  def _look(self, document: Document) -> None:
+  def ordered_rules(self) -> list[str]:
+    """Returns the rules in the order in which documents meet them, those of a stage together.
+
+    A rule that says something of few documents may appear after later ones: it is put behind the
+    one that stood before it. First come groupings, which say nothing of what they keep.
+    """
+    order: list[str] = []
+    for rule, before in self.rules:
+      first = sum(known not in self.seen for known in order) if rule in self.seen else 0
+      order.insert(order.index(before) + 1 if before in order else first, rule)
+    stages: dict[str, list[str]] = {}
+    for rule in order:
+      stages.setdefault(rule.partition('.')[0], []).append(rule)
+    return [rule for rules in stages.values() for rule in rules]
+
+  def _look(self, document: Document, failed: Iterable[str]) -> None:
+    before = ''
+    for rule in dict.fromkeys((*document.verdicts, *failed)):
+      if not _is_rule(rule):
+        continue
+      if rule not in self.seen and rule not in self.failed:
+        self.rules.append([rule, before])
+      before = rule
     for rule, value in document.verdicts.items():
-      if rule not in self.seen and rule not in self.rules:
-        self.rules.append(rule)
+      if not _is_rule(rule):
+        continue
       _add(self.seen, rule, 1)
       if rule.startswith('decontaminate.') and value and not isinstance(value, (int, float)):
         hit = [_hash(document.name), well_formed(document.name), rule, passports.spell(value)]
@@ -206,6 +228,11 @@ def registered_domain(url: str) -> str:
     return host
   shared = len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in _SHARED_LABELS
   return '.'.join(labels[-3 if shared else -2:])
+
+
+def _is_rule(verdict: str) -> bool:
+  """A fault, and of whom a document is a duplicate, are said besides."""
+  return '.' in verdict and not verdict.endswith('.duplicate_of')
 
 
 def _add(counts: Counts, key: str, *values: int) -> None:

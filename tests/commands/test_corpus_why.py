@@ -176,9 +176,15 @@ def test_a_single_task_is_told_of_too(trained, tmp_path):
                                 rows.batch(row)['decoder_target_tokens'][0])
 
 
-def test_what_is_printed_is_safe_and_names_all(trained):
+def test_what_is_printed_is_safe_and_names_all(trained, tmp_path):
   home, _, _ = trained
-  said = ''.join(why(home / 'run', step, 0)[0] for step in range(1, 8))
+  with contextlib.redirect_stdout(io.StringIO()) as out:
+    for step in range(1, 8):
+      assert main.main(['corpus', 'why', f'--run_dir={home}/run', f'--step={step}', '--index=0',
+                        f'--json={tmp_path}/{step}.json']) == 0
+  said = out.getvalue()
+  assert json.loads((tmp_path / '7.json').read_text())['examples'] == why(
+      home / 'run', 7, 0)[1]['examples']
   assert '\x1b' not in said and '\\u001b[31m' in said
   for word in ('tokens 0-', 'verdicts   gopher.word_count = ', ': crawl-0', '-of-00002.parquet, '
                'record ', 'https://example.org/', 'sha256', ', line ', "task 'text'"):

@@ -154,7 +154,8 @@ def test_the_figures_are_those_of_the_documents():
   assert 'data_files: "data/web-*.parquet"' in text
   for row in ('| `web` | 2,000 | 200 kB | 1,800 | 180 kB | 2 | 3,600 | 360 kB | 100.0 % |',
               '| `gopher.words` | 2,000 | 200 | 10.0 % | 20 kB | 200 | 200 |',
-              '| `en` | 1,400 | 140 kB | 77.8 % | 0.750 |', '| `a1.org` | 1,000 | 100 kB | 55.6 % |',
+              '| `en` | 1,400 | 140 kB | 77.8 % | 0.750 |',
+              '| `a1.org` | 1,000 | 100 kB | 55.6 % |',
               '| `CC-BY-4.0` | 1,800 | 180 kB | 100.0 % |', '| `privacy.email` | 3,600 | 1,800 |',
               '| `web/a:1` | 5 |', '| 50.0 % | 96 |'):
     assert row in text

@@ -103,8 +103,24 @@ def test_a_summary_counts_every_document_once():
   assert found.seen[RULES[0]] == [sum(RULES[0] in d.verdicts for d in documents)]
   assert total(found.written, 2) == sum(write.copies(d.name, 1.5) for d in documents
                                         if not d.removed_by)
-  assert found.rules == sorted(found.rules, key=RULES.index)
+  assert found.ordered_rules() == ['gopher.word_count', 'gopher.symbols', *RULES[2:]]
   assert total(found.faults) == 80 and len(found.fault_examples['Error0']) == summary.MAX_FAULTS
+
+
+def test_rules_stand_in_the_order_in_which_documents_meet_them():
+  order = ['url.duplicate', 'extract.empty', 'gopher.a', 'gopher.b', 'substrings.duplicate',
+           'privacy.email']
+  documents = [Document(f'{i}', 'x', verdicts=dict.fromkeys(rules, 1)) for i, rules in enumerate([
+      ['extract.empty', 'gopher.a', 'privacy.email'],  # which no later rule removed
+      ['extract.empty', 'gopher.a', 'gopher.b', 'substrings.duplicate', 'privacy.email'], []])]
+  documents[2].verdicts['url.duplicate_of'] = 0
+  documents[2].remove('url.duplicate')
+  for _ in range(2):
+    found = summary.Summary()
+    for document in documents:
+      (found.add_removed if document.removed_by else found.add_kept)(document)
+    assert found.ordered_rules() == order
+    documents.reverse()
 
 
 def test_samples_are_of_the_lowest_hashes_and_short():
