@@ -3,7 +3,7 @@
 In: files, archives, dumps and data sets of raw documents. Out: shards of text, a passport for every
   document that was collected, and a card. Nothing is fetched, and nothing of what is read is run.
 
-    sources -> blocks -> documents -> stages, cut at groupings into segments -> shards, passports, card
+    sources -> blocks -> documents -> stages, cut at groupings into segments -> shards, passports
 
 A `Stage` looks at one document, a `Grouping` at all of them together; any of them works alone:
 

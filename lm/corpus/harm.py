@@ -54,8 +54,8 @@ class Blocklist(Stage):
   def prepare(self, directory: Path) -> Blocklist:
     """Returns itself with the digest of the lists."""
     del directory
-    whole = hashlib.sha256(b'\0'.join(Path(path).read_bytes() for path in collect.paths(self.files)))
-    return dataclasses.replace(self, digest=whole.hexdigest()[:16])
+    lists = b'\0'.join(Path(path).read_bytes() for path in collect.paths(self.files))
+    return dataclasses.replace(self, digest=hashlib.sha256(lists).hexdigest()[:16])
 
   def apply(self, document: Document) -> None:
     if document.language and document.language not in self._lists:

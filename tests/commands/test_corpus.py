@@ -153,7 +153,8 @@ def archived(index, text):
   """A response of a WARC, a gzip member by itself."""
   body = b'HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n' + page(text).encode()
   head = (f'WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: https://w{index}.org/\r\n'
-          f'Content-Type: application/http; msgtype=response\r\nContent-Length: {len(body)}\r\n\r\n')
+          'Content-Type: application/http; msgtype=response\r\n'
+          f'Content-Length: {len(body)}\r\n\r\n')
   return gzip.compress(head.encode() + body + b'\r\n\r\n')
 
 

@@ -1,4 +1,4 @@
-"""Raw documents to text: nothing that is text is lost, nothing of the page around it comes along."""
+"""Raw documents to text: nothing that is text is lost, nothing around it comes along."""
 
 import json
 import pathlib
