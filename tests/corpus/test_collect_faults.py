@@ -165,7 +165,7 @@ print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
     with gzip.open(tmp_path / name, 'wb', compresslevel=1) as file:
       for index in range(size << 4):
         file.write(b'{"text": "%d %s"}\n' % (index, noise))
-      for _ in range(size):  # One line.
+      for _ in range(size * 3):  # One line, of 184 MB in the large file.
         file.write(noise * 16)
     done = subprocess.run([sys.executable, '-c', code, str(tmp_path / name)], capture_output=True,
                           text=True, check=True)

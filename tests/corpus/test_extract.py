@@ -1,4 +1,4 @@
-"""Raw documents to text: nothing that is text is lost, nothing around it comes along."""
+"""Raw documents to text: no text is lost, and nothing of the page around it comes along."""
 
 import json
 import pathlib
@@ -115,7 +115,8 @@ def test_few_broken_bytes_do_not_make_utf8_something_else():
 def test_what_is_no_text_is_removed_by_a_rule():
   pytest.importorskip('resiliparse')
   assert extracted(bytes(range(256)) * 40, 'text/plain').removed_by.startswith('extract.')
-  assert extracted(b'text ' + bytes([1, 2, 3, 4]) * 40, 'text/plain').removed_by == 'extract.binary'
+  document = extracted(b'text ' + bytes([1, 2, 3, 4]) * 40, 'text/plain')
+  assert document.removed_by == 'extract.binary'
   document = extracted(b'fine\r\n' + b'text ' * 40 + b'\0', 'text/plain')
   assert (document.text, document.removed_by) == ('fine\n' + 'text ' * 40 + '\0', '')
   assert document.verdicts == {
