@@ -63,8 +63,11 @@ def gin_text(bindings: Bindings) -> str:
       aliases[module] = alias
     return f'{aliases[module]}.{attribute}'
 
-  used = {k: config_values.text(b.value, name_of)
-          for k, b in bindings.bindings.items() if k in bindings.used}
+  # A binding that one of a narrower scope hid everywhere was not evaluated, nor was its macro.
+  hidden = lambda value: any(isinstance(leaf, Macro) and Key('', None, leaf.name) not in
+                             bindings.used for leaf in leaves(value))
+  used = {k: config_values.text(b.value, name_of) for k, b in bindings.bindings.items()
+          if k in bindings.used and not hidden(b.value)}
   macros = [f'{key.name} = {value}' for key, value in used.items() if key.target is None]
   blocks = []
   for target in dict.fromkeys(target for target, _, _ in bindings.calls):

@@ -295,6 +295,8 @@ def test_explanation_is_filtered_by_macro_parameter_or_configurable():
     'toy_configs.Train.schedule = @toy_configs.constant\ntoy_configs.constant.value = 2.0',
     'toy_configs.Train.schedule = @toy_configs.constant\n'
     'toy_configs.Train.limits = {"a": 1e999, "b": -1.5}\ntoy_configs.Experiment.note = (1,)',
+    'D = 8\ntoy_configs.Model.d_model = %D\nwide/toy_configs.Model.d_model = 128\n'
+    'toy_configs.Experiment.model = @wide/toy_configs.Model()',
 ])
 def test_saved_file_alone_builds_the_equal_object_and_keeps_its_macros(extra):
   built = make(extra, FILES)

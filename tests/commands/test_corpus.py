@@ -170,7 +170,7 @@ def make_hostile(directory, texts):
   put('charset.html', b'<meta charset="utf-8">' + page(texts[2].replace('the', 'th\xe9')).encode(
       'latin-1'))
   put('empty.html', b'')
-  put('large.html', b'<html><body>' + b'<p>word word word</p>' * (60 << 20 >> 4) + b'</body></html>')
+  put('large.html', b'<html><body>%s</body></html>' % (b'<p>word word word</p>' * (3 << 20)))
   with gzip.open(directory / 'bomb.html.gz', 'wb', 9) as file:
     for _ in range(400):
       file.write(bytes(1 << 20))

@@ -108,7 +108,8 @@ def test_a_long_text_has_the_words_of_its_parts(monkeypatch):
 def test_the_measures_of_gopher_by_hand():
   text = '- The cat # ate 12 mice...\n• and it slept…\nwith 3 dogs'
   # -, The, cat, #, ate, 12, mice, ..., •, and, it, slept, …, with, 3, dogs: 16; 11 are no symbols
-  # and 9 have letters, of 14 between spaces; characters 3+3+3+2+4 + 3+2+5 + 4+1+4 = 34. ('and', 'with': stop words.)
+  # and 9 of the 14 between spaces have letters; characters 3+3+3+2+4 + 3+2+5 + 4+1+4 = 34.
+  # ('and', 'with': stop words.)
   assert judged(STAGES[1], text).verdicts == {
       'gopher.word_count': 11, 'gopher.mean_word_length': round(34 / 11, 4),
       'gopher.hash_ratio': round(1 / 16, 4), 'gopher.ellipsis_ratio': round(2 / 16, 4),
