@@ -94,8 +94,15 @@ def _write(texts):
         writer.write(document)
 
 
+def _read(paths):
+  folder, name = os.path.split(paths[0])
+  for _ in readers.WarcReader(folder, glob_pattern=name).run():
+    pass
+
+
 _trafilatura = _once(extractors.Trafilatura)
 STAGES = {
+    'read WARC': _read,
     'extract': lambda pages: [_trafilatura().extract(page) for page in pages],
     'normalise': _formatter(formatters.FTFYFormatter),
     'normalise, spoilt': _formatter(formatters.FTFYFormatter),

@@ -1,7 +1,7 @@
 """Sources of raw documents: what they are, how they are cut into blocks, how a block is read.
 
     for group in collect.groups(sources):           # files, from their names and sizes alone
-      for block in collect.split(group, report):    # one process; ~8 MiB of raw input each
+      for block in collect.split(group, report):    # one process; ~4 MiB of raw input each
         for document in collect.read(block, report):   # any process
           ...
 

@@ -11,7 +11,7 @@ from lm.errors import UserError
 # (name, reason): what was passed over, and a predicate without a full stop: 'is not JSON (...)'.
 Report = Callable[[str, str], None]
 
-PIECE_BYTES = 8 << 20  # Of raw input: large against what a process costs, small against its memory.
+PIECE_BYTES = 4 << 20  # Of raw input: large against what a task costs, small against a corpus.
 
 
 class File(NamedTuple):
