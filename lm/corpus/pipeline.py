@@ -126,6 +126,8 @@ def _write(corpus: Corpus, run_dir: Path, directories: Sequence[Path], numbers: 
   todo = [tasks.Shard(corpus.writer, run_dir, corpus.name, index, len(plan),
                       tuple(numbers[block] for block in blocks), tuple(directories))
           for index, blocks in enumerate(plan)]
+  for part in (*run_dir.glob('data/*.part'), *run_dir.glob('passports/*.part')):
+    part.unlink()  # Of a process that was killed.
   executor.run([shard for shard in todo if not shard.info.exists()], 'shards')
   return [files.read_json(shard.info) for shard in todo]
 
