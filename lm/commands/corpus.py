@@ -27,6 +27,8 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
   Raises:
     UserError: the config, the input or the flags are wrong.
   """
+  if args.flags and args.what != 'make':
+    raise UserError(f'{args.flags[0]} is no flag of `lm corpus {args.what}`; see `lm corpus --help`')
   if args.what == 'why':
     from lm.commands import corpus_why
     return corpus_why.execute(args, bindings)
@@ -38,7 +40,7 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
   config.read(args.gin_file, bindings, args.run_dir)
   corpus = config.build(pipeline.Corpus)
   run_dir = pathlib.Path(args.run_dir)
-  if not (run_dir / 'config.gin').exists():
+  if not (run_dir / 'corpus.json').exists():
     config.save(run_dir / 'config.gin')
   with _executor(args, corpus) as executor:
     result = pipeline.build(corpus, run_dir, config.text(), executor)

@@ -286,6 +286,8 @@ def test_a_finished_corpus_stands_and_another_is_refused(home, whole, monkeypatc
   assert 'choose another --run_dir' in capsys.readouterr().err
   assert main.main([*command(home, home / 'x'), '--bogus=1']) == 2
   assert '--bogus=1 is neither a flag of `lm corpus`' in capsys.readouterr().err
+  assert main.main(['corpus', 'why', f'--run_dir={whole}', '--setp=1']) == 2
+  assert '--setp=1 is no flag of `lm corpus why`' in capsys.readouterr().err
 
 
 def test_addresses_count_more_blocks_than_there_will_be():
