@@ -28,7 +28,8 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
     UserError: the config, the input or the flags are wrong.
   """
   if args.flags and args.what != 'make':
-    raise UserError(f'{args.flags[0]} is no flag of `lm corpus {args.what}`; see `lm corpus --help`')
+    raise UserError(f'{args.flags[0]} is no flag of `lm corpus {args.what}`; see `lm corpus '
+                    '--help`')
   if args.what == 'why':
     from lm.commands import corpus_why
     return corpus_why.execute(args, bindings)

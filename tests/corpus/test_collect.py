@@ -18,6 +18,7 @@ import zstandard
 from lm.corpus import collect
 from lm.corpus import write
 from lm.corpus.document import Document
+from lm.corpus.readers.piece import PIECE_BYTES
 from lm.errors import UserError
 
 RAW = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data' / 'raw'
@@ -212,7 +213,7 @@ def test_blocks_are_of_one_size_and_in_the_order_of_sources_and_paths(tmp_path):
   names = [file.name for group in groups for file in group.files]
   assert names == [f'b/2{n:02d}.txt' for n in range(100)] + [f'a/{n:03d}.txt' for n in range(200)]
   blocks = [block for group in groups for block in collect.split(group, print)]
-  assert len(blocks) == 5 and max(block.size for block in blocks) <= 8 << 20
+  assert len(blocks) == 8 and max(block.size for block in blocks) <= PIECE_BYTES
   assert groups == collect.groups(sources) and len({group.key for group in groups}) == len(groups)
   before = groups[0].key
   (tmp_path / '200.txt').write_text('changed')
