@@ -26,7 +26,6 @@ import flax.linen as nn
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-import numpy as np
 import optax
 
 from lm import config, doctor

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What each precision of gin/precision/ costs and loses: writes lm/training/PRECISION.md.
 
-  python scripts/benchmark_precision.py compile   # memory and cycles by the TPU compiler
+  python scripts/benchmark_precision.py compile   # what its table of the TPU compiler has not yet
   python scripts/benchmark_precision.py train     # losses on the quickstart's data
 """
 import argparse
@@ -64,9 +64,11 @@ def lm(*args: str, gin: tuple[str, ...], bindings: dict) -> dict:
 
 
 def compile_all(figures: dict) -> None:
-  """Fills in memory and cycles."""
+  """Fills in memory and cycles where the table has none."""
   for topology in TOPOLOGIES:
     for name in PRECISIONS:
+      if name in figures.get(topology, {}):
+        continue
       result = lm('compile', f'--topology={topology}', bindings=LARGE, gin=(
           'gin/models/llama2_7b.gin', *COMMON, 'gin/mesh/fsdp.gin', f'gin/precision/{name}.gin'))
       figures.setdefault(topology, {})[name] = {

@@ -14,7 +14,6 @@ from typing import Any
 from lm.corpus import card
 from lm.corpus import collect
 from lm.corpus import files
-from lm.corpus import passports
 from lm.corpus import steps
 from lm.corpus import summary
 from lm.corpus import tasks

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 from lm.corpus.document import Document
 from lm.corpus.readers import streams
-from lm.corpus.readers.piece import damaged, File, Packer, Piece, Report, too_long
+from lm.corpus.readers.piece import File, Packer, Piece, Report, too_long
 
 if TYPE_CHECKING:
   from lm.corpus.collect import Source
