@@ -34,8 +34,9 @@ Written by `python scripts/benchmark_precision.py compile` and `... train`.
 Llama 2 7B's dimensions, four layers, parameters over all devices (fsdp), 8 sequences of 4,096
 tokens, AdamW, remat 'full': HBM a device at the peak, and cycles by the compiler's own estimate
 with those of the kernels, if they never wait. A product in int8 takes half the cycles of one in
-bfloat16 on a v5e, but with 4,096 tokens a chip quantising takes more than that back. float16 has
-no attention kernel on TPUs.
+bfloat16 on a v5e, but with 4,096 tokens a chip quantising takes more than that back. A v5e has no
+products of 8-bit floats: there their operands are rounded to fp8 and multiplied in bfloat16.
+float16 has no attention kernel on TPUs.
 
 """
 TRAINED = """
