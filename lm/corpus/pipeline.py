@@ -74,12 +74,15 @@ def build(corpus: Corpus, run_dir: Path, config: str, executor: tasks.Executor) 
     groups = collect.groups(corpus.sources)
     identity = _digest(repr(corpus), repr(groups), _code(), repr(_versions()))
     finished = files.read_json(run_dir / 'corpus.json')
+    work = run_dir / 'work'
     if finished is not None and finished['identity'] == identity:
+      shutil.rmtree(work, ignore_errors=True)  # What a kill at the very end left.
       return finished
     if finished is not None:
       raise UserError(f'{run_dir} holds a corpus of other sources, stages or versions; choose '
                       'another --run_dir, or delete it.')
-    work = run_dir / 'work'
+    if not work.exists():
+      _refuse(run_dir / 'data', run_dir / 'passports')
     started = time.monotonic()
     directories, numbers = _segments(corpus, groups, work, executor)
     shards = _write(corpus, run_dir, directories, numbers, executor)
@@ -122,13 +125,25 @@ def _write(corpus: Corpus, run_dir: Path, directories: Sequence[Path], numbers: 
   """Writes the shards and their passports; returns what is known of each shard."""
   sizes = [tasks.counts(directories[-1], number)['bytes'] for number in numbers]
   plan = corpus.writer.plan(sizes)
-  todo = [tasks.Shard(corpus.writer, run_dir, corpus.name, index, len(plan),
+  staged = directories[-1] / f'shards-{_digest(repr(corpus.writer), corpus.name)}'
+  todo = [tasks.Shard(corpus.writer, staged, corpus.name, index, len(plan),
                       tuple(numbers[block] for block in blocks), tuple(directories))
           for index, blocks in enumerate(plan)]
-  for part in (*run_dir.glob('data/*.part'), *run_dir.glob('passports/*.part')):
-    part.unlink()  # Of a process that was killed.
   executor.run([shard for shard in todo if not shard.info.exists()], 'shards')
+  for part in staged.glob('*/*.part'):
+    part.unlink()  # Of a process that was killed.
+  for name in ('data', 'passports'):  # So that they are there whole, and of this corpus alone.
+    if (staged / name).exists():
+      _refuse(run_dir / name)
+      (staged / name).rename(run_dir / name)
   return [files.read_json(shard.info) for shard in todo]
+
+
+def _refuse(*directories: Path) -> None:
+  """Raises UserError if one of the directories is there, which then is somebody else's."""
+  for directory in filter(Path.exists, directories):
+    raise UserError(f'{directory} is in the way of the corpus; move it, or choose another '
+                    '--run_dir.')
 
 
 def _conclude(corpus: Corpus, run_dir: Path, directories: Sequence[Path], numbers: Sequence[int],

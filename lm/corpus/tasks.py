@@ -12,7 +12,8 @@ process, the same command goes on. In the directory of the work lie
       <block>.keys-<round>     records of the grouping that ends the segment, sorted by key
       resolved-<round>-...     what followed from a partition of them
       decisions-<round>.npy    what followed from all; of the last round: decisions.npy
-      <block>.kept             in the last segment: passports; shard-... what is known of a shard
+      <block>.kept             in the last segment: passports
+      shards-<digest>/         there too: the shards until all are written, what is known of each
       complete.json            the blocks of the segment; written when all is done
 """
 
@@ -281,7 +282,7 @@ class Shard(_Task):
 
   Attributes:
     writer: of which form.
-    run_dir: of the corpus.
+    directory: of its products: data/, passports/ and what is known of each shard.
     name: of the corpus.
     index: of the shard.
     count: of shards.
@@ -290,7 +291,7 @@ class Shard(_Task):
   """
 
   writer: write.Writer
-  run_dir: Path
+  directory: Path
   name: str
   index: int
   count: int
@@ -300,7 +301,7 @@ class Shard(_Task):
   @property
   def info(self) -> Path:
     """What is known of the shard; a shard that has it is whole."""
-    return self.directories[-1] / f'shard-{self.index:05d}-of-{self.count:05d}.json'
+    return self.directory / f'shard-{self.index:05d}-of-{self.count:05d}.json'
 
   def run(self, watch: steps.Watch) -> None:
     """Leaves the shard, its two files of passports, and what is known of it."""
@@ -309,9 +310,9 @@ class Shard(_Task):
     documents = (document for name in names
                  for document in steps.unpack((self.directories[-1] / f'{name}.docs').read_bytes()))
     shard = self.writer.write(
-        write.stem(self.run_dir / 'data', self.name, self.index, self.count), documents)
+        write.stem(self.directory / 'data', self.name, self.index, self.count), documents)
     merged = lambda kind: Path(
-        write.stem(self.run_dir / 'passports', kind, self.index, self.count) + '.parquet')
+        write.stem(self.directory / 'passports', kind, self.index, self.count) + '.parquet')
     passports.merge([self.directories[-1] / f'{name}.kept' for name in names], merged('kept'),
                     shard.file)
     passports.merge([directory / f'{name}.removed' for name in names

@@ -230,7 +230,7 @@ def test_killed_at_any_time_it_ends_with_the_same_bytes(home, whole):
   out, rng, kills, seen = home / 'killed', random.Random(1), 0, {}
   flags = [sys.executable, '-m', 'lm.main', *command(home, out)]
   made = lambda: sum(len(list(out.glob(pattern))) for pattern in (
-      'work/*/*.done', 'work/*/complete.json', 'data/*'))
+      'work/*/*.done', 'work/*/complete.json', 'work/*/shards-*/data/*'))
   for limit in (1, 6, 11, 16, 21, 29, 999):  # 24 blocks are done in 6 segments, then 3 shards.
     process = subprocess.Popen(flags, cwd=ROOT, stderr=subprocess.DEVNULL)
     while process.poll() is None and made() < limit:
@@ -246,6 +246,37 @@ def test_killed_at_any_time_it_ends_with_the_same_bytes(home, whole):
     seen = done
   assert process.returncode == 0 and kills >= 5
   assert products(out) == products(whole)
+
+
+@needs_data
+def test_another_form_after_a_kill_leaves_no_shard_of_the_first(home, whole):
+  out = home / 'changed'
+  flags = [sys.executable, '-m', 'lm.main', *command(home, out)]
+  process = subprocess.Popen(flags, cwd=ROOT, stderr=subprocess.DEVNULL)
+  while process.poll() is None and not list(out.glob('work/*/shards-*/shard-*.json')):
+    time.sleep(0.002)
+  process.kill()
+  process.wait()
+  assert not (out / 'corpus.json').exists() and not (out / 'data').exists()
+  subprocess.run([*flags, '--gin.FORMAT="parquet"', '--gin.SHARD_BYTES=400000'], cwd=ROOT,
+                 check=True, capture_output=True)
+  found = json.loads((out / 'corpus.json').read_text())['shards']
+  assert {path.name for path in (out / 'data').iterdir()} == {shard['file'] for shard in found}
+  assert all(shard['file'].endswith('.parquet') for shard in found)
+  assert len(list((out / 'passports').iterdir())) == 2 * len(found) and not (out / 'work').exists()
+  records = lambda run: [record['text'] for path in sorted((run / 'data').iterdir())
+                         for record in write.read(path)]
+  assert records(out) == records(whole)
+
+
+@needs_data
+def test_files_of_somebody_else_are_not_touched(home, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  (tmp_path / 'data').mkdir()
+  (tmp_path / 'data' / 'mine').write_text('mine')
+  assert main.main(command(home, tmp_path)) == 2
+  assert 'data is in the way of the corpus' in capsys.readouterr().err
+  assert (tmp_path / 'data' / 'mine').read_text() == 'mine' and not (tmp_path / 'work').exists()
 
 
 @needs_data
@@ -282,6 +313,8 @@ def test_a_finished_corpus_stands_and_another_is_refused(home, whole, monkeypatc
   assert {path: path.stat().st_mtime_ns for path in whole.rglob('*')
           if path.name != '.lock'} == {path: when for path, when in before.items()
                                        if path.name != '.lock'}
+  (whole / 'work').mkdir()  # As if a kill had come while it was deleted.
+  assert main.main(['corpus', f'--run_dir={whole}']) == 0 and not (whole / 'work').exists()
   assert main.main([*command(home, whole), '--gin.LANGUAGES=("en",)']) == 2
   assert 'choose another --run_dir' in capsys.readouterr().err
   assert main.main([*command(home, home / 'x'), '--bogus=1']) == 2
