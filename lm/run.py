@@ -30,6 +30,7 @@ import optax
 
 from lm import config, doctor
 from lm.data import objectives, vocabularies
+from lm.data.examples import ExampleTask, PreparedExamples
 from lm.data.loader import Example, Loader
 from lm.data.mixtures import Mixture, PreparedMixture
 from lm.data.tasks import Prepared, TextTask
@@ -55,7 +56,7 @@ from lm.training.position import Position
 from lm.training.state import abstract_params
 
 
-Data = Prepared | PreparedMixture
+Data = Prepared | PreparedMixture | PreparedExamples
 ModelConfig = (GPTConfig | BERTConfig | T5Config | TransformerXLConfig | ClassifierConfig
                | TaggerConfig | SpanConfig | EmbedderConfig | DualEncoderConfig)
 
@@ -64,12 +65,12 @@ ModelConfig = (GPTConfig | BERTConfig | T5Config | TransformerXLConfig | Classif
 class Experiment:
   """All that defines a run; `gin/runs/*.gin` binds it.
 
-  task: a text, or a mixture of texts, each with an objective of its own.
+  task: a text, or a mixture of texts, each with an objective of its own; or labelled examples.
   objective, loss: what the model is asked, and how its answer counts.
   prompts: texts that the trained model goes on with, for the report.
   writers: who get the metrics beside metrics.jsonl and TensorBoard; see `lm/training/writers.py`.
   """
-  task: TextTask | Mixture
+  task: TextTask | Mixture | ExampleTask
   model: ModelConfig
   optimizer: Optimizer
   train: TrainConfig
@@ -89,7 +90,8 @@ class Experiment:
       raise ValueError(f'batch_ramp={self.train.batch_ramp} does not go with contiguous=True, '
                        'where each row of a batch goes on with that of the batch before; bind one '
                        'alone')
-    if isinstance(self.task, TextTask) and self.task.vocabulary.kind in vocabularies.TRAINED:
+    own = getattr(self.task, 'vocabulary', None)  # A mixture has its tasks'.
+    if own is not None and own.kind in vocabularies.TRAINED:
       size = self.task.vocabulary.size
       if size > self.model.vocab_size:
         raise ValueError(f'the model has vocab_size={self.model.vocab_size} and the vocabulary '
@@ -232,14 +234,17 @@ def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts, watched:
   return prepared, result
 
 
-def _objective(experiment: Experiment, prepared: Data) -> objectives.Objective:
-  """What the model is asked (of a mixture, first), bound to the vocabulary.
+def _objective(experiment: Experiment, prepared: Data) -> Any:
+  """What the model is asked (of a mixture, first; of examples, their form), bound to the
+  vocabulary.
 
   Raises:
     UserError: the vocabulary, with the objective's own ids, has more ids than the model.
   """
   if isinstance(prepared, PreparedMixture):
     objective = prepared.bound_objectives[0]
+  elif isinstance(prepared, PreparedExamples):
+    objective = prepared.form
   else:
     objective = experiment.objective.bind(prepared.vocabulary)
   if objective.vocab_size > experiment.model.vocab_size:
@@ -251,7 +256,7 @@ def _objective(experiment: Experiment, prepared: Data) -> objectives.Objective:
 def _loader(experiment: Experiment, prepared: Data, split: str, seed: int) -> Loader:
   """Batches of a split under the run's objective."""
   objective, settings = _objective(experiment, prepared), experiment.train
-  if isinstance(prepared, PreparedMixture):
+  if isinstance(prepared, (PreparedMixture, PreparedExamples)):
     return prepared.loader(split, settings.sequence_length, settings.batch_size, seed)
   return Loader(prepared.cache(split), settings.sequence_length, settings.batch_size, seed,
                 objective)

@@ -4,6 +4,7 @@ In: the documents of `lm.corpus`. Out: numpy batches under SeqIO's feature names
 function of (seed, step).
 
     TextTask.prepare()  documents -> vocabulary -> SeqIO task -> ArrayRecord cache  (once, offline)
+    ExampleTask.prepare()  labelled examples -> tokens -> cache                     (once)
     Loader.iterate()    cache -> packed sequences -> objective -> batches           (every step)
 
 Change `splits.py` for what is held out, `vocabularies.py` and `vocabulary_training.py` for text <->
@@ -12,5 +13,6 @@ other `tokenizer_*.py` for those of other projects), `vocabulary_measures.py` fo
 `seqio_tasks.py` for what happens to a document before it is cached (the only file here that imports
 TensorFlow), `cache.py`, `shards.py` and `build.py` for how the cache lies on disk and is built,
 `packing.py` for how documents fill sequences, `objectives/` for what the model is asked to predict,
-`loader.py` for batching and prefetch, `mixtures.py` for several tasks at once.
+`loader.py` for batching and prefetch, `mixtures.py` for several tasks at once, `examples/` for
+labelled examples.
 """

@@ -221,12 +221,12 @@ class TokenCache:
     return len(self.lengths)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns {'tokens': int32 [length], 'name': of the document}, for validation also 'text'."""
+    """Returns {'tokens': int32 [length], 'name': of the document}, and 'text' where it was kept."""
     index = range(len(self))[index]
     parts = [decode_record(r) for r in self._read(self._first[index], self._first[index + 1])]
     tokens = np.concatenate([tokens for tokens, _, _ in parts])
     document: dict[str, Any] = {'tokens': tokens, 'name': parts[0][1]}
-    if self.split != 'train':
+    if self.split != 'train' or parts[0][2]:
       document['text'] = parts[0][2]
     return document
 

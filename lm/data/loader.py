@@ -85,7 +85,7 @@ class ObjectiveRows:
 
   def _make(self, row: int, drawn: list[int]) -> objectives.Features:
     """Returns the features of a row, and appends the packed rows that the objective drew."""
-    rng = _generator(self._key, row)
+    rng = generator(self._key, row)
 
     def draw() -> packing.Packed:
       epoch, place = divmod(row, len(self))
@@ -258,7 +258,7 @@ class _Batches(grain.MapDataset[objectives.Features]):
 _thread = threading.local()
 
 
-def _generator(key: np.ndarray, row: int) -> np.random.Generator:
+def generator(key: np.ndarray, row: int) -> np.random.Generator:
   """Returns this thread's generator, set to the beginning of a row's own random numbers.
 
   Philox counts: with the seed as its key, 2**128 numbers of the counter belong to each row. Setting

@@ -166,9 +166,9 @@ class ConcatThenSplit(grain.MapDataset[Packed]):
       for epoch in self._epochs:
         if epoch.number == number:
           return epoch
-      documents = _permutation(len(self._cache.lengths), self._seed, number, 0)
+      documents = permutation(len(self._cache.lengths), self._seed, number, 0)
       starts = np.concatenate([[0], np.cumsum(self._cache.lengths[documents])])
-      epoch = _Epoch(number, documents, starts, _permutation(len(self), self._seed, number, 1))
+      epoch = _Epoch(number, documents, starts, permutation(len(self), self._seed, number, 1))
       self._epochs = (epoch, *self._epochs[:1])
       return epoch
 
@@ -212,7 +212,7 @@ class Contiguous(ConcatThenSplit):
     return self._epoch(number), start, stop
 
 
-def _permutation(size: int, *key: int) -> np.ndarray:
+def permutation(size: int, *key: int) -> np.ndarray:
   """Returns a permutation of range(size) that is a function of the key, in every version of numpy.
 
   `Generator.permutation` may change between versions (NEP 19); a bit generator's raw output may

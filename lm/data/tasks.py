@@ -161,7 +161,7 @@ def locate(task: TextTask) -> Places:
   root = Path(task.cache_dir).expanduser()
   documents = splits.fingerprint(task.files, root)
   texts = _digest(documents, task.held_out_fraction, *map(_source, _READING))
-  imported = _imported(task.vocabulary)
+  imported = digests_of_vocabulary(task.vocabulary)
   vocabulary = root / 'vocabularies' / _digest(
       texts,
       dataclasses.asdict(task.vocabulary),
@@ -179,7 +179,7 @@ def locate(task: TextTask) -> Places:
   return Places(root / f'texts-{texts}', vocabulary, directory, root / f'texts-{texts}.lock')
 
 
-def _imported(config: vocabularies.VocabularyConfig) -> list[str]:
+def digests_of_vocabulary(config: vocabularies.VocabularyConfig) -> list[str]:
   """Returns digests of all that makes the ids of an imported vocabulary: its files, our readers;
   or of one that the package `tokenizers` trains."""
   if config.kind in vocabularies.TOKENIZERS:

@@ -85,16 +85,16 @@ class MaskedLMHead(nn.Module):
 
 
 class Pooler(nn.Module):
-  """tanh(dense(the first token)): what BERT says of a whole row."""
+  """tanh(dense(the first token)): what BERT says of a text."""
   d_model: int
   std: float
 
   @nn.compact
-  def __call__(self, hidden_BTD: Float[Array, 'B T D']) -> Float[Array, 'B D']:
-    """[B, T, D] -> [B, D]."""
+  def __call__(self, first: Float[Array, '*rows D']) -> Float[Array, '*rows D']:
+    """[..., D] -> [..., D]."""
     dense = Linear((self.d_model,), (self.d_model,), ('embed', 'act_embed'), self.std, True,
                    name='dense')
-    return jnp.tanh(dense(hidden_BTD[:, 0]))
+    return jnp.tanh(dense(first))
 
 
 class Classifier(nn.Module):
@@ -143,6 +143,21 @@ def pool(hidden_BTD: Float[Array, 'B T D'], mask_BT: Bool[Array, 'B T'], kind: P
   sum_BD = jnp.einsum('btd,bt->bd', hidden_BTD.astype(jnp.float32), weights_BT,
                       precision='highest')
   return sum_BD / jnp.maximum(weights_BT.sum(1, keepdims=True), 1e-9)
+
+
+def pool_segments(hidden_BTD: Float[Array, 'B T D'], segment_ids_BT: Int[Array, 'B T'],
+                  num_segments: int, kind: Pooling) -> Float[Array, 'B K D']:
+  """One vector for each of the segments 1..K of a row, float32, as `pool` gives it of a row alone;
+  0 of a segment that the row does not have."""
+  is_of_BKT = segment_ids_BT[:, None] == jnp.arange(1, num_segments + 1)[:, None]
+  if kind == 'mean':
+    weights_BKT = is_of_BKT / jnp.maximum(is_of_BKT.sum(-1, keepdims=True), 1)
+  else:
+    edge = jnp.argmax(is_of_BKT, -1) if kind == 'cls' else (
+        is_of_BKT.shape[-1] - 1 - jnp.argmax(is_of_BKT[..., ::-1], -1))
+    weights_BKT = is_of_BKT & (edge[..., None] == jnp.arange(is_of_BKT.shape[-1]))
+  return jnp.einsum('btd,bkt->bkd', hidden_BTD.astype(jnp.float32),
+                    weights_BKT.astype(jnp.float32), precision='highest')
 
 
 def normalize(x: Float[Array, '*rows D']) -> Float[Array, '*rows D']:

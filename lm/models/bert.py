@@ -343,7 +343,7 @@ class BERT(nn.Module):
     if self.config.masked_lm:
       self.scores(hidden_BTD)
     if self.config.pooler:
-      pooled_BD = self.pooled(hidden_BTD)
+      pooled_BD = self.pooled(hidden_BTD[:, 0])
     if self.config.sentence_classes:
       self.sentence_head(pooled_BD)
 
@@ -370,7 +370,7 @@ class BERT(nn.Module):
     has_classes = bool(cfg.sentence_classes) and 'class_labels' in batch
     hidden = self.encode(batch, draws, None if has_classes else places)
     if has_classes:
-      outputs['classes'] = self.sentence_head(self.pooled(hidden))
+      outputs['classes'] = self.sentence_head(self.pooled(hidden[:, 0]))
       hidden = _at(places, hidden)
     if places is not None:
       outputs['tokens'] = self.scores(hidden)
@@ -389,6 +389,6 @@ class BERT(nn.Module):
     """Scores of the token that stands at each place, float32."""
     return self.scores(hidden_BPD).logits()
 
-  def pooled(self, hidden_BTD: Float[Array, 'B T D']) -> Float[Array, 'B D']:
-    """What the pooler makes of the first token."""
-    return self.pooler(hidden_BTD)
+  def pooled(self, first: Float[Array, '*rows D']) -> Float[Array, '*rows D']:
+    """What the pooler makes of first tokens."""
+    return self.pooler(first)

@@ -3,7 +3,8 @@
 A trunk is a config of this folder whose module has `encode`: BERT, GPT, or T5's encoder alone. Its
 parameters stand under 'trunk', those of the head beside them, so that a pretrained trunk is put in
 by name. A head takes batches with the features of an encoder or of a decoder, whichever its trunk
-reads, and each row is one document.
+reads. Each row is one document, or several in segments (`class_weights` [B, K]), each with its
+class.
 """
 import collections
 import dataclasses
@@ -61,7 +62,7 @@ class _OnTrunk:
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig(_OnTrunk):
-  """Classes of sequences: `outputs` gives 'classes' [B, C].
+  """Classes of sequences: `outputs` gives 'classes' [B, C], or [B, K, C] of K segments a row.
 
   pooling: 'pooler' is BERT's tanh(dense(first token)), 'cls' the first token, 'last' the last.
   head_dropout_rate: on what is pooled.
@@ -171,14 +172,15 @@ class _Head(nn.Module):
     self.outputs({'encoder_input_tokens': jnp.zeros((1, 1), jnp.int32)})
 
   def hidden(self, batch, draws):
-    """Hidden states [B, T, D], the mask of what is not padding [B, T], and draws for the head."""
+    """Hidden states [B, T, D], the segment of each token [B, T], 0 of padding, and draws for the
+    head."""
     prefix = 'encoder' if 'encoder_input_tokens' in batch else 'decoder'
     features = {f'{side}_{name}': batch[f'{prefix}_{name}'] for side in ('encoder', 'decoder')
                 for name in _FEATURES if f'{prefix}_{name}' in batch}
     of_trunk, of_head = linear.split(draws, 2)
     hidden_BTD = self.trunk.encode(features, of_trunk)
     segment_ids = features.get('encoder_segment_ids', jnp.ones(hidden_BTD.shape[:2], jnp.int32))
-    return hidden_BTD, segment_ids > 0, of_head
+    return hidden_BTD, segment_ids, of_head
 
 
 class Classifier(_Head):
@@ -186,13 +188,19 @@ class Classifier(_Head):
 
   def outputs(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None,
               carry: None = None) -> tuple[dict[str, Any], None]:
-    """What a loss scores: 'classes', float32 logits [B, C] for `class_labels`."""
-    hidden_BTD, mask_BT, draws = self.hidden(batch, draws)
-    if self.config.pooling == 'pooler':
-      pooled_BD = self.trunk.pooled(hidden_BTD)
+    """What a loss scores: 'classes', float32 logits for `class_labels`: [B, C], or [B, K, C] where
+    the batch has `class_weights` [B, K] of segments 1..K."""
+    hidden_BTD, segment_ids_BT, draws = self.hidden(batch, draws)
+    pooling = self.config.pooling
+    kind = 'cls' if pooling == 'pooler' else pooling
+    if batch.get('class_weights', segment_ids_BT[:, 0]).ndim == 2:
+      pooled = heads.pool_segments(hidden_BTD, segment_ids_BT, batch['class_weights'].shape[1],
+                                   kind)
     else:
-      pooled_BD = heads.pool(hidden_BTD, mask_BT, self.config.pooling)
-    return {'classes': self.head(pooled_BD, draws)}, carry
+      pooled = heads.pool(hidden_BTD, segment_ids_BT > 0, kind)
+    if pooling == 'pooler':
+      pooled = self.trunk.pooled(pooled.astype(hidden_BTD.dtype))
+    return {'classes': self.head(pooled, draws)}, carry
 
 
 class Tagger(_Head):
@@ -216,7 +224,8 @@ class SpanExtractor(_Head):
   def outputs(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None,
               carry: None = None) -> tuple[dict[str, Any], None]:
     """What a loss scores: 'starts' and 'ends', float32 logits [B, T]; of padding -1e9."""
-    starts_BT, ends_BT = self.head(*self.hidden(batch, draws))
+    hidden_BTD, segment_ids_BT, draws = self.hidden(batch, draws)
+    starts_BT, ends_BT = self.head(hidden_BTD, segment_ids_BT > 0, draws)
     return {'starts': starts_BT, 'ends': ends_BT}, carry
 
 
@@ -240,7 +249,8 @@ class Embedder(_Head):
     length_B1 = jnp.max((tokens_BT != 0) * (places + 1), axis=1, keepdims=True)
     is_text = places < length_B1
     batch = {'encoder_input_tokens': tokens_BT, 'encoder_segment_ids': is_text.astype(jnp.int32)}
-    return self.head(*self.hidden(batch, draws)[:2])
+    hidden_BTD, segment_ids_BT, _ = self.hidden(batch, draws)
+    return self.head(hidden_BTD, segment_ids_BT > 0)
 
   def outputs(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None,
               carry: None = None) -> tuple[dict[str, Any], None]:

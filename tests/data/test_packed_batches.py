@@ -210,7 +210,7 @@ def test_a_dataset_travels_to_other_processes():
 
 def test_the_order_is_the_same_in_every_version():
   """A golden order: were it to change, no run could be resumed by a newer installation."""
-  assert packing._permutation(8, 1, 2, 0).tolist() == [5, 6, 3, 2, 1, 0, 4, 7]
+  assert packing.permutation(8, 1, 2, 0).tolist() == [5, 6, 3, 2, 1, 0, 4, 7]
 
 
 def test_sizes_out_of_range_are_refused():

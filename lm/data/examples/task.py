@@ -1,0 +1,338 @@
+"""A task of labelled examples, and its way from files to a standing cache.
+
+    <cache_dir>/<name>-<digest>/
+      info.json                     provenance, labels; written last
+      train-00000.array_record      an example a record: its canonical form, and its tokens
+      train.lengths.npy, train.sizes.npy
+      vocabulary/
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+import shutil
+import sys
+from typing import Any, Iterator, Literal, Optional, Tuple
+
+import numpy as np
+from tqdm import tqdm
+
+from lm.corpus.document import Document
+from lm.data import cache
+from lm.data import loader
+from lm.data import tasks
+from lm.data import vocabularies
+from lm.data import vocabulary_training
+from lm.data.examples import forms
+from lm.data.examples import kinds
+from lm.data.examples import sources
+from lm.data.examples.rows import ExampleRows
+from lm.data.examples.template import Template
+from lm.errors import UserError
+
+_SOURCES = ('forms.py', 'kinds.py', 'sources.py', 'task.py', 'template.py')
+_FORMAT = 1
+_SHOWN = 3  # Bad records that an error names.
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleTask:
+  """Labelled examples: where they lie, what they are, how they are put to a model.
+
+  Attributes:
+    source: gives records of each split; see `sources`.
+    kind: what a record means; see `kinds`.
+    form: 'encoder' for a model with a head, 'text_to_text' for T5, 'decoder' for GPT, 'embedder'
+      for two texts compared.
+    template: prompt and target of models that write text.
+    vocabulary: one trained on the training split, or another project's.
+    target_length: tokens of a row of the decoder's side, of 'text_to_text'.
+    packed: puts as many examples into a row as it holds.
+    augmentations: change training examples anew in each epoch, in this order.
+    cache_dir: where vocabularies and caches are kept; safe to delete, safe to share.
+    name: in predictions and in the cache directory's name.
+  """
+
+  source: Any
+  kind: kinds.Kind
+  form: forms.Name = 'encoder'
+  template: Template = Template()
+  vocabulary: vocabularies.VocabularyConfig = vocabularies.VocabularyConfig()
+  target_length: int = 128
+  packed: bool = True
+  augmentations: Tuple[Any, ...] = ()
+  cache_dir: str = '~/.cache/lm'
+  name: str = 'examples'
+
+  def __post_init__(self) -> None:
+    if self.form not in forms.FORMS:
+      raise UserError(f'form={self.form!r} must be one of {sorted(forms.FORMS)}.')
+    if not self.name or not self.name.replace('_', '').isalnum():
+      raise UserError(f'name={self.name!r} must be letters, digits and underscores.')
+    if self.target_length < 1:
+      raise UserError(f'target_length={self.target_length} must be at least 1.')
+
+  def prepare(self, progress: bool = True) -> PreparedExamples:
+    """Returns the task's cache, building what is missing of it.
+
+    Raises:
+      UserError: records cannot be read or are no examples of the kind; all are looked at, the first
+        ones named.
+    """
+    root = Path(self.cache_dir).expanduser()
+    digest = _digest(self)
+    directory = root / f'{self.name}-{digest}'
+    if not (directory / 'info.json').exists():
+      with cache.lock(root / f'{self.name}-{digest}.lock'):
+        if not (directory / 'info.json').exists():
+          _build(self, directory, digest, progress)
+    info = json.loads((directory / 'info.json').read_text('utf-8'))
+    return PreparedExamples(self, directory, vocabularies.load(directory / 'vocabulary'), info)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedExamples:
+  """A standing cache of examples: what training and evaluation need of a task.
+
+  Attributes:
+    task: as it was bound.
+    directory: of the cache.
+    vocabulary: made its ids.
+    info: provenance, `info['splits'][split]['documents']` (examples), `info['labels']`.
+  """
+
+  task: ExampleTask
+  directory: Path
+  vocabulary: vocabularies.Vocabulary
+  info: dict[str, Any]
+
+  @property
+  def kind(self) -> Any:
+    """The task's kind, its labels resolved."""
+    return _resolved(self.task.kind, self.info['labels'])
+
+  @property
+  def form(self) -> forms.Form:
+    """The task's form, bound."""
+    return _bind(self.task, self.kind, self.vocabulary)
+
+  @property
+  def vocab_size(self) -> int:
+    """Ids of the vocabulary and of what the form adds to it."""
+    return self.form.vocab_size
+
+  def cache(self, split: str) -> ExampleCache:
+    """Opens a split.
+
+    Raises:
+      UserError: the task has no such split.
+    """
+    if split not in self.info['splits']:
+      raise UserError(f'The task {self.task.name!r} has no split {split!r}; it has'
+                      f' {sorted(self.info["splits"])}.')
+    return ExampleCache(self.directory, split)
+
+  def lengths(self, sequence_length: int) -> forms.Lengths:
+    """Returns the lengths of a row."""
+    many = self.task.packed and self.task.form != 'embedder'
+    return forms.Lengths(sequence_length, self.task.target_length,
+                         max(1, sequence_length // 4) if many else 1)
+
+  def rows(self, split: str, sequence_length: int, seed: int) -> ExampleRows:
+    """Returns the stream of rows of a split; see `rows`. Training rows are augmented."""
+    examples, form, augment, growth = self.cache(split), self.form, None, 1.0
+    augmentations = self.task.augmentations if split == sources.TRAIN else ()
+    if augmentations:
+      growth = float(np.prod([augmentation.growth for augmentation in augmentations]))
+
+      def augment(index: int, rng: np.random.Generator) -> forms.Encoded:
+        example = examples.example(index)
+        for augmentation in augmentations:
+          example = augmentation(example, rng)
+        return form.encode(example)
+
+    return ExampleRows(examples, form, self.lengths(sequence_length), seed, augment, growth)
+
+  def loader(self, split: str, sequence_length: int, batch_size: int, seed: int) -> loader.Loader:
+    """Returns the batches of a split; `batch_size` counts rows."""
+    return loader.Loader.of_rows(self.rows(split, sequence_length, seed), batch_size)
+
+  def tell(self, split: str, sequence_length: int) -> Optional[str]:
+    """Returns a sentence about the examples that are too long for a row, if there are any."""
+    examples, form = self.cache(split), self.form
+    inputs, targets = form.size(*examples.sizes.T)
+    limit = self.task.target_length if self.task.form == 'text_to_text' else np.inf
+    cut = int(((inputs > sequence_length) | (targets > limit)).sum())
+    if not cut:
+      return None
+    return (f'{cut} of {len(inputs)} {split} examples of {self.task.name} are longer than'
+            f' sequence_length={sequence_length}'
+            + (f' or target_length={limit}' if self.task.form == 'text_to_text' else '')
+            + f' and are cut (the longest has {inputs.max()} tokens'
+            + (f', its target {targets.max()}' if self.task.form == 'text_to_text' else '') + ')')
+
+
+class ExampleCache:
+  """One split: `example(i)` is canonical, `encoded(i)` its tokens.
+
+  Safe to share between threads and to pickle to other processes.
+
+  Attributes:
+    sizes: int32 [examples, 3], tokens of a, of b (-1: none), and targets.
+  """
+
+  def __init__(self, directory: Path, split: str):
+    self._cache = cache.TokenCache(directory, split)
+    self.sizes = np.load(directory / f'{split}.sizes.npy')
+
+  def __len__(self) -> int:
+    return len(self.sizes)
+
+  def example(self, index: int) -> kinds.Example:
+    """Returns the canonical example."""
+    return json.loads(self._cache[index]['text'])['example']
+
+  def encoded(self, index: int) -> forms.Encoded:
+    """Returns the tokens."""
+    record = self._cache[index]
+    tokens, rest = record['tokens'], json.loads(record['text'])
+    size_a, size_b, _ = self.sizes[index]
+    b = None if size_b < 0 else tokens[size_a:]
+    return forms.Encoded(tokens[:size_a], b, np.array(rest['targets'], np.int32), rest['value'])
+
+
+def _resolved(kind: kinds.Kind, labels: Optional[list[str]]) -> kinds.Kind:
+  return dataclasses.replace(kind, labels=tuple(labels)) if kind.labelled else kind
+
+
+def _bind(task: ExampleTask, kind: kinds.Kind, vocabulary: vocabularies.Vocabulary) -> forms.Form:
+  return forms.FORMS[task.form](kind=kind, vocabulary=vocabulary, template=task.template).bind(
+      vocabulary)
+
+
+def _digest(task: ExampleTask) -> str:
+  """What a cache depends on: the files, the task but for augmentations and lengths, our code."""
+  own = Path(__file__).parent
+  parts = [
+      _FORMAT, task.source.digest(), dataclasses.asdict(task.source),
+      type(task.kind).__name__, dataclasses.asdict(task.kind), task.form,
+      dataclasses.asdict(task.template), dataclasses.asdict(task.vocabulary),
+      tasks.digests_of_vocabulary(task.vocabulary),
+      [hashlib.sha256((own / name).read_bytes()).hexdigest() for name in _SOURCES],
+  ]
+  return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _build(task: ExampleTask, directory: Path, digest: str, progress: bool) -> None:
+  """Reads all splits, then writes the cache, whole or not at all."""
+  found = {split: _read(task, split, progress) for split in task.source.splits()}
+  if not found.get(sources.TRAIN) and not any(found.values()):
+    raise UserError(f'The task {task.name!r} has no example; name files with some.')
+  labels = _labels(task, found)
+  vocabulary = _vocabulary(task, found)
+  form = _bind(task, _resolved(task.kind, labels), vocabulary)
+  temporary = directory.with_name(f'{directory.name}.{os.getpid()}.part')
+  shutil.rmtree(temporary, ignore_errors=True)
+  with cache.writing(directory):
+    temporary.mkdir(parents=True)
+    vocabulary.save(temporary / 'vocabulary')
+  splits = {split: _write(temporary, split, examples, form, progress)
+            for split, examples in found.items()}
+  info = {
+      'splits': splits, 'labels': labels, 'digests': {'texts': digest},
+      'vocabulary': {'digest': vocabulary.digest, 'size': vocabulary.size},
+  }
+  cache.write_whole(temporary / 'info.json', (json.dumps(info, indent=2) + '\n').encode())
+  shutil.rmtree(directory, ignore_errors=True)
+  os.replace(temporary, directory)
+
+
+def _read(task: ExampleTask, split: str, progress: bool) -> list[kinds.Example]:
+  """Returns the canonical examples of a split."""
+  examples, wrong = [], []
+  known = set(getattr(task.kind, 'labels', ()))
+  for where, record in tqdm(task.source.records(split), f'reading {split}', unit=' examples',
+                            disable=not progress, mininterval=0.5):
+    try:
+      example = task.kind.canonical(record)
+      strange = set(task.kind.labels_of(example)) - known if known else ()
+      if strange:
+        raise kinds.BadExample(f'has the label {min(strange)!r}, which is none of the'
+                               f' {len(known)} labels')
+      examples.append({'id': str(record.get('id', f'{split}-{len(examples)}')), **example})
+    except kinds.BadExample as error:
+      wrong.append(f'{where} {error}')
+  if wrong:
+    more = f', and {len(wrong) - _SHOWN} more' if len(wrong) > _SHOWN else ''
+    raise UserError(f'{len(wrong)} of {len(wrong) + len(examples)} records of {split} are no'
+                    f' example of {task.name!r}: {"; ".join(wrong[:_SHOWN])}{more}; mend them or'
+                    ' the names of the fields.')
+  return examples
+
+
+def _labels(task: ExampleTask, found: dict[str, list[kinds.Example]]) -> Optional[list[str]]:
+  """Returns the labels: those that are bound, else those of the training split, sorted.
+
+  Raises:
+    UserError: another split has a label that training has not.
+  """
+  if not task.kind.labelled:
+    return None
+  if task.kind.labels:
+    return list(task.kind.labels)
+  of = lambda examples: {label for e in examples for label in task.kind.labels_of(e)}
+  known = of(found.get(sources.TRAIN) or next(iter(found.values())))
+  for split, examples in found.items():
+    strange = sorted(of(examples) - known)
+    if strange:
+      raise UserError(f'The label {strange[0]!r} of split {split!r} is none of the {len(known)} of'
+                      f' the training split of {task.name!r}; bind labels to all of them, or mend'
+                      ' the file.')
+  return sorted(known)
+
+
+def _vocabulary(task: ExampleTask, found: dict[str, list[kinds.Example]]
+                ) -> vocabularies.Vocabulary:
+  """Returns the vocabulary; one that is trained learns from prompts and targets of training."""
+  def texts() -> Iterator[str]:
+    for example in found.get(sources.TRAIN, ()):
+      if task.form in ('text_to_text', 'decoder'):
+        yield task.template.prompt(example)
+        yield task.template.target(example)
+      else:
+        yield from task.kind.texts(example)
+
+  documents = (Document(str(number), text) for number, text in enumerate(texts()))
+  size = sum(len(text.encode('utf-8')) for text in texts())
+  return vocabulary_training.train(task.vocabulary, documents, size)
+
+
+def _write(directory: Path, split: str, examples: list[kinds.Example], form: forms.Form,
+           progress: bool) -> dict[str, Any]:
+  """Writes a split and returns what info.json says of it."""
+  sizes, lengths, counts = [], [], collections.Counter()
+
+  def records() -> Iterator[bytes]:
+    for example in tqdm(examples, f'tokenising {split}', unit=' examples', disable=not progress,
+                        mininterval=0.5, file=sys.stderr):
+      encoded = form.encode(example)
+      tokens = encoded.a if encoded.b is None else np.concatenate([encoded.a, encoded.b])
+      sizes.append([len(encoded.a), -1 if encoded.b is None else len(encoded.b),
+                    len(encoded.targets)])
+      lengths.append(len(tokens))
+      counts.update(form.kind.labels_of(example))
+      text = json.dumps({'example': example, 'targets': encoded.targets.tolist(),
+                         'value': encoded.value}, ensure_ascii=False)
+      yield from cache.split_records(tokens, example['id'], text)
+
+  file = f'{split}-00000.array_record'
+  number = cache.write_array_record(directory / file, records())
+  cache.write_array(directory / f'{split}.lengths.npy', np.array(lengths, np.int64))
+  cache.write_array(directory / f'{split}.sizes.npy', np.array(sizes, np.int32).reshape(-1, 3))
+  return {'documents': len(examples), 'tokens': int(sum(lengths)), 'labels': dict(counts),
+          'shards': [{'file': file, 'records': number}]}
