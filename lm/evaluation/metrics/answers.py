@@ -36,7 +36,7 @@ def scorer(header: Header, rows: Sequence[Row]) -> Scorer:
     match, overlap = 100.0 * np.cumsum(values[indices], axis=0)[-1] / len(indices)
     return {'exact_match': float(match), 'f1': float(overlap)}
 
-  return Scorer(len(rows), score, notes=NOTES)
+  return Scorer(values[:, 0] == 1, 'exact_match', score, notes=NOTES)
 
 
 def normalise(text: str) -> str:

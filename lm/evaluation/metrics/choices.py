@@ -45,8 +45,9 @@ def _several(rows):
     lengths['accuracy_norm'] = lambda row: np.maximum(row['characters'], 1.0)
   right = {key: np.array([np.argmax(np.array(row['scores'], np.float64) / of(row))
                           == row['targets'] for row in rows]) for key, of in lengths.items()}
-  return Scorer(len(rows), lambda i: {key: float(np.mean(x[i])) for key, x in right.items()},
-                notes={'accuracy_bytes': 'log-likelihood by UTF-8 bytes of the continuation'})
+  mean = lambda i: {key: float(np.mean(x[i])) for key, x in right.items()}
+  return Scorer(right['accuracy'], 'accuracy', mean, notes={
+      'accuracy_bytes': 'log-likelihood by UTF-8 bytes of the continuation'})
 
 
 def _one(header, rows):
@@ -58,7 +59,7 @@ def _one(header, rows):
     found = {'accuracy': float(np.mean(greedy[indices]))}
     return found | ({'perplexity': math.exp(nats)} if nats < 700 else {})
 
-  return Scorer(len(rows), score, notes={
+  return Scorer(greedy, 'accuracy', score, notes={
       'accuracy': 'greedy decoding gives the continuation',
       'perplexity': 'exp(-mean log-likelihood of a whole continuation)'})
 

@@ -44,7 +44,9 @@ class Scorer:
   """The metrics of a task's predictions, or of any choice of them: the work that an example needs
   is done once, so that a thousand resamples cost little more than one evaluation.
 
-  size: number of examples.
+  each: how well each example is done by itself, the more the better [examples]; bool where there is
+    right and wrong.
+  each_is: its name; that of a metric where this is the mean of `each` (or 100 times it).
   score: from the indices of examples, int [any number], with repetitions, to metrics by name; what
     is not defined for these examples is absent, never NaN.
   whole: metrics that are not for resamples: a text that stands there twice would change them, or
@@ -52,10 +54,16 @@ class Scorer:
   notes: what a reader must know to cite a metric, by its name: signatures and conventions; also why
     a metric is absent.
   """
-  size: int
+  each: np.ndarray
+  each_is: str
   score: Callable[[np.ndarray], dict[str, float]]
   whole: Mapping[str, float] = dataclasses.field(default_factory=dict)
   notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def size(self) -> int:
+    """The number of examples."""
+    return len(self.each)
 
   def metrics(self) -> dict[str, float]:
     """Of all examples."""

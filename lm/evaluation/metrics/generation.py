@@ -9,12 +9,13 @@ all, rouge-score the best for each metric. BLEU, chrF, TER and self-BLEU are in 
 
 distinct-n is the number of distinct n-grams over the number of tokens (Li et al. 2016,
 arXiv:1510.03055, section 5). self-BLEU is the mean BLEU of a prediction with the other predictions
-for references (Zhu et al. 2018, arXiv:1802.01886, section 3.2), of at most 200 of them.
+for references (Zhu et al. 2018, arXiv:1802.01886, section 3.2), of at most 100 of them.
 
 Reference: Post 2018, arXiv:1804.08771; Lin 2004, ROUGE.
 """
 from collections.abc import Sequence
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from lm.errors import UserError
 from lm.evaluation.metrics.contract import Header, name, Row, Scorer
 
 ROUGE = 'rouge1', 'rouge2', 'rougeL', 'rougeLsum'
-SELF_BLEU_OF = 200  # predictions; each is compared with all others
+SELF_BLEU_OF = 100  # predictions; each is compared with all others
 _LANGUAGES = {'eng': 'en', 'cmn': 'zh', 'zho': 'zh', 'chi': 'zh', 'jpn': 'ja', 'kor': 'ko'}
 
 
@@ -43,10 +44,8 @@ def scorer(header: Header, rows: Sequence[Row]) -> Scorer:
       raise UserError(f'row {number} (id {row.get("id")!r}) of {name(header)} has no list of '
                       'references; give one or more')
   code = language(header)
-  corpus = _sacrebleu(code)
+  corpus, streams = sacrebleu(header, rows)
   predictions, references = [row['prediction'] for row in rows], [row['targets'] for row in rows]
-  # [references, examples], as sacrebleu wants them; None where an example has fewer.
-  streams = list(itertools.zip_longest(*references))
   # The statistics of examples that sacrebleu's own significance tests resample.
   statistics = {key: np.array(metric._extract_corpus_statistics(predictions, streams), np.float64)
                 for key, metric in corpus.items()}  # pylint: disable=protected-access
@@ -65,15 +64,25 @@ def scorer(header: Header, rows: Sequence[Row]) -> Scorer:
     return {key: float(value) for key, value in found.items()}
 
   whole, diversity_notes = _diversity(predictions, tokenize, code)
-  return Scorer(len(rows), score, whole, notes | diversity_notes)
+  each = np.array([corpus['chrf']._compute_score_from_stats(row.tolist()).score
+                   for row in statistics['chrf']])
+  return Scorer(each, 'chrF of the example', score, whole, notes | diversity_notes)
 
 
-def _sacrebleu(code):
+def sacrebleu(header: Header, rows: Sequence[Row]) -> tuple[dict[str, Any], list[Any]]:
+  """sacrebleu's metrics by our names, and the references as it wants them, [references, examples];
+  None where an example has fewer than others.
+
+  Raises:
+    UserError: sacrebleu lacks the tokenizer of the language.
+  """
   from sacrebleu.metrics import BLEU, CHRF, TER
+  code = language(header)
   asian = code in ('zh', 'ja')
+  streams = list(itertools.zip_longest(*(row['targets'] for row in rows)))
   try:
     return {'bleu': BLEU(trg_lang=code), 'chrf': CHRF(),
-            'ter': TER(normalized=asian, asian_support=asian)}
+            'ter': TER(normalized=asian, asian_support=asian)}, streams
   except RuntimeError as error:
     raise UserError(f'sacrebleu has no tokenizer for {code!r} ({error}); pip install '
                     f'"sacrebleu[{code}]"') from error

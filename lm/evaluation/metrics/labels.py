@@ -61,9 +61,8 @@ class Pairs:
       present = np.union1d(*both)
       by_class = metrics.precision_recall_fscore_support(*both, labels=present, zero_division=0,
                                                          **weigh)
-      micro = metrics.precision_recall_fscore_support(*both, average='micro', **weigh)
     kinds = tuple(zip(('precision', 'recall', 'f1'), by_class))
-    found |= {f'{kind}_micro': value for (kind, _), value in zip(kinds, micro)}
+    found |= {f'{kind}_micro': found['accuracy'] for kind, _ in kinds}
     # np.average is what scikit-learn takes for average='macro'.
     found |= {f'{kind}_macro': np.average(values) for kind, values in kinds}
     found |= {f'{kind}/{self.names[code]}': value for kind, values in kinds
@@ -88,9 +87,11 @@ def scorer(header: Header, rows: Sequence[Row]) -> Scorer:
     raise UserError(f'target {targets[number]!r} of row {number} of {name(header)} is none of the '
                     f'{len(labels)} labels; name it in the labels of the task')
   notes = _notes(targets, predictions, labels)
+  each = np.array([target == prediction for target, prediction in zip(targets, predictions)])
   if any(row.get('scores') is None for row in rows):
     notes['calibration'] = 'absent: the predictions have no scores of the labels'
-    return Scorer(len(rows), lambda i: pairs.metrics(pairs.weights(i, len(rows))), notes=notes)
+    return Scorer(each, 'accuracy', lambda i: pairs.metrics(pairs.weights(i, len(rows))),
+                  notes=notes)
   log_p = numbers(header, rows, 'scores', len(labels))
   code = {label: i for i, label in enumerate(labels)}
   truth = np.array([code[target] for target in targets])
@@ -110,7 +111,7 @@ def scorer(header: Header, rows: Sequence[Row]) -> Scorer:
   else:
     notes['auroc'] = ('one against the rest, mean over the classes' if len(labels) > 2 else
                       f'of {labels[-1]!r} against {labels[0]!r}')
-  return Scorer(len(rows), score, whole, notes)
+  return Scorer(each, 'accuracy', score, whole, notes)
 
 
 def _notes(targets, predictions, labels) -> dict[str, str]:

@@ -49,4 +49,5 @@ def scorer(header: Header, rows: Sequence[Row]) -> Scorer:
       found['bits_per_byte'] = float(of['bytes'] / math.log(2))
     return found
 
-  return Scorer(len(rows), score, notes=NOTES)
+  per_byte = nats / np.maximum(sizes['bytes'], 1) / math.log(2)
+  return Scorer(-per_byte, 'minus bits per byte', score, notes=NOTES)

@@ -40,8 +40,9 @@ def scorer(header: Header, rows: Sequence[Row]) -> Scorer:
   values |= {f'recall@{k}': [hit[:k].sum() / count for hit, count in zip(hits, relevant)]
              for k in RECALL_AT if k <= longest}
   arrays = {key: np.array(found, np.float64) for key, found in values.items()}
-  return Scorer(len(rows), lambda i: {key: float(np.mean(x[i])) for key, x in arrays.items()},
-                notes={f'ndcg@{DEPTH}': "scikit-learn's ndcg_score with gain 1"})
+  mean = lambda i: {key: float(np.mean(x[i])) for key, x in arrays.items()}
+  return Scorer(arrays[f'mrr@{DEPTH}'], f'mrr@{DEPTH}', mean, notes={
+      f'ndcg@{DEPTH}': "scikit-learn's ndcg_score with gain 1"})
 
 
 def _reciprocal(hit):

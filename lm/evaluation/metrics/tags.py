@@ -14,7 +14,7 @@ NOTE = ("seqeval's strict mode, scheme IOB2: a span begins with B-, and counts w
 
 
 def scorer(header: Header, rows: Sequence[Row]) -> Scorer:
-  """Of tagging: of words accuracy, and of BIO tags span precision, recall and F1, micro (as CoNLL)
+  """Of tagging: the share of sentences without a mistake, of words accuracy, and of BIO tags span precision, recall and F1, micro (as CoNLL)
   and macro; of other tags (parts of speech) the metrics of classification by word.
 
   Raises:
@@ -31,17 +31,22 @@ def scorer(header: Header, rows: Sequence[Row]) -> Scorer:
   words = Pairs.count(flat(targets), flat(predictions), sentence, labels)
   if not len(sentence):
     raise UserError(f'{name(header)} has no words to tag; evaluate a split that has some')
+  each = np.array([tags == found for tags, found in zip(targets, predictions)])
+  of_sentences = lambda indices: {'sentence_accuracy': float(np.mean(each[indices]))}
   if not all(_BIO.fullmatch(tag) for tag in {*words.names}):
-    return Scorer(len(rows), lambda i: _words(words, i, len(rows)))
+    return Scorer(each, 'sentence_accuracy',
+                  lambda i: {**_words(words, i, len(rows)), **of_sentences(i)})
   types, counts = _spans(targets, predictions)
 
   def score(indices):
     times = np.bincount(indices, minlength=len(rows))
     accuracy = {key: value for key, value in _words(words, indices, len(rows)).items()
                 if key == 'accuracy'}
-    return {**_f1(types, np.tensordot(times, counts, 1)), **accuracy}
+    return {**_f1(types, np.tensordot(times, counts, 1)), **accuracy, **of_sentences(indices)}
 
-  return Scorer(len(rows), score, notes={'span_f1': NOTE, 'accuracy': 'of words'})
+  return Scorer(each, 'sentence_accuracy', score, notes={
+      'span_f1': NOTE, 'accuracy': 'of words',
+      'sentence_accuracy': 'sentences without a mistake'})
 
 
 def _words(words, indices, size):
