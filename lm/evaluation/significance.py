@@ -29,7 +29,7 @@ from lm.evaluation import metrics
 
 REPEATS = 1000  # resamples; a p value cannot be less than 1 / (REPEATS + 1)
 CONFIDENCE = 0.95
-MOST_LOST = 0.05  # of the resamples may lack a metric (a class was not drawn), else it has no interval
+MOST_LOST = 0.05  # of the resamples may lack a metric (no example of a class), else no interval
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,7 @@ def scorer(header: Header, rows: Sequence[Row]) -> Scorer:
   whole, diversity_notes = _diversity(predictions, tokenize, code)
   each = np.array([corpus['chrf']._compute_score_from_stats(row.tolist()).score
                    for row in statistics['chrf']])
-  return Scorer(each, 'chrF of the example', score, whole, notes | diversity_notes)
+  return Scorer(each, 'chrf of the example', score, whole, notes | diversity_notes)
 
 
 def sacrebleu(header: Header, rows: Sequence[Row]) -> tuple[dict[str, Any], list[Any]]:

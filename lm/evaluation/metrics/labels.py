@@ -15,7 +15,7 @@ from lm.errors import UserError
 from lm.evaluation.metrics import calibration
 from lm.evaluation.metrics.contract import Header, name, numbers, Row, Scorer
 
-MOST_RANKED = 10  # classes up to which AUROC has an interval: each resample sorts once a class
+MOST_RANKED = 2  # classes up to which AUROC has an interval: each resample sorts once a class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Pairs:
     times = np.bincount(indices, minlength=size)
     return np.bincount(self.pair, times[self.example], len(self.targets))
 
+  def accuracy(self, weights: np.ndarray) -> float:
+    """The share of decisions that are right."""
+    from sklearn import metrics
+    return float(metrics.accuracy_score(self.targets, self.predictions, sample_weight=weights))
+
   def metrics(self, weights: np.ndarray) -> dict[str, float]:
     """Of the pairs by their weights: all of them together."""
     from sklearn import metrics
@@ -55,7 +60,7 @@ class Pairs:
     with warnings.catch_warnings():
       # A class that was predicted but is no target; MCC of a single class, which is 0.
       warnings.simplefilter('ignore')
-      found = {'accuracy': metrics.accuracy_score(*both, **weigh),
+      found = {'accuracy': self.accuracy(weights),
                'balanced_accuracy': metrics.balanced_accuracy_score(*both, **weigh),
                'mcc': metrics.matthews_corrcoef(*both, **weigh)}
       present = np.union1d(*both)

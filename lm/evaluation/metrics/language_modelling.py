@@ -50,4 +50,4 @@ def scorer(header: Header, rows: Sequence[Row]) -> Scorer:
     return found
 
   per_byte = nats / np.maximum(sizes['bytes'], 1) / math.log(2)
-  return Scorer(-per_byte, 'minus bits per byte', score, notes=NOTES)
+  return Scorer(-per_byte, '-bits_per_byte', score, notes=NOTES)

@@ -26,5 +26,4 @@ def scorer(header: Header, rows: Sequence[Row]) -> Scorer:
   constant = [field for field, values in (('targets', targets), ('predictions', predictions))
               if len(np.unique(values)) < 2]
   notes = {'pearson': f'absent, as spearman: all {constant[0]} are equal'} if constant else {}
-  return Scorer(-np.abs(targets - predictions), 'closeness (minus the absolute error)', score,
-                notes=notes)
+  return Scorer(-np.abs(targets - predictions), '-|error|', score, notes=notes)

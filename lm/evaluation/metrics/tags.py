@@ -14,44 +14,42 @@ NOTE = ("seqeval's strict mode, scheme IOB2: a span begins with B-, and counts w
 
 
 def scorer(header: Header, rows: Sequence[Row]) -> Scorer:
-  """Of tagging: the share of sentences without a mistake, of words accuracy, and of BIO tags span precision, recall and F1, micro (as CoNLL)
-  and macro; of other tags (parts of speech) the metrics of classification by word.
+  """Of tagging: the share of sentences without a mistake; of BIO tags the accuracy of words, and
+  span precision, recall and F1, micro (as CoNLL) and macro; of other tags (parts of speech) the
+  metrics of classification, of words.
 
   Raises:
-    UserError: there is not one predicted tag a word.
+    UserError: there is not one predicted tag a word, or no word.
   """
   targets, predictions = ([list(row[field]) for row in rows] for field in ('targets', 'prediction'))
   for number, (tags, found) in enumerate(zip(targets, predictions)):
     if len(tags) != len(found):
       raise UserError(f'row {number} (id {rows[number].get("id")!r}) of {name(header)} has '
                       f'{len(found)} predicted tags for {len(tags)} words; predict one tag a word')
+  if not any(targets):
+    raise UserError(f'{name(header)} has no words to tag; evaluate a split that has some')
   flat = lambda sequences: [tag for tags in sequences for tag in tags]
   labels = header.get('labels') or sorted({*flat(targets)})
   sentence = np.repeat(np.arange(len(rows)), [len(tags) for tags in targets])
   words = Pairs.count(flat(targets), flat(predictions), sentence, labels)
-  if not len(sentence):
-    raise UserError(f'{name(header)} has no words to tag; evaluate a split that has some')
   each = np.array([tags == found for tags, found in zip(targets, predictions)])
-  of_sentences = lambda indices: {'sentence_accuracy': float(np.mean(each[indices]))}
-  if not all(_BIO.fullmatch(tag) for tag in {*words.names}):
-    return Scorer(each, 'sentence_accuracy',
-                  lambda i: {**_words(words, i, len(rows)), **of_sentences(i)})
-  types, counts = _spans(targets, predictions)
+  is_bio = all(_BIO.fullmatch(tag) for tag in words.names)
+  types, counts = _spans(targets, predictions) if is_bio else ([], None)
 
   def score(indices):
-    times = np.bincount(indices, minlength=len(rows))
-    accuracy = {key: value for key, value in _words(words, indices, len(rows)).items()
-                if key == 'accuracy'}
-    return {**_f1(types, np.tensordot(times, counts, 1)), **accuracy, **of_sentences(indices)}
+    found = {'sentence_accuracy': float(np.mean(each[indices]))}
+    weights = words.weights(indices, len(rows))
+    if weights.any():  # a resample may hold empty sentences only
+      found |= {'accuracy': words.accuracy(weights)} if is_bio else words.metrics(weights)
+    if is_bio:
+      times = np.bincount(indices, minlength=len(rows))
+      found = _f1(types, np.tensordot(times, counts, 1)) | found
+    return found
 
-  return Scorer(each, 'sentence_accuracy', score, notes={
-      'span_f1': NOTE, 'accuracy': 'of words',
-      'sentence_accuracy': 'sentences without a mistake'})
-
-
-def _words(words, indices, size):
-  weights = words.weights(indices, size)
-  return words.metrics(weights) if weights.any() else {}  # a resample may hold empty sentences only
+  notes = {'accuracy': 'of words', 'sentence_accuracy': 'sentences without a mistake'}
+  if is_bio:
+    notes['span_f1'] = NOTE
+  return Scorer(each, 'sentence_accuracy', score, notes=notes)
 
 
 def _spans(targets, predictions) -> tuple[list[str], np.ndarray]:
