@@ -12,13 +12,13 @@ import pytest
 SHARED = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
 
 
-def text(name):
+def text(name, errors='strict'):
   """Of a file of ../shared/data; the test is skipped where there is none."""
   path = SHARED / name
   if not path.exists():
     pytest.skip(f'shared/data/{name} is not here')
   raw = path.read_bytes()
-  return (gzip.decompress(raw) if name.endswith('.gz') else raw).decode('utf-8')
+  return (gzip.decompress(raw) if name.endswith('.gz') else raw).decode('utf-8', errors)
 
 
 def banking():
@@ -33,7 +33,8 @@ def snips(split):
              'SearchCreativeWork', 'SearchScreeningEvent')
   for intent in intents:
     end = '_full' if split == 'train' else ''
-    for one in json.loads(text(f'cls/snips/{split}_{intent}{end}.json.gz'))[intent]:
+    raw = text(f'cls/snips/{split}_{intent}{end}.json.gz', 'replace')  # some bytes are of Latin-1
+    for one in json.loads(raw)[intent]:
       words = ''.join(part['text'] for part in one['data']).strip()
       found.append({'id': f'{split}{len(found)}', 'a': words, 'label': intent})
   return found
@@ -54,17 +55,18 @@ def polarity():
 
 def wnut(split='emerging.dev'):
   found = []
-  for block in text(f'seqlab/wnut17/{split}.conll.gz').replace('\r', '').split('\n\n'):
-    pairs = [line.split('\t') for line in block.splitlines() if '\t' in line.strip()]
+  lines = [line.strip() for line in text(f'seqlab/wnut17/{split}.conll.gz').split('\n')]
+  for block in '\n'.join(lines).split('\n\n'):
+    pairs = [line.split('\t') for line in block.split('\n') if '\t' in line]
     if pairs:
-      words, tags = zip(*((pair[0], pair[1].strip()) for pair in pairs))
+      words, tags = zip(*pairs)
       found.append({'id': str(len(found)), 'words': list(words), 'tags': list(tags)})
   return found
 
 
-def parts_of_speech():
+def parts_of_speech(split='dev'):
   found = []
-  for block in text('seqlab/ud-english-ewt/en_ewt-ud-dev.conllu.gz').split('\n\n'):
+  for block in text(f'seqlab/ud-english-ewt/en_ewt-ud-{split}.conllu.gz').split('\n\n'):
     rows = [line.split('\t') for line in block.splitlines() if line and line[0] != '#']
     rows = [row for row in rows if row[0].isdigit()]
     if rows:
