@@ -5,4 +5,8 @@
 `watched.py` draws of its inside, and `live.py` keeps it true while the run trains; `compare.py`
 lays runs over each other; `search_report.py` and `scaling_report.py` show the trials of `lm sweep`,
 whose law `scaling_law.py` fits; `plot.py` draws.
+
+Of tasks: `metrics/` scores predictions by the reference libraries, `significance.py` says how sure
+that is, `task_report.py` shows one run's predictions and `task_compare.py` two runs'; `leakage.py`
+(with `overlap.py`) looks for what makes a score better than the model.
 """

@@ -260,22 +260,23 @@ def bar_chart(groups: Sequence[tuple[str, Sequence[float]]], names: Sequence[str
 
 
 def heat_map(columns: Sequence[tuple[float, Sequence[float]]], x_label: str, y_label: str,
-             label: str, log: bool = False) -> str:
+             label: str, log: bool = False, max_columns: int = MAX_COLUMNS) -> str:
   """Draws numbers as colours, with a scale of them beside it.
 
   Args:
-    columns: (x, the values from y = 0 up) of each column, all of one length; where there are many,
-      some are drawn. What is not finite stays empty.
+    columns: (x, the values from y = 0 up) of each column, all of one length. What is not finite
+      stays empty.
     x_label, y_label: quantities of the axes, which count in whole numbers.
     label: quantity and unit of the values.
     log: makes the scale of colours logarithmic; only values above zero are drawn.
+    max_columns: of more columns so many are drawn, the first and the last among them.
 
   Returns:
     An `<svg>` element, or '' when there is nothing to draw.
   """
-  if len(columns) > MAX_COLUMNS:  # the first and the last among them
-    columns = [columns[round(i * (len(columns) - 1) / (MAX_COLUMNS - 1))]
-               for i in range(MAX_COLUMNS)]
+  if len(columns) > max_columns:
+    columns = [columns[round(i * (len(columns) - 1) / (max_columns - 1))]
+               for i in range(max_columns)]
   scale = (lambda v: math.log10(v) if v > 0 else math.nan) if log else float
   rows = [[scale(v) for v in values] for values in zip(*(values for _, values in columns))]
   finite = [v for row in rows for v in row if math.isfinite(v)]
