@@ -54,7 +54,8 @@ class Classification(Kind):
   """A class of a text `a`, or of a pair `a`, `b`: sentiment, topic, intent, inference, paraphrase.
 
   Attributes:
-    labels: all of them; () takes those of the training split, sorted.
+    labels: all of them; () takes those of the training split, sorted. Where they are bound, a
+      record may have the place of its label among them.
   """
 
   labels: Tuple[str, ...] = ()
@@ -64,7 +65,7 @@ class Classification(Kind):
 
   def canonical(self, record: Mapping[str, Any]) -> Example:
     """Returns {'a', 'b' where there is one, 'label'}."""
-    example = {'a': _text(record, 'a'), 'label': _label(record, 'label')}
+    example = {'a': _text(record, 'a'), 'label': _label(record.get('label'), self.labels)}
     if record.get('b') is not None:
       example['b'] = _text(record, 'b')
     return example
@@ -119,7 +120,8 @@ class Tagging(Kind):
   """A tag for each word: named entities (BIO), parts of speech, slots.
 
   Attributes:
-    labels: all tags; () takes those of the training split, sorted.
+    labels: all tags; () takes those of the training split, sorted. Where they are bound, records
+      may have their places.
   """
 
   labels: Tuple[str, ...] = ()
@@ -129,7 +131,10 @@ class Tagging(Kind):
 
   def canonical(self, record: Mapping[str, Any]) -> Example:
     """Returns {'words', 'tags'}, of one length."""
-    words, tags = _list(record, 'words'), _list(record, 'tags')
+    words, tags = _list(record, 'words'), record.get('tags')
+    if not isinstance(tags, (list, tuple)):
+      raise BadExample(f'has tags={tags!r}, which is no list')
+    tags = [_label(tag, self.labels) for tag in tags]
     if len(words) != len(tags):
       raise BadExample(f'has {len(words)} words and {len(tags)} tags')
     if not words:
@@ -233,8 +238,9 @@ class Retrieval(Kind):
   name: ClassVar[str] = 'retrieval'
 
   def canonical(self, record: Mapping[str, Any]) -> Example:
-    """Returns {'query', 'documents'}."""
-    documents = _list(record, 'documents')
+    """Returns {'query', 'documents'}, of a record with 'documents' or one 'document'."""
+    one = 'documents' not in record and 'document' in record
+    documents = [_text(record, 'document')] if one else _list(record, 'documents')
     if not documents or not all(document.strip() for document in documents):
       raise BadExample('has an empty document')
     return {'query': _text(record, 'query'), 'documents': documents}
@@ -247,7 +253,13 @@ class Retrieval(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelling(Kind):
-  """Text whose probability is asked; `words` are what stands between blanks and line ends."""
+  """Text whose probability is asked.
+
+  Attributes:
+    line_ends: counts a line end as a word, as WikiText's <eos>.
+  """
+
+  line_ends: bool = False
 
   name: ClassVar[str] = 'language_modelling'
 
@@ -258,6 +270,10 @@ class LanguageModelling(Kind):
   def texts(self, example: Example) -> Iterator[str]:
     """Yields the text."""
     yield example['text']
+
+  def words(self, text: str) -> int:
+    """Counts what stands between blanks, and line ends if they are words."""
+    return len(text.split()) + self.line_ends * text.count('\n')
 
 
 def _text(record: Mapping[str, Any], name: str) -> str:
@@ -271,11 +287,13 @@ def _text(record: Mapping[str, Any], name: str) -> str:
   return value
 
 
-def _label(record: Mapping[str, Any], name: str) -> str:
-  value = record.get(name)
+def _label(value: Any, labels: Sequence[str]) -> str:
   if value is None or value == '':
-    raise BadExample(f'has no {name!r} among {sorted(record)}')
-  return str(value)
+    raise BadExample('has no label')
+  name = str(value)
+  if labels and name not in labels and name.isdecimal() and int(name) < len(labels):
+    return labels[int(name)]
+  return name
 
 
 def _list(record: Mapping[str, Any], name: str) -> list[str]:
