@@ -65,7 +65,9 @@ class Classification(Kind):
 
   def canonical(self, record: Mapping[str, Any]) -> Example:
     """Returns {'a', 'b' where there is one, 'label'}."""
-    example = {'a': _text(record, 'a'), 'label': _label(record.get('label'), self.labels)}
+    if record.get('label') in (None, ''):
+      raise BadExample(f"has no 'label' among {sorted(record)}")
+    example = {'a': _text(record, 'a'), 'label': _label(record['label'], self.labels)}
     if record.get('b') is not None:
       example['b'] = _text(record, 'b')
     return example
@@ -131,10 +133,8 @@ class Tagging(Kind):
 
   def canonical(self, record: Mapping[str, Any]) -> Example:
     """Returns {'words', 'tags'}, of one length."""
-    words, tags = _list(record, 'words'), record.get('tags')
-    if not isinstance(tags, (list, tuple)):
-      raise BadExample(f'has tags={tags!r}, which is no list')
-    tags = [_label(tag, self.labels) for tag in tags]
+    words = _list(record, 'words')
+    tags = [_label(tag, self.labels) for tag in _list(record, 'tags', (str, int))]
     if len(words) != len(tags):
       raise BadExample(f'has {len(words)} words and {len(tags)} tags')
     if not words:
@@ -288,18 +288,16 @@ def _text(record: Mapping[str, Any], name: str) -> str:
 
 
 def _label(value: Any, labels: Sequence[str]) -> str:
-  if value is None or value == '':
-    raise BadExample('has no label')
   name = str(value)
   if labels and name not in labels and name.isdecimal() and int(name) < len(labels):
     return labels[int(name)]
   return name
 
 
-def _list(record: Mapping[str, Any], name: str) -> list[str]:
+def _list(record: Mapping[str, Any], name: str, types: Any = str) -> list[Any]:
   value = record.get(name)
   if value is None:
     raise BadExample(f'has no field {name!r} among {sorted(record)}')
-  if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+  if isinstance(value, str) or not all(isinstance(item, types) for item in value):
     raise BadExample(f'has {name}={value!r}, which is no list of texts')
   return list(value)

@@ -80,18 +80,24 @@ class Source:
       yield from self._converted(split)
       return
     for where, record in self._converted(TRAIN):
-      held = record if self.held_out_by is None else _field(where, record, self.held_out_by)
+      held = record if self.held_out_by is None else record.get(self.held_out_by)
       text = json.dumps(held, sort_keys=True, default=str).encode()
       place = int.from_bytes(hashlib.sha256(text).digest()[:8], 'big') / 2**64
       if (place < self.held_out) == (split == VALIDATION):
         yield where, record
 
+  def hint(self, record: formats.Record) -> str:
+    """Returns what may be meant where a record lacks a field that `fields` names, or ''."""
+    for ours, theirs in self.fields:
+      near = difflib.get_close_matches(theirs, map(str, record), 1)
+      if ours not in record and near:
+        return f' (fields names {theirs!r} for {ours!r}; did you mean {near[0]!r}?)'
+    return ''
+
   def _converted(self, split: str) -> Located:
     for where, record in self._read(split):
-      for ours, theirs in self.fields:
-        value = _field(where, record, theirs)
-        record.pop(theirs)
-        record[ours] = value
+      values = {ours: record.pop(theirs) for ours, theirs in self.fields if theirs in record}
+      record |= values
       if self.convert is None:
         yield where, record
         continue
@@ -109,14 +115,6 @@ class Source:
   def _digest(self) -> Any:
     """Returns what tells the data from others, JSON-able."""
     raise AssertionError(type(self))
-
-
-def _field(where: str, record: formats.Record, name: str) -> Any:
-  if name not in record:
-    near = difflib.get_close_matches(name, map(str, record), 1)
-    meant = f'did you mean {near[0]!r}?' if near else f'it has {", ".join(map(repr, record))}'
-    raise UserError(f'{where} has no field {name!r}; {meant}')
-  return record[name]
 
 
 @dataclasses.dataclass(frozen=True)

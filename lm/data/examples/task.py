@@ -274,7 +274,7 @@ def _read(task: ExampleTask, split: str, progress: bool) -> list[kinds.Example]:
                                f' {len(known)} labels')
       examples.append({'id': str(record.get('id', f'{split}-{len(examples)}')), **example})
     except kinds.BadExample as error:
-      wrong.append(f'{where} {error}')
+      wrong.append(f'{where} {error}{task.source.hint(record)}')
   if wrong:
     more = f', and {len(wrong) - _SHOWN} more' if len(wrong) > _SHOWN else ''
     raise UserError(f'{len(wrong)} of {len(wrong) + len(examples)} records of {split} are no'
