@@ -1,6 +1,8 @@
 """Labelled examples: files in, packed numpy batches out.
 
     sources.py   where the splits lie and how they are read: records, one dict each
+    formats.py   what stands in a file
+    convert.py   records of well-known sets
     kinds.py     what an example is: classification, similarity, tagging, ... checked and canonical
     template.py  prompts and targets of models that read and write text
     forms.py     from an example to tokens, for an encoder, a text-to-text model or a decoder

@@ -54,7 +54,8 @@ class Classification(Kind):
   """A class of a text `a`, or of a pair `a`, `b`: sentiment, topic, intent, inference, paraphrase.
 
   Attributes:
-    labels: all of them; () takes those of the training split, sorted.
+    labels: all of them; () takes those of the training split, sorted. Where they are bound, a
+      record may have the place of its label among them.
   """
 
   labels: Tuple[str, ...] = ()
@@ -64,7 +65,9 @@ class Classification(Kind):
 
   def canonical(self, record: Mapping[str, Any]) -> Example:
     """Returns {'a', 'b' where there is one, 'label'}."""
-    example = {'a': _text(record, 'a'), 'label': _label(record, 'label')}
+    if record.get('label') in (None, ''):
+      raise BadExample(f"has no 'label' among {sorted(record)}")
+    example = {'a': _text(record, 'a'), 'label': _label(record['label'], self.labels)}
     if record.get('b') is not None:
       example['b'] = _text(record, 'b')
     return example
@@ -119,7 +122,8 @@ class Tagging(Kind):
   """A tag for each word: named entities (BIO), parts of speech, slots.
 
   Attributes:
-    labels: all tags; () takes those of the training split, sorted.
+    labels: all tags; () takes those of the training split, sorted. Where they are bound, records
+      may have their places.
   """
 
   labels: Tuple[str, ...] = ()
@@ -129,7 +133,8 @@ class Tagging(Kind):
 
   def canonical(self, record: Mapping[str, Any]) -> Example:
     """Returns {'words', 'tags'}, of one length."""
-    words, tags = _list(record, 'words'), _list(record, 'tags')
+    words = _list(record, 'words')
+    tags = [_label(tag, self.labels) for tag in _list(record, 'tags', (str, int))]
     if len(words) != len(tags):
       raise BadExample(f'has {len(words)} words and {len(tags)} tags')
     if not words:
@@ -233,8 +238,9 @@ class Retrieval(Kind):
   name: ClassVar[str] = 'retrieval'
 
   def canonical(self, record: Mapping[str, Any]) -> Example:
-    """Returns {'query', 'documents'}."""
-    documents = _list(record, 'documents')
+    """Returns {'query', 'documents'}, of a record with 'documents' or one 'document'."""
+    one = 'documents' not in record and 'document' in record
+    documents = [_text(record, 'document')] if one else _list(record, 'documents')
     if not documents or not all(document.strip() for document in documents):
       raise BadExample('has an empty document')
     return {'query': _text(record, 'query'), 'documents': documents}
@@ -247,7 +253,13 @@ class Retrieval(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelling(Kind):
-  """Text whose probability is asked; `words` are what stands between blanks and line ends."""
+  """Text whose probability is asked.
+
+  Attributes:
+    line_ends: counts a line end as a word, as WikiText's <eos>.
+  """
+
+  line_ends: bool = False
 
   name: ClassVar[str] = 'language_modelling'
 
@@ -258,6 +270,10 @@ class LanguageModelling(Kind):
   def texts(self, example: Example) -> Iterator[str]:
     """Yields the text."""
     yield example['text']
+
+  def words(self, text: str) -> int:
+    """Counts what stands between blanks, and line ends if they are words."""
+    return len(text.split()) + self.line_ends * text.count('\n')
 
 
 def _text(record: Mapping[str, Any], name: str) -> str:
@@ -271,17 +287,17 @@ def _text(record: Mapping[str, Any], name: str) -> str:
   return value
 
 
-def _label(record: Mapping[str, Any], name: str) -> str:
-  value = record.get(name)
-  if value is None or value == '':
-    raise BadExample(f'has no {name!r} among {sorted(record)}')
-  return str(value)
+def _label(value: Any, labels: Sequence[str]) -> str:
+  name = str(value)
+  if labels and name not in labels and name.isdecimal() and int(name) < len(labels):
+    return labels[int(name)]
+  return name
 
 
-def _list(record: Mapping[str, Any], name: str) -> list[str]:
+def _list(record: Mapping[str, Any], name: str, types: Any = str) -> list[Any]:
   value = record.get(name)
   if value is None:
     raise BadExample(f'has no field {name!r} among {sorted(record)}')
-  if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+  if isinstance(value, str) or not all(isinstance(item, types) for item in value):
     raise BadExample(f'has {name}={value!r}, which is no list of texts')
   return list(value)

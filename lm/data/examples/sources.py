@@ -1,48 +1,50 @@
 """Where the splits of a set lie, and how they are read.
 
 A source has `splits()` and `records(split)`, which yields (where, record): 'train.tsv:17' and a
-dict of the fields as the kind of the task names them.
+dict of the fields as the kind of the task names them; and `digest()` of all that decides on them.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import glob
-import gzip
+import difflib
 import hashlib
+import inspect
+import itertools
 import json
-import os
 from pathlib import Path
-from typing import Any, Iterator, Literal, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Iterator, Literal, Optional, Tuple, Union
 
+from lm.data.examples import formats
 from lm.errors import UserError
 
 TRAIN, VALIDATION, TEST = 'train', 'validation', 'test'
-Format = Literal['jsonl', 'json', 'tsv', 'csv', 'conll']
+Format = Literal['jsonl', 'json', 'tsv', 'csv', 'conll', 'text', 'whole', 'parquet', 'arrow']
 Patterns = Union[str, Tuple[str, ...], None]
+Located = Iterator[tuple[str, formats.Record]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Files:
-  """Files of examples, a pattern or several for each split.
+class Source:
+  """What all sources share: from the records of a file to those of a kind.
 
   Attributes:
-    train, validation, test: glob patterns; None for a split that the set does not have.
-    format: None takes it from the name: .jsonl .json .tsv .csv .conll, each also .gz.
-    columns: names of the columns of a table without a header line, in order; of CoNLL too.
+    train, validation, test: of which each split is made; None for one that the set does not have.
     fields: (ours, theirs) pairs, where a field of the kind has another name in the file.
-    held_out: share of the training examples that becomes the validation split, chosen by the
-      hash of their text, where no `validation` is given.
+    convert: makes records of the kind of one that `fields` cannot rename; see `convert`.
+    held_out: share of the training examples that becomes the validation split, chosen by a hash,
+      where no `validation` is given.
+    held_out_by: field that is hashed, so that examples that share its value stay together; None
+      hashes all fields.
   """
 
   train: Patterns = None
   validation: Patterns = None
   test: Patterns = None
-  format: Optional[Format] = None
-  columns: Tuple[str, ...] = ()
   fields: Tuple[Tuple[str, str], ...] = ()
+  convert: Optional[Callable[[formats.Record], Iterator[formats.Record]]] = None
   held_out: float = 0.0
+  held_out_by: Optional[str] = None
 
   def __post_init__(self) -> None:
     if not 0 <= self.held_out < 1:
@@ -54,140 +56,130 @@ class Files:
   def splits(self) -> list[str]:
     """Returns the splits that there are."""
     given = [name for name in (TRAIN, VALIDATION, TEST) if getattr(self, name)]
-    return given + ([VALIDATION] if self.held_out else [])
+    return given + ([VALIDATION] if self.held_out and self.train else [])
 
   def digest(self) -> str:
-    """Returns a digest of all bytes of all files."""
-    found = hashlib.sha256()
-    for split in (TRAIN, VALIDATION, TEST):
-      for path in self._paths(split) if getattr(self, split) else ():
-        found.update(f'{split} {path.name}'.encode())
-        with open(path, 'rb') as file:
-          found.update(hashlib.file_digest(file, 'sha256').digest())
-    return found.hexdigest()[:16]
+    """Returns a digest of the data, of the fields above, and of the code of `convert`."""
+    own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+           if field.name not in (TRAIN, VALIDATION, TEST, 'convert')}
+    if self.convert is not None:
+      code = Path(inspect.getsourcefile(self.convert)).read_bytes()
+      own['convert'] = [self.convert.__qualname__, hashlib.sha256(code).hexdigest()]
+    parts = [type(self).__name__, own, self._digest()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-  def records(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (where, record) of a split, in the order of the files."""
+  def records(self, split: str) -> Located:
+    """Yields (where, record) of a split, in the order of the files.
+
+    Raises:
+      UserError: there is no such split, or a file or record of it cannot be read.
+    """
+    if split not in self.splits():
+      raise UserError(f'The task has no split {split!r}; it has {self.splits()}.')
     if not self.held_out or split == TEST:
-      yield from self._read(split)
+      yield from self._converted(split)
       return
-    for where, record in self._read(TRAIN):
-      text = json.dumps(record, sort_keys=True, default=str).encode()
+    for where, record in self._converted(TRAIN):
+      held = record if self.held_out_by is None else record.get(self.held_out_by)
+      text = json.dumps(held, sort_keys=True, default=str).encode()
       place = int.from_bytes(hashlib.sha256(text).digest()[:8], 'big') / 2**64
       if (place < self.held_out) == (split == VALIDATION):
         yield where, record
 
-  def _paths(self, split: str) -> list[Path]:
+  def hint(self, record: formats.Record) -> str:
+    """Returns what may be meant where a record lacks a field that `fields` names, or ''."""
+    for ours, theirs in self.fields:
+      near = difflib.get_close_matches(theirs, map(str, record), 1)
+      if ours not in record and near:
+        return f' (fields names {theirs!r} for {ours!r}; did you mean {near[0]!r}?)'
+    return ''
+
+  def _converted(self, split: str) -> Located:
+    for where, record in self._read(split):
+      values = {ours: record.pop(theirs) for ours, theirs in self.fields if theirs in record}
+      record |= values
+      if self.convert is None:
+        yield where, record
+        continue
+      try:
+        yield from ((where, each) for each in self.convert(record))
+      except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f'{where} is nothing that {self.convert.__name__} reads'
+                        f' ({type(error).__name__}: {error}); bind another convert, or mend it.'
+                        ) from error
+
+  def _read(self, split: str) -> Located:
+    """Yields (where, record) as the set has them."""
+    raise AssertionError(type(self))
+
+  def _digest(self) -> Any:
+    """Returns what tells the data from others, JSON-able."""
+    raise AssertionError(type(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Files(Source):
+  """Files of examples, a glob pattern or several for each split.
+
+  A pattern holds from the current directory, else from the repository; 'a.zip::*.tsv' are members
+  of an archive.
+
+  Attributes:
+    format: None takes it from the name, such as .jsonl, .tsv.gz; see `formats`.
+    columns: names of the columns of a table without a header line, in order; of CoNLL too.
+    encodings: of text; the first that fits a file.
+    aligned: (field, old, new): line n of the file beside, whose name has `new` in place of the last
+      `old`, is that field of record n.
+  """
+
+  format: Optional[Format] = None
+  columns: Tuple[str, ...] = ()
+  encodings: Tuple[str, ...] = ('utf-8',)
+  aligned: Tuple[Tuple[str, str, str], ...] = ()
+
+  def _files(self, split: str) -> list[tuple[Path, str]]:
     patterns = getattr(self, split)
     patterns = (patterns,) if isinstance(patterns, str) else patterns or ()
-    if not patterns:
-      raise UserError(f'The task has no split {split!r}; it has {self.splits()}.')
-    paths: list[Path] = []
-    for pattern in patterns:
-      found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-      if not found:
-        raise UserError(f'No file matches {split}={pattern!r}; check the path.')
-      paths += map(Path, found)
-    return paths
+    return [file for pattern in patterns for file in formats.find(pattern, split)]
 
-  def _read(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    theirs = dict(self.fields)
-    for path in self._paths(split):
-      for number, record in _READERS[self._format_of(path)](path, self.columns):
-        for ours, name in theirs.items():
-          if name in record:
-            record[ours] = record.pop(name)
-        yield f'{path}:{number}', record
+  def _digest(self) -> Any:
+    found = []
+    for split in (TRAIN, VALIDATION, TEST):
+      for path, members in self._files(split):
+        for each in [path, *self._beside(path).values()]:
+          with open(each, 'rb') as file:
+            found.append([split, each.name, members, hashlib.file_digest(file, 'sha256').hexdigest()
+                          ])
+    return found
 
-  def _format_of(self, path: Path) -> str:
-    if self.format:
-      return self.format
-    suffix = Path(path.name.removesuffix('.gz')).suffix[1:]
-    if suffix not in _READERS:
-      raise UserError(f'{path} has a name from which its format does not follow; bind format to one'
-                      f' of {sorted(_READERS)}.')
-    return suffix
+  def _beside(self, path: Path) -> dict[str, Path]:
+    """Returns the files aligned with one, by their fields."""
+    found = {}
+    for field, old, new in self.aligned:
+      found[field] = path.with_name(new.join(path.name.rsplit(old, 1)))
+      if old not in path.name or not found[field].exists():
+        raise UserError(f'aligned=({field!r}, {old!r}, {new!r}): beside {path} there is no'
+                        f' {found[field].name}; check the names.')
+    return found
 
-
-def _open(path: Path) -> Any:
-  opener = gzip.open if path.suffix == '.gz' else open
-  return opener(path, 'rt', encoding='utf-8', newline='')
-
-
-def _jsonl(path: Path, columns: Tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
-  del columns
-  with _open(path) as file:
-    for number, line in enumerate(file, 1):
-      if line.strip():
-        yield number, _object(path, number, line)
+  def _read(self, split: str) -> Located:
+    for path, members in self._files(split):
+      beside = {field: next(formats.read(other, '', self.encodings)).lines()
+                for field, other in self._beside(path).items()}
+      for part in formats.read(path, members, self.encodings):
+        records = formats.READERS[self.format or formats.of(part.name)](part, self.columns)
+        if beside:
+          records = _joined(part, records, beside)
+        for number, record in records:
+          yield f'{part.name}:{number}', record
 
 
-def _object(path: Path, number: int, text: str) -> dict[str, Any]:
-  try:
-    value = json.loads(text)
-  except ValueError as error:
-    raise UserError(f'{path}:{number} is no JSON ({error}); mend or remove the line.') from error
-  if not isinstance(value, Mapping):
-    raise UserError(f'{path}:{number} is no JSON object; one with named fields is needed.')
-  return dict(value)
-
-
-def _json(path: Path, columns: Tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
-  del columns
-  with _open(path) as file:
-    try:
-      values = json.load(file)
-    except ValueError as error:
-      raise UserError(f'{path} is no JSON ({error}); mend it.') from error
-  if not isinstance(values, list):
-    raise UserError(f'{path} holds no list of examples; name the format that it has.')
-  yield from enumerate(map(dict, values), 1)
-
-
-def _table(path: Path, columns: Tuple[str, ...], **dialect: Any
-           ) -> Iterator[tuple[int, dict[str, Any]]]:
-  with _open(path) as file:
-    reader = csv.reader(file, **dialect)
-    names = list(columns) or next(reader, [])
-    for row in reader:
-      if not row:
-        continue
-      if len(row) < len(names):
-        raise UserError(f'{path}:{reader.line_num} has {len(row)} columns and {len(names)} are'
-                        f' named ({", ".join(names)}); mend the line, or bind columns.')
-      yield reader.line_num, dict(zip(names, row))
-
-
-def _tsv(path: Path, columns: Tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
-  return _table(path, columns, delimiter='\t', quoting=csv.QUOTE_NONE)
-
-
-def _csv(path: Path, columns: Tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
-  return _table(path, columns)
-
-
-def _conll(path: Path, columns: Tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Words a line, sentences between empty lines; 'words' and 'tags' must be among the columns."""
-  places = {name: columns.index(name) for name in ('words', 'tags') if name in columns}
-  if len(places) != 2:
-    raise UserError(f'columns={columns!r} must name words and tags; bind them in the order of the'
-                    " file's columns.")
-  first, rows = 1, []
-  with _open(path) as file:
-    for number, line in enumerate([*file, ''], 1):
-      cells = line.rstrip('\r\n').split('\t' if '\t' in line else None)
-      if line.strip() and not line.startswith('# '):
-        # A range of tokens (3-4) and an empty node (3.1) of CoNLL-U are no words.
-        if columns[0] == 'id' and not cells[0].isdigit():
-          continue
-        if len(cells) <= max(places.values()):
-          raise UserError(f'{path}:{number} has {len(cells)} columns and {len(columns)} are named'
-                          f' ({", ".join(columns)}); mend the line, or bind columns.')
-        first = first if rows else number
-        rows.append(cells)
-      elif rows and not line.strip():
-        yield first, {name: [row[place] for row in rows] for name, place in places.items()}
-        rows = []
-
-
-_READERS = {'jsonl': _jsonl, 'json': _json, 'tsv': _tsv, 'csv': _csv, 'conll': _conll}
+def _joined(part: formats.Part, records: Iterator[tuple[int, formats.Record]],
+            beside: dict[str, list[str]]) -> Iterator[tuple[int, formats.Record]]:
+  for numbered, *lines in itertools.zip_longest(records, *beside.values()):
+    if numbered is None or None in lines:
+      sizes = ', '.join(f'{len(lines)} lines of {field}' for field, lines in beside.items())
+      raise UserError(f'{part.name} is not aligned with {sizes}; a line of each is needed for every'
+                      ' record.')
+    number, record = numbered
+    yield number, record | dict(zip(beside, lines))

@@ -35,7 +35,7 @@ from lm.data.examples.rows import ExampleRows
 from lm.data.examples.template import Template
 from lm.errors import UserError
 
-_SOURCES = ('forms.py', 'kinds.py', 'sources.py', 'task.py', 'template.py')
+_SOURCES = ('formats.py', 'forms.py', 'kinds.py', 'sources.py', 'task.py', 'template.py')
 _FORMAT = 1
 _SHOWN = 3  # Bad records that an error names.
 
@@ -50,6 +50,7 @@ class ExampleTask:
     form: 'encoder' for a model with a head, 'text_to_text' for T5, 'decoder' for GPT, 'embedder'
       for two texts compared.
     template: prompt and target of models that write text.
+    decoder_template: those of a decoder; None for the same.
     vocabulary: one trained on the training split, or another project's.
     target_length: tokens of a row of the decoder's side, of 'text_to_text'.
     packed: puts as many examples into a row as it holds.
@@ -62,6 +63,7 @@ class ExampleTask:
   kind: kinds.Kind
   form: forms.Name = 'encoder'
   template: Template = Template()
+  decoder_template: Optional[Template] = None
   vocabulary: vocabularies.VocabularyConfig = vocabularies.VocabularyConfig()
   target_length: int = 128
   packed: bool = True
@@ -211,17 +213,23 @@ def _resolved(kind: kinds.Kind, labels: Optional[list[str]]) -> kinds.Kind:
 
 
 def _bind(task: ExampleTask, kind: kinds.Kind, vocabulary: vocabularies.Vocabulary) -> forms.Form:
-  return forms.FORMS[task.form](kind=kind, vocabulary=vocabulary, template=task.template).bind(
-      vocabulary)
+  form = forms.FORMS[task.form](kind=kind, vocabulary=vocabulary, template=_template(task))
+  return form.bind(vocabulary)
+
+
+def _template(task: ExampleTask) -> Template:
+  """Returns the template of the task's form."""
+  own = task.decoder_template if task.form == 'decoder' else None
+  return task.template if own is None else own
 
 
 def _digest(task: ExampleTask) -> str:
   """What a cache depends on: the files, the task but for augmentations and lengths, our code."""
   own = Path(__file__).parent
   parts = [
-      _FORMAT, task.source.digest(), dataclasses.asdict(task.source),
+      _FORMAT, task.source.digest(),
       type(task.kind).__name__, dataclasses.asdict(task.kind), task.form,
-      dataclasses.asdict(task.template), dataclasses.asdict(task.vocabulary),
+      dataclasses.asdict(_template(task)), dataclasses.asdict(task.vocabulary),
       tasks.digests_of_vocabulary(task.vocabulary),
       [hashlib.sha256((own / name).read_bytes()).hexdigest() for name in _SOURCES],
   ]
@@ -266,7 +274,7 @@ def _read(task: ExampleTask, split: str, progress: bool) -> list[kinds.Example]:
                                f' {len(known)} labels')
       examples.append({'id': str(record.get('id', f'{split}-{len(examples)}')), **example})
     except kinds.BadExample as error:
-      wrong.append(f'{where} {error}')
+      wrong.append(f'{where} {error}{task.source.hint(record)}')
   if wrong:
     more = f', and {len(wrong) - _SHOWN} more' if len(wrong) > _SHOWN else ''
     raise UserError(f'{len(wrong)} of {len(wrong) + len(examples)} records of {split} are no'
@@ -302,8 +310,8 @@ def _vocabulary(task: ExampleTask, found: dict[str, list[kinds.Example]]
   def texts() -> Iterator[str]:
     for example in found.get(sources.TRAIN, ()):
       if task.form in ('text_to_text', 'decoder'):
-        yield task.template.prompt(example)
-        yield task.template.target(example)
+        yield _template(task).prompt(example)
+        yield _template(task).target(example)
       else:
         yield from task.kind.texts(example)
 

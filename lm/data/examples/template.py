@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import string
-from typing import Any, Mapping, Optional, Tuple
+from typing import Any, Mapping, Optional, Sequence, Tuple
 
 from lm.data.examples.kinds import Example
 from lm.errors import UserError
@@ -15,18 +14,22 @@ from lm.errors import UserError
 class Template:
   """Two lines of text with the example's fields in braces: 'mnli premise: {a} hypothesis: {b}'.
 
-  Lists are joined by blanks. Of a classification {label} is its word, and the targets of all labels
-  are the continuations that a decoder is scored on.
+  Lists are joined by blanks. Beside the fields of the kind there are {label}, the word of a class;
+  {target}, {answer} and {document}, the first of several; and {context} and {continuation} of a
+  choice, of which there is a prompt and a target each: those of the right one are what a model
+  learns, those of all what it is scored on, as are the targets of all classes.
 
   Attributes:
     inputs: the prompt.
     targets: what shall follow it; a decoder's begins with the blank that parts it from the prompt.
     words: (label, word) pairs, where a label's name is no good word for it.
+    no_answer: the {answer} of a question without one.
   """
 
   inputs: str = '{a}'
   targets: str = '{label}'
   words: Tuple[Tuple[str, str], ...] = ()
+  no_answer: str = 'unanswerable'
 
   def __post_init__(self) -> None:
     for text in (self.inputs, self.targets):
@@ -42,8 +45,14 @@ class Template:
 
   def target(self, example: Example, label: Optional[str] = None) -> str:
     """Returns the target text, of another label if one is given."""
-    fields: Mapping[str, Any] = example if label is None else {**example, 'label': label}
-    return self._filled(self.targets, fields)
+    return self._filled(self.targets, example if label is None else {**example, 'label': label})
+
+  def choices(self, example: Example, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Returns prompt and target of each choice of an example, or of each of the labels."""
+    if 'continuations' not in example:
+      return [(self.prompt(example), self.target(example, label)) for label in labels]
+    each = [{**example, 'label': i} for i in range(len(example['continuations']))]
+    return [(self.prompt(choice), self.target(choice)) for choice in each]
 
   def word(self, label: str) -> str:
     """Returns what stands for a label."""
@@ -51,18 +60,22 @@ class Template:
 
   def _filled(self, text: str, example: Mapping[str, Any]) -> str:
     fields = {name: _written(value) for name, value in example.items()}
-    if 'label' in example:
+    if 'continuations' in example:
+      fields['context'] = example['contexts'][example['label']]
+      fields['continuation'] = example['continuations'][example['label']]
+    elif 'label' in example:
       fields['label'] = self.word(str(example['label']))
-    if example.get('targets'):
-      fields['target'] = str(example['targets'][0])
+    if 'answers' in example:
+      fields['answer'] = example['answers'][0] if example['answers'] else self.no_answer
+    for name in ('targets', 'documents'):
+      if example.get(name):
+        fields[name[:-1]] = example[name][0]
     try:
       return text.format(**fields)
-    except (KeyError, IndexError) as error:
-      raise UserError(f'The template {text!r} asks for {error}, which examples do not have; they'
-                      f' have {sorted(fields)}.') from error
+    except (KeyError, IndexError, ValueError) as error:
+      raise UserError(f'The template {text!r} cannot be filled ({error}); examples have the fields'
+                      f' {sorted(fields)}.') from error
 
 
-def _written(value: Any) -> str:
-  if isinstance(value, list):
-    return ' '.join(map(str, value))
-  return value if isinstance(value, str) else json.dumps(value)
+def _written(value: Any) -> Any:
+  return ' '.join(map(str, value)) if isinstance(value, list) else value
