@@ -20,7 +20,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import flax.linen as nn
 import jax
@@ -38,6 +38,7 @@ from lm.errors import UserError
 from lm.evaluation import evaluator, live, report
 from lm.inference.generate import complete
 from lm.inference.sampling import SamplingConfig
+from lm.interop import initial as initial_weights
 from lm.models.bert import BERTConfig
 from lm.models.gpt import GPTConfig
 from lm.models.heads import ClassifierConfig, DualEncoderConfig, EmbedderConfig
@@ -69,6 +70,7 @@ class Experiment:
   objective, loss: what the model is asked, and how its answer counts.
   prompts: texts that the trained model goes on with, for the report.
   writers: who get the metrics beside metrics.jsonl and TensorBoard; see `lm/training/writers.py`.
+  initial: the parameters from which a new run begins; None draws them.
   """
   task: TextTask | Mixture | ExampleTask
   model: ModelConfig
@@ -81,6 +83,7 @@ class Experiment:
   sampling: SamplingConfig = SamplingConfig()
   prompts: tuple[str, ...] = ()
   writers: tuple[Any, ...] = ()
+  initial: Optional[initial_weights.Weights] = None
 
   def __post_init__(self):
     if self.train.sequence_length > self.model.max_length:
@@ -266,6 +269,10 @@ def _trainer(experiment: Experiment, prepared: Data, directory: pathlib.Path, ho
              watched: _Watched, **watchers: Any) -> Trainer:
   settings, rules = experiment.train, experiment.bound_rules()
   loader = functools.partial(_loader, experiment, prepared)
+  log = lambda text: print(text, file=sys.stderr) if hosts.is_main else None
+  initial = experiment.initial and initial_weights.open_weights(
+      experiment.initial, directory, hosts, log, prepared.vocabulary.digest,
+      experiment.optimizer.is_frozen)
   return Trainer(
       settings, experiment.model.build(rules), experiment.loss,
       experiment.build_optimizer(),
@@ -273,10 +280,10 @@ def _trainer(experiment: Experiment, prepared: Data, directory: pathlib.Path, ho
       loader('train', settings.seed), loader('validation', 0), _data_digest(prepared.info),
       directory, experiment.model.flops_per_token(settings.sequence_length),
       meters.peak_flops(experiment.model.dtype),
-      log=lambda text: print(text, file=sys.stderr) if hosts.is_main else None,
-      goodput=watched.goodput, alerts=watched.alerts,
+      log=log, goodput=watched.goodput, alerts=watched.alerts,
       sample=functools.partial(_sample, experiment, prepared.vocabulary, hosts), hosts=hosts,
-      writers=(live.LiveReport(settings.num_steps), *experiment.writers), **watchers)
+      writers=(live.LiveReport(settings.num_steps), *experiment.writers), initial=initial,
+      **watchers)
 
 
 def _sample(experiment: Experiment, vocabulary: Any, hosts: Hosts, params: Any

@@ -1,6 +1,7 @@
 """The training loop: from the last good checkpoint to the last step, whatever happens between."""
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -109,6 +110,7 @@ class Trainer:
   sample: from parameters to completions of the run's prompts; all hosts call it.
   writers: who get the metrics too.
   on_validation: is called with the step and its held-out metrics; what it raises ends the run.
+  initial: from the parameters of a new run, in their shardings, to those that it begins with.
   """
   config: TrainConfig
   module: nn.Module
@@ -129,6 +131,7 @@ class Trainer:
   hosts: Hosts = Hosts()
   writers: Sequence[Writer] = ()
   on_validation: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
+  initial: Optional[Callable[[Any], Any]] = None
 
   def run(self, compiled: pathlib.Path | None = None) -> dict[str, Any]:
     """Trains from the last good checkpoint to `num_steps`, or until a signal asks to stop.
@@ -172,21 +175,23 @@ class Trainer:
                         f'{-(-rows // shards) * shards * parts}')
 
   def restore(self, checkpointer: Checkpointer) -> tuple[TrainState, Position]:
-    """The last good checkpoint of this run, else imported parameters, else a new state."""
+    """The last good checkpoint of this run, else imported parameters, else a new state with the
+    parameters of `initial`, else a new state."""
     config, size = self.config, self.config.batch_size
     offload, beginning = config.offload_optimizer, Position(config.sizes)
     abstract = abstract_state(self.module, self.optimizer, self.rules, size, offload)
-    new = lambda: init_state(self.module, self.optimizer, self.rules, config.seed, size, offload)
+    new = functools.partial(init_state, self.module, self.optimizer, self.rules, config.seed, size,
+                            offload)
     if checkpointer.holds_params_alone():
-      _, params = restore_params(checkpointer.directory, abstract.params, log=self.log)
       self.log('starts from the imported parameters')
-      return dataclasses.replace(new(), params=params), beginning
+      return new(lambda _: restore_params(checkpointer.directory, abstract.params,
+                                          log=self.log)[1]), beginning
     sharding = abstract.step.sharding
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=sharding)
     restored = checkpointer.restore(abstract, lambda abstract, arrays: dataclasses.replace(
         abstract, opt_state=guards.as_saved(abstract.opt_state, arrays, scalar)))
     if restored is None:
-      return new(), beginning
+      return new(self.initial), beginning
     step, state, data = restored
     position = Position.described(config.sizes, data)
     here = self.describe(step, position)

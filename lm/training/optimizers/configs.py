@@ -71,6 +71,10 @@ class Optimizer:
       return inner
     return optax.chain(inner, averaging.keep_average(self.average_decay))
 
+  def is_frozen(self, path: str) -> bool:
+    """Whether the parameter of this path keeps its values, since its group has the rate 0."""
+    return paths.first_match(self.groups, path).rate == 0
+
   def build(self, num_steps: int, width: float = 1.0) -> optax.GradientTransformation:
     """The optax chain of a run of `num_steps` steps.
 
