@@ -329,6 +329,6 @@ def _check_vocabulary(weights, digest):
   there = json.loads(path.read_text('utf-8'))['digest']
   if there != digest:
     raise UserError(
-        f'the vocabulary of this run ({digest[:8]}) is not that of {weights.run_dir} ({there[:8]}), '
-        'so its embeddings would mean other texts; take the vocabulary of that run, as gin/runs/'
-        'finetune.gin does, or bind initial.Weights.resize_vocabulary=True to take them by id')
+        f'the vocabulary of this run ({digest[:8]}) is not that of {weights.run_dir} '
+        f'({there[:8]}), so its embeddings would mean other texts; take the vocabulary of that '
+        'run, as gin/runs/finetune.gin does, or bind initial.Weights.resize_vocabulary=True to take them by id')

@@ -46,15 +46,16 @@ class TrainConfig:
   eval_batches: batches of the held-out text in a validation loss during training.
   watch_every: steps between the norms by group and layer that are kept; at validation the model is
     probed too (`probe.py`). 0 watches neither.
-  keep_checkpoints: latest checkpoints that stay, besides the best by validation loss.
+  keep_checkpoints: latest checkpoints that stay, besides the best by validation (its loss, or the
+    metric of `early_stopping`).
   seed: of the parameters, the order of the data, and dropout.
   stuck_after_seconds: a step that takes longer is reported, with the stacks of every host.
   offload_optimizer: keeps the optimiser's state in the memory of the host.
   tpu_options: NAME=VALUE of the compiler of the step, on TPUs.
   loss_scale: what float16 needs; a step that overflows updates nothing.
   guard: what is done about spikes and NaNs; None stops the run at a loss that is not finite.
-  early_stopping: ends the run where validation no longer improves; each best validation loss is
-    then saved, and later commands take the best checkpoint.
+  early_stopping: ends the run where validation no longer improves; each best by its metric is then
+    saved, and later commands take the best checkpoint.
   sample_every: steps after which the run's prompts are completed; None for none.
   profile: the steps whose trace is kept.
   alert_command: a line of shell that tells a person what happens; see `alerts.py`.
@@ -91,6 +92,11 @@ class TrainConfig:
                          f'num_microbatches={self.num_microbatches} equal parts')
     if self.sample_every is not None and self.sample_every < 1:
       raise ValueError(f'sample_every={self.sample_every} must be at least 1, or None')
+
+  @property
+  def watched(self) -> str:
+    """The metric of validation that says which checkpoint is best."""
+    return 'loss' if self.early_stopping is None else self.early_stopping.metric
 
   @property
   def sizes(self) -> BatchSizes:
@@ -154,7 +160,7 @@ class Trainer:
     self._check_rows()
     config = self.config
     checkpointer = Checkpointer(self.run_dir / 'checkpoints', config.keep_checkpoints, self.log,
-                                self.hosts)
+                                self.hosts, config.watched)
     watch = watchdog.Watchdog(self.run_dir, self.hosts, config.stuck_after_seconds,
                               alert=lambda step, text: self.alerts.send('stuck', text, step))
     profiler = profiling.Profiler(self.run_dir, config.profile, self.hosts, self.log)
@@ -254,14 +260,14 @@ class _Session:
     self.bar.close()
 
   def _open_metrics(self):
-    """The metrics up to the state's step, and the validation losses among them."""
+    """The metrics up to the state's step, and the scores of the validations among them."""
     step = int(self.state.step)
     self.writer = monitor.Silent() if not self.hosts.is_main else monitor.MetricsWriter(
         self.of.run_dir, step, self.of.writers, self.of.log)
-    found = self.hosts.ask_main('the validation losses', lambda: [
-        (row['step'], row['loss']) for row in monitor.read_rows(self.of.run_dir / monitor.METRICS)
-        if row['split'] == 'validation'])
-    self.validated = {at: math.nan if loss is None else loss for at, loss in found}
+    self.validated = dict(self.hosts.ask_main('the validation scores', lambda: [
+        (row['step'], stopping.score(self.config.watched, row))
+        for row in monitor.read_rows(self.of.run_dir / monitor.METRICS)
+        if row['split'] == 'validation']))
 
   def train(self, received: list[str]) -> dict[str, Any]:
     """All steps that are left; see `Trainer.run`."""
@@ -312,7 +318,8 @@ class _Session:
         if stopped_by:
           return stopped_by
         if self._is_over() and step < config.num_steps:
-          text = f'no better validation loss than {min(self.validated.values()):.4f} of late'
+          best = abs(min(self.validated.values()))
+          text = f'no better validation {config.watched} than {best:.4f} of late'
           self.bar.note(f'step {step}: {text}; stops early')
           self.alerts.send('stopped_early', text, step)
           break
@@ -419,7 +426,7 @@ class _Session:
         completions = self.of.sample(self._evaluated())
         if self.hosts.is_main:
           samples.write(self.of.run_dir, step, completions)
-    is_best = config.early_stopping and metrics and metrics['loss'] < best
+    is_best = config.early_stopping and metrics and self.validated[step] < best
     if (last or stopping or is_best or step % config.checkpoint_every == 0
         or step == self.save_at):
       with self.goodput.spent('checkpoint'):
@@ -433,8 +440,10 @@ class _Session:
     self.writer.write(step, 'validation', metrics)
     if inside:
       self.writer.write(step, 'probe', inside)
-    self.validated[step] = metrics['loss']
-    self.bar.note(f'step {step}: validation loss {metrics["loss"]:.4f}')
+    self.validated[step] = stopping.score(self.config.watched, metrics)
+    names = dict.fromkeys(('loss', self.config.watched))
+    self.bar.note(f'step {step}: validation ' + ', '.join(
+        f'{name} {metrics[name]:.4f}' for name in names))
     self.of.on_validation(step, metrics)
     return metrics
 

@@ -1,4 +1,4 @@
-"""A run that begins with the parameters of another goes on as any run does, however it is killed."""
+"""A run that begins with the parameters of another goes on as any does, however it is killed."""
 import json
 
 import guarded_runs as runs
