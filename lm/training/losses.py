@@ -28,6 +28,8 @@ class _Loss:
   l1: float = 0.0
   l2: float = 0.0
 
+  adversarial = 0.0  # of a loss that has none
+
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
@@ -54,6 +56,8 @@ class Prediction(_Loss):
 
   label_smoothing: share of the target spread over the vocabulary (arXiv:1512.00567, section 7), or
     over the classes of `class_labels` and `tag_labels`.
+  adversarial: epsilon of FGM (arXiv:1605.07725): each row is computed once more where its embeddings
+    are moved by so much against it, and pays that loss too; 0 does not. See `adversarial.py`.
   class_costs: what each class of these weighs, which then is what a mean is over; 'balanced' weighs
     them by examples / (classes * examples of the class), of the training split.
   z_loss: times logsumexp^2 of the logits (PaLM, arXiv:2204.02311, section 5).
@@ -66,6 +70,7 @@ class Prediction(_Loss):
   z_loss: float = 0.0
   class_weight: float = 1.0
   r_drop: float = 0.0
+  adversarial: float = 0.0
   class_costs: tuple[float, ...] | Literal['balanced'] = ()
 
   whole_batch = False  # a sum over rows: microbatches are computed one by one
@@ -106,18 +111,17 @@ class Prediction(_Loss):
       apart |= {'tokens_divergence': weights['tokens']} if 'tokens' in weights else {}
     else:
       apart = {}
-    return weights | {name: (x * self._costs(name, batch)).sum() for name, x in plain.items()
-                      } | apart
+    return weights | {name: self._costed(name, batch, x).sum() for name, x in plain.items()} | apart
 
-  def _costs(self, name, batch):
-    """Of the class of each label; 1 where classes cost the same, or are none."""
+  def _costed(self, name, batch, x):
+    """x of each label, times the cost of its class."""
     labels, costs = _LABELS[name][0], self.class_costs
     if not costs or name not in _SMOOTHED or labels not in batch:
-      return 1.0
+      return x
     if costs == 'balanced':
       raise UserError("class_costs='balanced' needs a task of labelled examples, which are "
                       'counted; write class_costs=(...) here')
-    return jnp.asarray(costs, jnp.float32)[batch[labels]]
+    return x * jnp.asarray(costs, jnp.float32)[batch[labels]]
 
   def _label_losses(self, name, outputs, batch):
     """Weighted; as PyTorch's CrossEntropyLoss(weight=class_costs, label_smoothing)."""
@@ -127,7 +131,7 @@ class Prediction(_Loss):
     if self.class_costs and len(self.class_costs) != num_classes:
       raise UserError(f'class_costs has {len(self.class_costs)} numbers and the head {num_classes} '
                       'classes; give a cost for each')
-    losses = _label_losses(name, outputs, batch) * self._costs(name, batch)
+    losses = self._costed(name, batch, _label_losses(name, outputs, batch))
     if not self.label_smoothing:
       return losses
     costs = jnp.asarray(self.class_costs or (1.0,) * num_classes, jnp.float32)
