@@ -260,12 +260,12 @@ def _label_weights(name, batch):
 
 def _label_losses(name, outputs, batch):
   """Weighted; logits [..., C] of labels [...], or [..., 1] of numbers [...]."""
-  weights = _label_weights(name, batch)
   if _LABELS[name][0] not in batch:
-    return jnp.square(outputs[name][..., 0] - batch[_VALUES[name]]) * weights
+    distance = outputs[name][..., 0] - batch[_VALUES[name]]
+    return jnp.square(distance) * _label_weights(name, batch)
   labels = batch[_LABELS[name][0]][..., None]
   chosen = jnp.take_along_axis(jax.nn.log_softmax(outputs[name]), labels, axis=-1)[..., 0]
-  return -chosen * weights
+  return -chosen * _label_weights(name, batch)
 
 
 def _exact_spans(right_BT, span_ids_BT):
