@@ -154,7 +154,7 @@ def train(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(),
   if compiled and not pathlib.Path(compiled).is_file():
     raise UserError(f'--compiled={compiled} is no file; make one with `lm compile --save`')
   with _claim(directory, hosts), _watched(experiment, directory, hosts) as watched:
-    prepared, result = _fit(experiment, directory, hosts, watched, compiled)
+    experiment, prepared, result = _fit(experiment, directory, hosts, watched, compiled)
     if result['stopped_by'] is None:
       with watched.goodput.spent('evaluation'):
         _finish(experiment, directory, prepared, hosts)
@@ -176,7 +176,7 @@ def fit(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(), **watchers
   """
   directory = pathlib.Path(run_dir)
   with _claim(directory, hosts), _watched(experiment, directory, hosts) as watched:
-    _, result = _fit(experiment, directory, hosts, watched, **watchers)
+    _, _, result = _fit(experiment, directory, hosts, watched, **watchers)
     result['goodput'] = watched.close(result)
     watched.tell(result)
     return result
@@ -219,11 +219,13 @@ def _watched(experiment: Experiment, directory: pathlib.Path, hosts: Hosts) -> I
 
 
 def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts, watched: _Watched,
-         compiled: str | None = None, **watchers: Any) -> tuple[Data, dict[str, Any]]:
+         compiled: str | None = None, **watchers: Any
+         ) -> tuple[Experiment, Data, dict[str, Any]]:
   hosts.prove_same({'the digest of the configuration': digest(config.text()), **program_facts()})
   if hosts.is_main:
     _save_config(directory)
   prepared = hosts.main_first('the data', experiment.task.prepare)
+  experiment = _of_data(experiment, prepared)
   hosts.prove_same({'the digest of the data': _data_digest(prepared.info)})
   if hosts.is_main and not (directory / 'vocabulary').exists():
     prepared.vocabulary.save(directory / 'vocabulary')
@@ -234,7 +236,27 @@ def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts, watched:
                         if row['split'] == 'train']
     finite = [loss for loss in result['losses'] if loss is not None]
     result['final_loss'] = finite[-1] if finite else None
-  return prepared, result
+  return experiment, prepared, result
+
+
+def _of_data(experiment: Experiment, prepared: Data) -> Experiment:
+  """The experiment where what depends on its data is known: its steps, and the costs of classes.
+
+  Raises:
+    UserError: the head has another number of classes than the task labels.
+  """
+  loss, settings = experiment.loss, experiment.train
+  if isinstance(prepared, PreparedExamples) and isinstance(loss, losses.Prediction):
+    counts = prepared.label_counts
+    classes = getattr(experiment.model, 'num_classes', len(counts))
+    if counts and classes != len(counts):
+      raise UserError(f'the head has num_classes={classes} and the task {len(counts)} labels; bind '
+                      f'NUM_CLASSES={len(counts)}')
+    loss = loss.balanced(counts)
+  if settings.num_epochs is not None:
+    settings = settings.of_length(
+        _loader(experiment, prepared, 'train', settings.seed).steps_per_epoch)
+  return dataclasses.replace(experiment, loss=loss, train=settings)
 
 
 def _objective(experiment: Experiment, prepared: Data) -> Any:

@@ -8,14 +8,14 @@ from collections.abc import Callable
 import dataclasses
 import json
 import pathlib
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 from lm import config
 from lm.data.vocabularies import VocabularyConfig
 from lm.errors import UserError
 from lm.models.bert import BERTConfig
 from lm.models.gpt import GPTConfig
-from lm.models.heads import DualEncoderConfig
+from lm.models.heads import DualEncoderConfig, EmbedderConfig
 from lm.models.t5 import T5Config
 
 
@@ -28,29 +28,48 @@ def _saved(run_dir: str) -> pathlib.Path:
 
 
 def model(run_dir: str, head: Optional[Callable[..., Any]] = None,
+          form: Optional[Literal['encoder', 'text_to_text', 'decoder', 'embedder']] = None,
           dropout_rate: Optional[float] = None, attention_dropout_rate: Optional[float] = None,
           dtype: Optional[str] = None, param_dtype: Optional[str] = None,
-          products: Optional[str] = None) -> Any:
+          products: Optional[str] = None, attention_implementation: Optional[str] = None) -> Any:
   """The config of a run's model, or of a head on its trunk.
 
   Args:
     run_dir: of `lm train` or `lm convert`.
     head: such as @heads.ClassifierConfig, with its fields bound but for the trunk, which is the
       run's model without the heads of its own; None for the run's whole model.
-    dropout_rate, attention_dropout_rate, dtype, param_dtype, products: in place of the run's; None
-      keeps them.
+    form: of the task: only an 'encoder' has the head, and an 'embedder' vectors of two texts; None
+      has the head if there is one.
+    dropout_rate, attention_dropout_rate, dtype, param_dtype, products, attention_implementation: in
+      place of the run's; None keeps them.
 
   Raises:
-    UserError: there is no such run.
+    UserError: there is no such run, its model does not take this form, or the form has no head.
   """
   own = config.value(_saved(run_dir) / 'config.gin', 'run.Experiment.model')
   changes = {'dropout_rate': dropout_rate, 'attention_dropout_rate': attention_dropout_rate,
-             'dtype': dtype, 'param_dtype': param_dtype, 'products': products}
+             'dtype': dtype, 'param_dtype': param_dtype, 'products': products,
+             'attention_implementation': attention_implementation}
   changes = {name: value for name, value in changes.items() if value is not None}
-  if head is None:
+  if form == 'encoder' and head is None:
+    raise UserError("form='encoder' has no head; bind HEAD, such as @heads.ClassifierConfig")
+  if form == 'embedder':
+    is_pair = isinstance(own, DualEncoderConfig)
+    own = own if is_pair else DualEncoderConfig(EmbedderConfig(_trunk(own, False)))
+  if head is None or form not in (None, 'encoder'):
+    if not isinstance(own, _FORMS.get(form, object)):
+      raise UserError(f'form={form!r} is not what a {type(own).__name__} reads, which {run_dir} has;'
+                      " bind FORM='encoder', or INITIAL to another run")
     return _changed(own, changes)
-  has_pooler = getattr(head(trunk=_trunk(own, True)), 'pooling', None) == 'pooler'
-  return head(trunk=_changed(_trunk(own, has_pooler), changes))
+  pooling = getattr(head(trunk=_trunk(own, True)), 'pooling', None)
+  trunk = _trunk(own, pooling == 'pooler')
+  if pooling == 'cls' and isinstance(trunk, GPTConfig):
+    raise UserError("pooling='cls' is the first token, which in a GPT has seen no other; bind "
+                    "heads.ClassifierConfig.pooling='last'")
+  return head(trunk=_changed(trunk, changes))
+
+
+_FORMS = {'text_to_text': T5Config, 'decoder': GPTConfig}
 
 
 def _changed(own: Any, changes: dict[str, Any]) -> Any:

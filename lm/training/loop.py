@@ -38,6 +38,7 @@ class TrainConfig:
   """How long and on what a run trains.
 
   num_steps: updates of the whole run.
+  num_epochs: passes over the training rows, in place of `num_steps`.
   batch_size: sequences a step, over all devices and hosts.
   batch_ramp: (last step, sequences a step) of smaller batches before that, in order.
   sequence_length: tokens a sequence.
@@ -80,6 +81,7 @@ class TrainConfig:
   profile: profiling.Window = profiling.Window()
   alert_command: Optional[str] = None
   batch_ramp: tuple[tuple[int, int], ...] = ()
+  num_epochs: Optional[float] = None
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -90,8 +92,17 @@ class TrainConfig:
       if size % self.num_microbatches:
         raise ValueError(f'batch_size={size} does not divide into '
                          f'num_microbatches={self.num_microbatches} equal parts')
+    if self.num_epochs is not None and (self.num_epochs <= 0 or self.batch_ramp):
+      raise ValueError(f'num_epochs={self.num_epochs} must be above 0, and does not go with '
+                       'batch_ramp; set num_steps')
     if self.sample_every is not None and self.sample_every < 1:
       raise ValueError(f'sample_every={self.sample_every} must be at least 1, or None')
+
+  def of_length(self, steps_per_epoch: float) -> 'TrainConfig':
+    """This config with its epochs counted in steps, the last of which may be begun anew."""
+    if self.num_epochs is None:
+      return self
+    return dataclasses.replace(self, num_steps=math.ceil(self.num_epochs * steps_per_epoch))
 
   @property
   def watched(self) -> str:

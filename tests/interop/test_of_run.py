@@ -1,5 +1,6 @@
 """What a run's model and vocabulary are for another run, whose config.gin then needs no other."""
 import dataclasses
+import functools
 import shutil
 
 import pytest
@@ -66,8 +67,24 @@ def write(tmp_path, model, head='None', more=''):
 def test_a_head_stands_on_the_trunk_of_any_run(tmp_path, model, trunk):
   directory = source(tmp_path / 'source', model)
   assert of_run.model(str(directory)) == model
-  made = of_run.model(str(directory), head=ClassifierConfig, dropout_rate=0.25)
-  assert made == ClassifierConfig(dataclasses.replace(trunk, dropout_rate=0.25))
+  head = functools.partial(ClassifierConfig, pooling='last')
+  made = of_run.model(str(directory), head, 'encoder', dropout_rate=0.25)
+  assert made == head(dataclasses.replace(trunk, dropout_rate=0.25))
+
+
+def test_one_binding_says_how_a_task_is_put_to_a_model(tmp_path):
+  bert, t5, gpt = (str(source(tmp_path / type(model).__name__, model)) for model in (
+      BERT, T5Config(**TINY), GPTConfig(**TINY)))
+  assert of_run.model(t5, ClassifierConfig, 'text_to_text') == T5Config(**TINY)
+  assert of_run.model(gpt, ClassifierConfig, 'decoder') == GPTConfig(**TINY)
+  assert of_run.model(bert, ClassifierConfig, 'embedder') == DualEncoderConfig(
+      EmbedderConfig(dataclasses.replace(BARE, pooler=False)))
+  with pytest.raises(UserError, match="form='decoder' is not what a BERTConfig reads"):
+    of_run.model(bert, ClassifierConfig, 'decoder')
+  with pytest.raises(UserError, match="form='encoder' has no head; bind HEAD"):
+    of_run.model(bert, form='encoder')
+  with pytest.raises(UserError, match="pooling='cls' is the first token, which in a GPT"):
+    of_run.model(gpt, ClassifierConfig, 'encoder')
 
 
 def test_a_pooler_stays_where_the_head_uses_it(tmp_path):
