@@ -99,6 +99,18 @@ def build(target: Callable[..., T]) -> T:
   return _current.build(target)
 
 
+def value(path: str | os.PathLike[str], name: str) -> Any:
+  """Evaluates one parameter of a saved configuration, such as 'run.Experiment.model', and forgets
+  nothing that was parsed; None where nothing binds it.
+
+  Raises:
+    UserError: the file is none, or the value is wrong.
+  """
+  bindings = Bindings()
+  _Reader(bindings).read_file(str(path), str(path))
+  return bindings.value_of(name)
+
+
 def explain(name: str | None = None) -> list[Row]:
   """Lists every macro and parameter of the built object: name, value in gin's syntax, source.
 

@@ -44,6 +44,7 @@ class Bindings:
     origins: target -> (module, attribute path) under which a file named it.
     referenced: every macro that any value refers to, replaced ones included.
     used: the keys that the last build consumed; `calls` the (target, scope, whether called) it saw.
+    spent: the keys that a call consumed whose result was written out in its place.
   """
 
   def __init__(self):
@@ -52,6 +53,7 @@ class Bindings:
     self.origins: dict[Callable[..., Any], tuple[str, str]] = {}
     self.referenced: set[str] = set()
     self.used: set[Key] = set()
+    self.spent: set[Key] = set()
     self.calls: dict[tuple[Any, tuple[str, ...], bool], None] = {}
     self.root: Callable[..., Any] | None = None
     self._order = 0
@@ -91,6 +93,14 @@ class Bindings:
     result = self._call(target, (), f'building {self.name(target)}')
     self._refuse_unused()
     return result
+
+  def value_of(self, name: str) -> Any:
+    """Evaluates what is bound to `module.Target.parameter`, and nothing besides; None for
+    nothing."""
+    for key, binding in self.bindings.items():
+      if self.key_name(key) == name:
+        return self._value(binding.value, (), key)
+    return None
 
   def bound(self, target: Callable[..., Any], scope: tuple[str, ...]) -> dict[str, list[Key]]:
     """Maps each bound parameter to its keys visible from the scope, the innermost last."""
@@ -190,6 +200,8 @@ class Bindings:
       macro = Key('', None, leaf.name)
       self.used.add(macro)
       value = self._value(self.bindings[macro].value, tuple(leaf.name.split('/')), macro)
+    elif getattr(leaf.target, 'is_written_out', False):
+      value = self._write_out(leaf, scope, key)
     elif leaf.called:
       value = self._call(leaf.target, leaf.scope or scope, source)
     else:
@@ -198,6 +210,37 @@ class Bindings:
       value = Partial(leaf.target, **arguments) if arguments else leaf.target
     self._path.pop()
     return value
+
+  def _write_out(self, leaf: Reference, scope: tuple[str, ...], key: Key) -> Any:
+    """Calls a function that reads files, and puts what it returns, a dataclass, in its place.
+
+    The fields that nothing binds are bound to the result's, so that what is saved needs no file.
+    """
+    used, calls, source = set(self.used), dict(self.calls), self.bindings[key].source
+    result = self._call(leaf.target, leaf.scope or scope, source)
+    self.spent |= self.used - used
+    self.used, self.calls = used, calls
+    reference = self._bind_fields(result, source, {}, frozenset(self.bindings))
+    binding = self.bindings[key]
+    self.bindings[key] = dataclasses.replace(binding, value=transform(
+        binding.value, lambda other: reference if other == leaf else other))
+    return self._leaf(reference, scope, key)
+
+  def _bind_fields(self, result: Any, source: str, seen: dict[Any, Any], given: frozenset[Key],
+                   scope: tuple[str, ...] = ()) -> Reference:
+    """A reference that builds `result`; another of a class that was seen has a scope of its own."""
+    target = type(result)
+    scope = scope if seen.setdefault(target, result) != result else ()
+    self.origins.setdefault(target, (target.__module__, target.__qualname__))
+    for field in dataclasses.fields(result):
+      value, key = getattr(result, field.name), Key('/'.join(scope), target, field.name)
+      is_given = key in given or key._replace(scope='') in given
+      if not field.init or is_given or not scope and value == field.default:
+        continue
+      if dataclasses.is_dataclass(value):
+        value = self._bind_fields(value, source, seen, given, (*scope, field.name))
+      self.add(key, value, source)
+    return Reference(self.name(target), scope, True, target)
 
   def _retired(self) -> set[Key]:
     """Finds the bindings that served a value which a later binding replaced.
@@ -220,7 +263,7 @@ class Bindings:
     return retired
 
   def _refuse_unused(self) -> None:
-    excused = self.used | self._retired()
+    excused = self.used | self.spent | self._retired()
     unused = [k for k in self.bindings if k not in excused]
     # A macro that only an unused binding refers to is a consequence: name the cause first.
     for key in sorted(unused, key=lambda k: k.target is None):

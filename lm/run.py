@@ -20,7 +20,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import flax.linen as nn
 import jax
@@ -38,6 +38,7 @@ from lm.errors import UserError
 from lm.evaluation import evaluator, live, report
 from lm.inference.generate import complete
 from lm.inference.sampling import SamplingConfig
+from lm.interop import initial as initial_weights
 from lm.models.bert import BERTConfig
 from lm.models.gpt import GPTConfig
 from lm.models.heads import ClassifierConfig, DualEncoderConfig, EmbedderConfig
@@ -69,6 +70,7 @@ class Experiment:
   objective, loss: what the model is asked, and how its answer counts.
   prompts: texts that the trained model goes on with, for the report.
   writers: who get the metrics beside metrics.jsonl and TensorBoard; see `lm/training/writers.py`.
+  initial: the parameters from which a new run begins; None draws them.
   """
   task: TextTask | Mixture | ExampleTask
   model: ModelConfig
@@ -81,6 +83,7 @@ class Experiment:
   sampling: SamplingConfig = SamplingConfig()
   prompts: tuple[str, ...] = ()
   writers: tuple[Any, ...] = ()
+  initial: Optional[initial_weights.Weights] = None
 
   def __post_init__(self):
     if self.train.sequence_length > self.model.max_length:
@@ -151,7 +154,7 @@ def train(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(),
   if compiled and not pathlib.Path(compiled).is_file():
     raise UserError(f'--compiled={compiled} is no file; make one with `lm compile --save`')
   with _claim(directory, hosts), _watched(experiment, directory, hosts) as watched:
-    prepared, result = _fit(experiment, directory, hosts, watched, compiled)
+    experiment, prepared, result = _fit(experiment, directory, hosts, watched, compiled)
     if result['stopped_by'] is None:
       with watched.goodput.spent('evaluation'):
         _finish(experiment, directory, prepared, hosts)
@@ -173,7 +176,7 @@ def fit(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(), **watchers
   """
   directory = pathlib.Path(run_dir)
   with _claim(directory, hosts), _watched(experiment, directory, hosts) as watched:
-    _, result = _fit(experiment, directory, hosts, watched, **watchers)
+    _, _, result = _fit(experiment, directory, hosts, watched, **watchers)
     result['goodput'] = watched.close(result)
     watched.tell(result)
     return result
@@ -216,11 +219,13 @@ def _watched(experiment: Experiment, directory: pathlib.Path, hosts: Hosts) -> I
 
 
 def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts, watched: _Watched,
-         compiled: str | None = None, **watchers: Any) -> tuple[Data, dict[str, Any]]:
+         compiled: str | None = None, **watchers: Any
+         ) -> tuple[Experiment, Data, dict[str, Any]]:
   hosts.prove_same({'the digest of the configuration': digest(config.text()), **program_facts()})
   if hosts.is_main:
     _save_config(directory)
   prepared = hosts.main_first('the data', experiment.task.prepare)
+  experiment = _of_data(experiment, prepared)
   hosts.prove_same({'the digest of the data': _data_digest(prepared.info)})
   if hosts.is_main and not (directory / 'vocabulary').exists():
     prepared.vocabulary.save(directory / 'vocabulary')
@@ -231,7 +236,27 @@ def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts, watched:
                         if row['split'] == 'train']
     finite = [loss for loss in result['losses'] if loss is not None]
     result['final_loss'] = finite[-1] if finite else None
-  return prepared, result
+  return experiment, prepared, result
+
+
+def _of_data(experiment: Experiment, prepared: Data) -> Experiment:
+  """The experiment where what depends on its data is known: its steps, and the costs of classes.
+
+  Raises:
+    UserError: the head has another number of classes than the task labels.
+  """
+  loss, settings = experiment.loss, experiment.train
+  if isinstance(prepared, PreparedExamples) and isinstance(loss, losses.Prediction):
+    counts = prepared.label_counts
+    classes = getattr(experiment.model, 'num_classes', len(counts))
+    if counts and classes != len(counts):
+      raise UserError(f'the head has num_classes={classes} and the task {len(counts)} labels; bind '
+                      f'NUM_CLASSES={len(counts)}')
+    loss = loss.balanced(counts)
+  if settings.num_epochs is not None:
+    settings = settings.of_length(
+        _loader(experiment, prepared, 'train', settings.seed).steps_per_epoch)
+  return dataclasses.replace(experiment, loss=loss, train=settings)
 
 
 def _objective(experiment: Experiment, prepared: Data) -> Any:
@@ -266,6 +291,10 @@ def _trainer(experiment: Experiment, prepared: Data, directory: pathlib.Path, ho
              watched: _Watched, **watchers: Any) -> Trainer:
   settings, rules = experiment.train, experiment.bound_rules()
   loader = functools.partial(_loader, experiment, prepared)
+  log = lambda text: print(text, file=sys.stderr) if hosts.is_main else None
+  initial = experiment.initial and initial_weights.open_weights(
+      experiment.initial, directory, hosts, log, prepared.vocabulary.digest,
+      experiment.optimizer.is_frozen)
   return Trainer(
       settings, experiment.model.build(rules), experiment.loss,
       experiment.build_optimizer(),
@@ -273,10 +302,10 @@ def _trainer(experiment: Experiment, prepared: Data, directory: pathlib.Path, ho
       loader('train', settings.seed), loader('validation', 0), _data_digest(prepared.info),
       directory, experiment.model.flops_per_token(settings.sequence_length),
       meters.peak_flops(experiment.model.dtype),
-      log=lambda text: print(text, file=sys.stderr) if hosts.is_main else None,
-      goodput=watched.goodput, alerts=watched.alerts,
+      log=log, goodput=watched.goodput, alerts=watched.alerts,
       sample=functools.partial(_sample, experiment, prepared.vocabulary, hosts), hosts=hosts,
-      writers=(live.LiveReport(settings.num_steps), *experiment.writers), **watchers)
+      writers=(live.LiveReport(settings.num_steps), *experiment.writers), initial=initial,
+      **watchers)
 
 
 def _sample(experiment: Experiment, vocabulary: Any, hosts: Hosts, params: Any

@@ -253,15 +253,30 @@ def read_run_params(run_dir: str | os.PathLike, log: Callable[[str], None] = pri
   Raises:
     UserError: the run has no good checkpoint.
   """
-  directory = pathlib.Path(run_dir).absolute() / 'checkpoints'
-  for step in reversed(checkpoint.list_steps(directory)):
-    chosen = directory / f'{step:08d}'
-    damage = integrity.find_damage(chosen)
+  step = good_step(run_dir, None, log)
+  return leaves_of(pathlib.Path(run_dir).absolute() / 'checkpoints' / f'{step:08d}')
+
+
+def good_step(run_dir: str | os.PathLike, step: int | None = None,
+              log: Callable[[str], None] = print) -> int:
+  """The step of a run's last good checkpoint, or this step if it is good.
+
+  Raises:
+    UserError: the run has no good checkpoint.
+  """
+  directory = pathlib.Path(run_dir).expanduser().absolute() / 'checkpoints'
+  for candidate in reversed(checkpoint.list_steps(directory)) if step is None else [step]:
+    damage = integrity.find_damage(directory / f'{candidate:08d}')
     if damage is None:
-      return dict(_leaves(chosen))
-    log(f'warning: the checkpoint of step {step} in {directory} is damaged ({damage})')
+      return candidate
+    log(f'warning: the checkpoint of step {candidate} in {directory} is damaged ({damage})')
   raise UserError(f'--run_dir={run_dir} has no good checkpoint; train first with '
                   '`lm train --run_dir`, or fetch weights with `lm convert --from`')
+
+
+def leaves_of(chosen: pathlib.Path) -> dict[str, RunLeaf]:
+  """Opens the parameters of a checkpoint's directory, by path."""
+  return dict(_leaves(chosen))
 
 
 def _leaves(chosen: pathlib.Path) -> Iterator[tuple[str, RunLeaf]]:

@@ -74,12 +74,15 @@ _add_bias.defvjp(lambda y, bias_N: (_add_bias(y, bias_N), None),
 
 
 def embed(embedding_VD: Float[Array, 'V D'], tokens: Int[Array, 'B T'],
-          dtype: jax.typing.DTypeLike, rules: Rules = Rules()) -> Float[Array, 'B T D']:
-  """Looks up the row of each token, and casts what was looked up.
+          dtype: jax.typing.DTypeLike, rules: Rules = Rules(),
+          noise_BTD: Float[Array, 'B T D'] | None = None) -> Float[Array, 'B T D']:
+  """Looks up the row of each token, and casts what was looked up; `noise_BTD` is added to it.
 
   Devices that `rules` give parts of the vocabulary look up their own tokens and sum what they find:
   the compiler alone would gather the whole table on each.
   """
+  if noise_BTD is not None:
+    return embed(embedding_VD, tokens, dtype, rules) + noise_BTD.astype(dtype)
   shards = rules.shards('vocab')
   if shards == 1 or len(embedding_VD) % shards:
     return jnp.take(embedding_VD, tokens, axis=0).astype(dtype)

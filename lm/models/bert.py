@@ -280,7 +280,8 @@ class BERT(nn.Module):
   def __call__(self, tokens_BT: Int[Array, 'B T'], positions: Int[Array, 'B T'] | None = None,
                segment_ids: Int[Array, 'B T'] | None = None,
                token_types: Int[Array, 'B T'] | None = None,
-               draws: linear.Draws | None = None, places: Int[Array, 'B P'] | None = None
+               draws: linear.Draws | None = None, places: Int[Array, 'B P'] | None = None,
+               noise_BTD: Float[Array, 'B T D'] | None = None
                ) -> Float[Array, 'B T D'] | Float[Array, 'B P D']:
     """The last hidden states, normalised.
 
@@ -292,12 +293,13 @@ class BERT(nn.Module):
       draws: turn dropout on.
       places: where states are asked for, None for everywhere. A last layer that is global and runs
         by itself then has the keys and values of all tokens, and all the rest of these alone.
+      noise_BTD: is added to the embeddings of the tokens (`encoder_embedding_noise`).
     """
     cfg = self.config
     if cfg.positions == 'learned' and tokens_BT.shape[1] > cfg.max_length:
       raise ValueError(f'{tokens_BT.shape[1]} tokens are longer than max_length={cfg.max_length}; '
                        'learned positions end there')
-    x_BTD = self._embed(tokens_BT, positions, token_types)
+    x_BTD = self._embed(tokens_BT, positions, token_types, noise_BTD)
     of_embedding, of_layers = linear.split(draws, 2)
     x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, of_embedding)
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
@@ -312,10 +314,10 @@ class BERT(nn.Module):
     x, _ = self.blocks(x, rows, None, only, (cfg.local_layers,), of_layers)
     return _at(places, x if cfg.norm_placement == 'post' else x[1])
 
-  def _embed(self, tokens_BT, positions, token_types):
+  def _embed(self, tokens_BT, positions, token_types, noise_BTD):
     """The normalised sum of the embeddings of tokens, positions and token types."""
     cfg = self.config
-    x_BTD = linear.embed(self.token_embedding, tokens_BT, cfg.dtype, self.rules)
+    x_BTD = linear.embed(self.token_embedding, tokens_BT, cfg.dtype, self.rules, noise_BTD)
     if cfg.positions == 'learned':
       table = self.position_embedding[cfg.position_offset:]
       x_BTD += (table[:tokens_BT.shape[1]].astype(cfg.dtype) if positions is None
@@ -355,7 +357,8 @@ class BERT(nn.Module):
       raise UserError(f'a BERT reads encoder_input_tokens, and this batch has {", ".join(batch)}; '
                       'choose an objective for encoders, such as masked LM')
     names = 'input_tokens', 'positions', 'segment_ids', 'token_types'
-    return self(*(batch.get(f'encoder_{name}') for name in names), draws, places)
+    return self(*(batch.get(f'encoder_{name}') for name in names), draws, places,
+                batch.get('encoder_embedding_noise'))
 
   def outputs(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None,
               carry: None = None) -> tuple[dict[str, Any], None]:

@@ -314,10 +314,10 @@ class GPT(nn.Module):
       draws: turn dropout on.
       prefix: the tokens that all others of their segment may see (prefix LM).
     """
-    return self._forward(tokens_BT, positions, segment_ids, cache, draws, prefix)[:2]
+    return self._forward(tokens_BT, positions, segment_ids, cache, draws, prefix, None)[:2]
 
-  def _forward(self, tokens_BT, positions, segment_ids, cache, draws, prefix):
-    """Also returns the penalties, summed over the layers."""
+  def _forward(self, tokens_BT, positions, segment_ids, cache, draws, prefix, noise_BTD):
+    """Also returns the penalties, summed over the layers; noise is added to the embeddings."""
     cfg = self.config
     B, T = tokens_BT.shape
     if cfg.positions == 'learned' and T > cfg.max_length:
@@ -332,9 +332,9 @@ class GPT(nn.Module):
       positions = jnp.broadcast_to(positions, (B, T))
     is_zigzag = _is_zigzag(cfg, self.rules, tokens_BT, prefix, cache)
     if is_zigzag:
-      tokens_BT, positions, segment_ids = jax.tree.map(
-          lambda x: ring.zigzag(x, self.rules), (tokens_BT, positions, segment_ids))
-    x_BTD = linear.embed(self.token_embedding, tokens_BT, cfg.dtype, self.rules)
+      tokens_BT, positions, segment_ids, noise_BTD = jax.tree.map(
+          lambda x: ring.zigzag(x, self.rules), (tokens_BT, positions, segment_ids, noise_BTD))
+    x_BTD = linear.embed(self.token_embedding, tokens_BT, cfg.dtype, self.rules, noise_BTD)
     if cfg.scale_embeddings:
       x_BTD *= jnp.asarray(cfg.d_model**0.5, x_BTD.dtype)
     if cfg.positions == 'learned':
@@ -390,7 +390,7 @@ class GPT(nn.Module):
   def _batch(self, batch, draws):
     return self._forward(batch['decoder_input_tokens'], batch.get('decoder_positions'),
                          batch.get('decoder_segment_ids'), None, draws,
-                         batch.get('decoder_prefix'))
+                         batch.get('decoder_prefix'), batch.get('decoder_embedding_noise'))
 
   def head(self) -> Float[Array, 'V D']:
     """The matrix whose rows score the tokens."""

@@ -21,7 +21,7 @@ from lm.layers import heads, linear
 from lm.layers.heads import Pooling
 from lm.parallel.rules import Rules
 
-_FEATURES = 'input_tokens', 'positions', 'segment_ids', 'token_types'
+_FEATURES = 'input_tokens', 'positions', 'segment_ids', 'token_types', 'embedding_noise'
 
 
 def _of_trunk(name: str) -> property:

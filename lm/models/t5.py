@@ -314,7 +314,8 @@ class T5(nn.Module):
   def __call__(self, encoder_tokens: Int[Array, 'B S'], decoder_tokens: Int[Array, 'B T'],
                encoder_segment_ids: Int[Array, 'B S'] | None = None,
                decoder_segment_ids: Int[Array, 'B T'] | None = None,
-               draws: linear.Draws | None = None) -> Float[Array, 'B T D']:
+               draws: linear.Draws | None = None,
+               encoder_noise: Float[Array, 'B S D'] | None = None) -> Float[Array, 'B T D']:
     """The decoder's hidden states, normalised.
 
     Takes no positions: documents are packed one behind another, so that the distance within one is
@@ -328,22 +329,23 @@ class T5(nn.Module):
       decoder_segment_ids: a token sees only its own segment of both; None for one output a row,
         to segment 1.
       draws: turn dropout on.
+      encoder_noise: is added to the embeddings of the encoder's tokens.
     """
     of_encoder, of_decoder = linear.split(draws, 2)
-    memory_BSD = self._encode(encoder_tokens, encoder_segment_ids, of_encoder)
+    memory_BSD = self._encode(encoder_tokens, encoder_segment_ids, of_encoder, encoder_noise)
     return self.decode(decoder_tokens, memory_BSD, encoder_segment_ids, decoder_segment_ids,
                        draws=of_decoder)[0]
 
-  def _encode(self, tokens_BT, segment_ids, draws):
-    x_BTD = linear.embed(self.token_embedding, tokens_BT, self.config.dtype, self.rules)
+  def _encode(self, tokens_BT, segment_ids, draws, noise_BTD=None):
+    x_BTD = linear.embed(self.token_embedding, tokens_BT, self.config.dtype, self.rules, noise_BTD)
     return self.encoder(x_BTD, Rows(segment_ids), draws=draws)[0]
 
   def encode(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None
              ) -> Float[Array, 'B S D']:
     """The encoder's hidden states of `encoder_input_tokens`: the decoder's memory, or for a
     head."""
-    return self._encode(batch['encoder_input_tokens'], batch.get('encoder_segment_ids'),
-                        draws)
+    return self._encode(batch['encoder_input_tokens'], batch.get('encoder_segment_ids'), draws,
+                        batch.get('encoder_embedding_noise'))
 
   def decode(self, tokens_BT: Int[Array, 'B T'], memory_BSD: Float[Array, 'B S D'] | None = None,
              memory_segment_ids: Int[Array, 'B S'] | None = None,
@@ -409,7 +411,7 @@ class T5(nn.Module):
                        'what `encode` gives, or set decoder=True')
     hidden_BTD = self(batch['encoder_input_tokens'], batch['decoder_input_tokens'],
                       batch.get('encoder_segment_ids'), batch.get('decoder_segment_ids'),
-                      draws)
+                      draws, batch.get('encoder_embedding_noise'))
     scores = Scores(self._scaled(hidden_BTD), self.head(), rules=self.rules)
     return {'tokens': scores}, carry
 

@@ -29,7 +29,7 @@ import jax
 
 from lm.errors import UserError
 from lm.parallel.distributed import Hosts
-from lm.training import checkpoint_io, integrity
+from lm.training import checkpoint_io, integrity, stopping
 from lm.training.optimizers.averaging import schedule_free_average
 
 SAVING, DELETING, CORRUPT = 'saving-', 'deleting-', 'corrupt-'
@@ -41,12 +41,12 @@ class Checkpointer:
 
   Attributes:
     directory: where the checkpoints stand; made when absent.
-    keep: how many of the latest checkpoints stay; the one with the lowest `metrics['loss']` stays
-      besides.
+    keep: how many of the latest checkpoints stay; the best one by validation stays besides.
   """
 
   def __init__(self, directory: str | pathlib.Path, keep: int = 3,
-               log: Callable[[str], None] = print, hosts: Hosts = Hosts()):
+               log: Callable[[str], None] = print, hosts: Hosts = Hosts(),
+               watched: str = 'loss'):
     """Opens a directory of checkpoints and removes what a killed run left unfinished.
 
     Args:
@@ -54,6 +54,7 @@ class Checkpointer:
       keep: number of latest checkpoints to keep, at least 1.
       log: takes one-sentence warnings.
       hosts: all that save and restore together, in a directory that they share.
+      watched: the metric that says which checkpoint is best.
 
     Raises:
       UserError: `keep` is below 1, or the directory cannot be made or written.
@@ -62,7 +63,7 @@ class Checkpointer:
       raise UserError(f'keep={keep} would delete every checkpoint; set it to at least 1')
     self.directory = pathlib.Path(directory).absolute()
     self.keep = keep
-    self._log, self._hosts = log, hosts
+    self._log, self._hosts, self._watched = log, hosts, watched
     self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
     self._pending: concurrent.futures.Future | None = None
     if hosts.is_main:
@@ -85,7 +86,7 @@ class Checkpointer:
       step: the number of steps done.
       state: a pytree of arrays, of any sharding; PRNG keys may be typed.
       data: the position in the data, a small dict that JSON can hold.
-      metrics: validation metrics of this state; `loss` decides which checkpoint is best.
+      metrics: validation metrics of this state; the watched one says which checkpoint is best.
 
     Returns:
       False when a checkpoint of this step stands already, so that nothing is saved.
@@ -99,7 +100,7 @@ class Checkpointer:
     arrays = checkpoint_io.flatten(state)
     numbers = {name: float(value) for name, value in (metrics or {}).items()}
     description = json.dumps({
-        'step': int(step), 'data': dict(data),
+        'step': int(step), 'data': dict(data), 'watched': self._watched,
         'metrics': {name: x if math.isfinite(x) else None for name, x in numbers.items()},
         'arrays': {name: checkpoint_io.describe(x) for name, x in arrays.items()}}, indent=1)
     saving = self.directory / f'{SAVING}{step:08d}'
@@ -255,16 +256,19 @@ def list_steps(directory: str | pathlib.Path) -> list[int]:
 
 
 def best_step(directory: str | pathlib.Path) -> int | None:
-  """Names the step with the lowest validation loss (the earlier one on a tie), or None."""
-  losses = []
+  """Names the step that is best by the metric that its run watches (the earlier one on a tie); None
+  where no validation was recorded."""
+  found = []
   for step in list_steps(directory):
     try:
-      loss = _read_description(pathlib.Path(directory) / f'{step:08d}')['metrics'].get('loss')
+      description = _read_description(pathlib.Path(directory) / f'{step:08d}')
+      found.append((step, description['metrics'], description.get('watched', 'loss')))
     except (OSError, ValueError, KeyError, AttributeError):
       continue  # Damaged: whoever loads it will say so.
-    if loss is not None:
-      losses.append((loss, step))
-  return min(losses)[1] if losses else None
+  watched = found[-1][2] if found else 'loss'  # the run may have changed its mind
+  scores = [(stopping.score(watched, metrics), step) for step, metrics, _ in found
+            if metrics.get(watched) is not None]
+  return min(scores)[1] if scores else None
 
 
 def read_data(directory: str | pathlib.Path) -> dict[str, Any] | None:
@@ -288,7 +292,7 @@ def restore_params(directory: str | pathlib.Path, abstract_params: Any = None,
     directory: a run's `checkpoints`.
     abstract_params: the parameters' pytree with `jax.ShapeDtypeStruct` leaves, or None for nested
       dicts of numpy arrays as they were saved.
-    step: a step; 'best' for the lowest validation loss (the latest where none was recorded); None
+    step: a step; 'best' for the best by validation (the latest where none was recorded); None
       for the latest good one.
     log: takes one-sentence warnings.
 

@@ -1,6 +1,7 @@
 """The training loop: from the last good checkpoint to the last step, whatever happens between."""
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ class TrainConfig:
   """How long and on what a run trains.
 
   num_steps: updates of the whole run.
+  num_epochs: passes over the training rows, in place of `num_steps`.
   batch_size: sequences a step, over all devices and hosts.
   batch_ramp: (last step, sequences a step) of smaller batches before that, in order.
   sequence_length: tokens a sequence.
@@ -45,15 +47,16 @@ class TrainConfig:
   eval_batches: batches of the held-out text in a validation loss during training.
   watch_every: steps between the norms by group and layer that are kept; at validation the model is
     probed too (`probe.py`). 0 watches neither.
-  keep_checkpoints: latest checkpoints that stay, besides the best by validation loss.
+  keep_checkpoints: latest checkpoints that stay, besides the best by validation (its loss, or the
+    metric of `early_stopping`).
   seed: of the parameters, the order of the data, and dropout.
   stuck_after_seconds: a step that takes longer is reported, with the stacks of every host.
   offload_optimizer: keeps the optimiser's state in the memory of the host.
   tpu_options: NAME=VALUE of the compiler of the step, on TPUs.
   loss_scale: what float16 needs; a step that overflows updates nothing.
   guard: what is done about spikes and NaNs; None stops the run at a loss that is not finite.
-  early_stopping: ends the run where validation no longer improves; each best validation loss is
-    then saved, and later commands take the best checkpoint.
+  early_stopping: ends the run where validation no longer improves; each best by its metric is then
+    saved, and later commands take the best checkpoint.
   sample_every: steps after which the run's prompts are completed; None for none.
   profile: the steps whose trace is kept.
   alert_command: a line of shell that tells a person what happens; see `alerts.py`.
@@ -78,6 +81,7 @@ class TrainConfig:
   profile: profiling.Window = profiling.Window()
   alert_command: Optional[str] = None
   batch_ramp: tuple[tuple[int, int], ...] = ()
+  num_epochs: Optional[float] = None
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -88,8 +92,22 @@ class TrainConfig:
       if size % self.num_microbatches:
         raise ValueError(f'batch_size={size} does not divide into '
                          f'num_microbatches={self.num_microbatches} equal parts')
+    if self.num_epochs is not None and (self.num_epochs <= 0 or self.batch_ramp):
+      raise ValueError(f'num_epochs={self.num_epochs} must be above 0, and does not go with '
+                       'batch_ramp; set num_steps')
     if self.sample_every is not None and self.sample_every < 1:
       raise ValueError(f'sample_every={self.sample_every} must be at least 1, or None')
+
+  def of_length(self, steps_per_epoch: float) -> 'TrainConfig':
+    """This config with its epochs counted in steps, the last of which may be begun anew."""
+    if self.num_epochs is None:
+      return self
+    return dataclasses.replace(self, num_steps=math.ceil(self.num_epochs * steps_per_epoch))
+
+  @property
+  def watched(self) -> str:
+    """The metric of validation that says which checkpoint is best."""
+    return 'loss' if self.early_stopping is None else self.early_stopping.metric
 
   @property
   def sizes(self) -> BatchSizes:
@@ -109,6 +127,7 @@ class Trainer:
   sample: from parameters to completions of the run's prompts; all hosts call it.
   writers: who get the metrics too.
   on_validation: is called with the step and its held-out metrics; what it raises ends the run.
+  initial: from the parameters of a new run, in their shardings, to those that it begins with.
   """
   config: TrainConfig
   module: nn.Module
@@ -129,6 +148,7 @@ class Trainer:
   hosts: Hosts = Hosts()
   writers: Sequence[Writer] = ()
   on_validation: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
+  initial: Optional[Callable[[Any], Any]] = None
 
   def run(self, compiled: pathlib.Path | None = None) -> dict[str, Any]:
     """Trains from the last good checkpoint to `num_steps`, or until a signal asks to stop.
@@ -151,7 +171,7 @@ class Trainer:
     self._check_rows()
     config = self.config
     checkpointer = Checkpointer(self.run_dir / 'checkpoints', config.keep_checkpoints, self.log,
-                                self.hosts)
+                                self.hosts, config.watched)
     watch = watchdog.Watchdog(self.run_dir, self.hosts, config.stuck_after_seconds,
                               alert=lambda step, text: self.alerts.send('stuck', text, step))
     profiler = profiling.Profiler(self.run_dir, config.profile, self.hosts, self.log)
@@ -172,21 +192,23 @@ class Trainer:
                         f'{-(-rows // shards) * shards * parts}')
 
   def restore(self, checkpointer: Checkpointer) -> tuple[TrainState, Position]:
-    """The last good checkpoint of this run, else imported parameters, else a new state."""
+    """The last good checkpoint of this run, else imported parameters, else a new state with the
+    parameters of `initial`, else a new state."""
     config, size = self.config, self.config.batch_size
     offload, beginning = config.offload_optimizer, Position(config.sizes)
     abstract = abstract_state(self.module, self.optimizer, self.rules, size, offload)
-    new = lambda: init_state(self.module, self.optimizer, self.rules, config.seed, size, offload)
+    new = functools.partial(init_state, self.module, self.optimizer, self.rules, config.seed, size,
+                            offload)
     if checkpointer.holds_params_alone():
-      _, params = restore_params(checkpointer.directory, abstract.params, log=self.log)
       self.log('starts from the imported parameters')
-      return dataclasses.replace(new(), params=params), beginning
+      return new(lambda _: restore_params(checkpointer.directory, abstract.params,
+                                          log=self.log)[1]), beginning
     sharding = abstract.step.sharding
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=sharding)
     restored = checkpointer.restore(abstract, lambda abstract, arrays: dataclasses.replace(
         abstract, opt_state=guards.as_saved(abstract.opt_state, arrays, scalar)))
     if restored is None:
-      return new(), beginning
+      return new(self.initial), beginning
     step, state, data = restored
     position = Position.described(config.sizes, data)
     here = self.describe(step, position)
@@ -249,14 +271,14 @@ class _Session:
     self.bar.close()
 
   def _open_metrics(self):
-    """The metrics up to the state's step, and the validation losses among them."""
+    """The metrics up to the state's step, and the scores of the validations among them."""
     step = int(self.state.step)
     self.writer = monitor.Silent() if not self.hosts.is_main else monitor.MetricsWriter(
         self.of.run_dir, step, self.of.writers, self.of.log)
-    found = self.hosts.ask_main('the validation losses', lambda: [
-        (row['step'], row['loss']) for row in monitor.read_rows(self.of.run_dir / monitor.METRICS)
-        if row['split'] == 'validation'])
-    self.validated = {at: math.nan if loss is None else loss for at, loss in found}
+    self.validated = dict(self.hosts.ask_main('the validation scores', lambda: [
+        (row['step'], stopping.score(self.config.watched, row))
+        for row in monitor.read_rows(self.of.run_dir / monitor.METRICS)
+        if row['split'] == 'validation']))
 
   def train(self, received: list[str]) -> dict[str, Any]:
     """All steps that are left; see `Trainer.run`."""
@@ -307,7 +329,8 @@ class _Session:
         if stopped_by:
           return stopped_by
         if self._is_over() and step < config.num_steps:
-          text = f'no better validation loss than {min(self.validated.values()):.4f} of late'
+          best = abs(min(self.validated.values()))
+          text = f'no better validation {config.watched} than {best:.4f} of late'
           self.bar.note(f'step {step}: {text}; stops early')
           self.alerts.send('stopped_early', text, step)
           break
@@ -414,7 +437,7 @@ class _Session:
         completions = self.of.sample(self._evaluated())
         if self.hosts.is_main:
           samples.write(self.of.run_dir, step, completions)
-    is_best = config.early_stopping and metrics and metrics['loss'] < best
+    is_best = config.early_stopping and metrics and self.validated[step] < best
     if (last or stopping or is_best or step % config.checkpoint_every == 0
         or step == self.save_at):
       with self.goodput.spent('checkpoint'):
@@ -428,8 +451,10 @@ class _Session:
     self.writer.write(step, 'validation', metrics)
     if inside:
       self.writer.write(step, 'probe', inside)
-    self.validated[step] = metrics['loss']
-    self.bar.note(f'step {step}: validation loss {metrics["loss"]:.4f}')
+    self.validated[step] = stopping.score(self.config.watched, metrics)
+    names = dict.fromkeys(('loss', self.config.watched))
+    self.bar.note(f'step {step}: validation ' + ', '.join(
+        f'{name} {metrics[name]:.4f}' for name in names))
     self.of.on_validation(step, metrics)
     return metrics
 

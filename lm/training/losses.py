@@ -3,14 +3,16 @@
 The normaliser of every sum depends on the data alone, so it is known before any microbatch is
 computed, and accumulated, sharded and whole batches agree.
 """
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from lm.errors import UserError
 
 Batch = Mapping[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -25,6 +27,8 @@ class _Loss:
   """
   l1: float = 0.0
   l2: float = 0.0
+
+  adversarial = 0.0  # of a loss that has none
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -45,11 +49,17 @@ class Prediction(_Loss):
   """Cross entropy of whatever a model puts out and a batch has, in nats.
 
   Tokens are `masked_target_tokens` in a batch that has them, else `decoder_target_tokens`, each
-  weighted by its `*_loss_weights`; `class_labels` are of whole rows, `tag_labels` of tokens, and
-  `start_positions` and `end_positions` of a span. Their `class_weights`, `tag_weights` and
-  `span_weights` may be left out.
+  weighted by its `*_loss_weights`; `class_labels` are of whole rows [B] or of the examples packed
+  in a row [B, K], `tag_labels` of tokens, and `start_positions` and `end_positions` of a span.
+  Their `class_weights`, `tag_weights` and `span_weights` may be left out. `class_values` in place
+  of labels are numbers: the loss of the only logit is its squared error.
 
-  label_smoothing: share of the target spread over the vocabulary (arXiv:1512.00567, section 7).
+  label_smoothing: share of the target spread over the vocabulary (arXiv:1512.00567, section 7), or
+    over the classes of `class_labels` and `tag_labels`.
+  adversarial: epsilon of FGM (arXiv:1605.07725): each row is computed once more where its embeddings
+    are moved by so much against it, and pays that loss too; 0 does not. See `adversarial.py`.
+  class_costs: what each class of these weighs, which then is what a mean is over; 'balanced' weighs
+    them by examples / (classes * examples of the class), of the training split.
   z_loss: times logsumexp^2 of the logits (PaLM, arXiv:2204.02311, section 5).
   class_weight: of the other losses beside the tokens'.
   r_drop: alpha of R-Drop (arXiv:2106.14448, equation 4): each row is computed twice, with dropout
@@ -60,6 +70,8 @@ class Prediction(_Loss):
   z_loss: float = 0.0
   class_weight: float = 1.0
   r_drop: float = 0.0
+  adversarial: float = 0.0
+  class_costs: tuple[float, ...] | Literal['balanced'] = ()
 
   whole_batch = False  # a sum over rows: microbatches are computed one by one
 
@@ -67,6 +79,19 @@ class Prediction(_Loss):
     super().__post_init__()
     if self.label_smoothing >= 1:
       raise ValueError(f'label_smoothing={self.label_smoothing} must be in [0, 1)')
+    if self.class_costs != 'balanced' and not all(cost >= 0 for cost in self.class_costs):
+      raise ValueError(f'class_costs={self.class_costs} must not be negative')
+
+  def balanced(self, counts: Sequence[int]) -> 'Prediction':
+    """This loss where classes that so many training examples have cost as `class_costs` says."""
+    if self.class_costs != 'balanced':
+      return self
+    missing = [i for i, count in enumerate(counts) if not count]
+    if missing:
+      raise UserError(f"class_costs='balanced' has no cost for class {missing[0]}, of which there "
+                      'is no training example; write class_costs=(...) yourself')
+    return dataclasses.replace(self, class_costs=tuple(
+        sum(counts) / (len(counts) * count) for count in counts))
 
   @property
   def passes(self) -> int:
@@ -80,10 +105,38 @@ class Prediction(_Loss):
       weights_BT = batch[f'{_prefix(batch)}_loss_weights']
       weights['tokens'] = weights_BT.sum()
       weights['penalties'] = (weights_BT > 0).any(-1).sum().astype(jnp.float32)
-    weights |= {name: _label_weights(name, batch).sum() for name, (labels, _) in _LABELS.items()
-                if labels in batch}
-    apart = {f'{name}_divergence': x for name, x in weights.items() if name != 'penalties'}
-    return weights | apart if self.r_drop else weights
+    plain = {name: _label_weights(name, batch) for name in _LABELS if _has_labels(name, batch)}
+    if self.r_drop:
+      apart = {f'{name}_divergence': x.sum() for name, x in plain.items()}
+      apart |= {'tokens_divergence': weights['tokens']} if 'tokens' in weights else {}
+    else:
+      apart = {}
+    return weights | {name: self._costed(name, batch, x).sum() for name, x in plain.items()} | apart
+
+  def _costed(self, name, batch, x):
+    """x of each label, times the cost of its class."""
+    labels, costs = _LABELS[name][0], self.class_costs
+    if not costs or name not in _SMOOTHED or labels not in batch:
+      return x
+    if costs == 'balanced':
+      raise UserError("class_costs='balanced' needs a task of labelled examples, which are "
+                      'counted; write class_costs=(...) here')
+    return x * jnp.asarray(costs, jnp.float32)[batch[labels]]
+
+  def _label_losses(self, name, outputs, batch):
+    """Weighted; as PyTorch's CrossEntropyLoss(weight=class_costs, label_smoothing)."""
+    if name not in _SMOOTHED or _LABELS[name][0] not in batch:
+      return _label_losses(name, outputs, batch)
+    num_classes = outputs[name].shape[-1]
+    if self.class_costs and len(self.class_costs) != num_classes:
+      raise UserError(f'class_costs has {len(self.class_costs)} numbers and the head {num_classes} '
+                      'classes; give a cost for each')
+    losses = self._costed(name, batch, _label_losses(name, outputs, batch))
+    if not self.label_smoothing:
+      return losses
+    costs = jnp.asarray(self.class_costs or (1.0,) * num_classes, jnp.float32)
+    spread = -(jax.nn.log_softmax(outputs[name]) * costs).mean(-1) * _label_weights(name, batch)
+    return (1 - self.label_smoothing) * losses + self.label_smoothing * spread
 
   def __call__(self, outputs: Mapping[str, Any], batch: Batch) -> Sums:
     """The weighted sum of each loss; of one batch or of any rows of it."""
@@ -95,20 +148,22 @@ class Prediction(_Loss):
                                label_smoothing=self.label_smoothing)
           for scores, targets, takes_part in outputs['tokens'].split(targets_BT))
     for name in filter(outputs.__contains__, _LABELS):
-      sums[name] = self.class_weight * _label_losses(name, outputs, batch).sum()
+      sums[name] = self.class_weight * self._label_losses(name, outputs, batch).sum()
     if outputs.get('penalties'):
       sums['penalties'] = sum(total for total, _ in outputs['penalties'].values())
     return sums | self._divergences(outputs, batch) if self.r_drop else sums
 
   def _divergences(self, outputs, batch):
     """Between the predictions of the first half of the rows and those of the second."""
-    pairs = {}
+    found = {}
     if 'tokens' in outputs:
-      pairs['tokens'] = outputs['tokens'].log_probs(), _targets(batch)[1]
+      found['tokens'] = _divergence(outputs['tokens'].log_probs(), _targets(batch)[1])
     for name in filter(outputs.__contains__, _LABELS):
       weights = self.class_weight * _label_weights(name, batch)
-      pairs[name] = jax.nn.log_softmax(outputs[name]), weights
-    return {f'{name}_divergence': self.r_drop * _divergence(*pair) for name, pair in pairs.items()}
+      is_number = _LABELS[name][0] not in batch
+      found[name] = (_squared_distance(outputs[name], weights) if is_number else
+                     _divergence(jax.nn.log_softmax(outputs[name]), weights))
+    return {f'{name}_divergence': self.r_drop * x for name, x in found.items()}
 
   def of_rows(self, batch: Batch, counts_B: Bool[Array, ' B']) -> Batch:
     """The batch, where only these rows have weight in `metrics`."""
@@ -116,7 +171,7 @@ class Prediction(_Loss):
         name for name in ('decoder_span_ids',) if name in batch]
     weights = {name: batch[name] for name in names} | {
         _LABELS[name][1]: _label_weights(name, batch) for name in _LABELS
-        if _LABELS[name][0] in batch}
+        if _has_labels(name, batch)}
     return batch | {name: jnp.where(counts_B.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
                     for name, x in weights.items()}
 
@@ -133,11 +188,13 @@ class Prediction(_Loss):
       if spans is not None:
         metrics['span_exact_match'] = _exact_spans(right_BT, spans)
     for name in filter(outputs.__contains__, _LABELS):
-      weights, labels = _label_weights(name, batch), batch[_LABELS[name][0]]
-      right = (outputs[name].argmax(-1) == labels) * weights
+      weights, labels = _label_weights(name, batch), batch.get(_LABELS[name][0])
       metrics[f'{name}_loss'] = _label_losses(name, outputs, batch).sum(), weights.sum()
-      metrics[f'{name}_accuracy'] = right.sum(), weights.sum()
       metrics.setdefault('loss', metrics[f'{name}_loss'])
+      if labels is not None:
+        right = (outputs[name].argmax(-1) == labels) * weights
+        metrics[f'{name}_accuracy'] = right.sum(), weights.sum()
+        metrics.setdefault('accuracy', metrics[f'{name}_accuracy'])
     return metrics
 
 
@@ -146,6 +203,13 @@ def _divergence(log_probs, weights):
   rows."""
   p, q = jnp.split(log_probs, 2)
   return (((jnp.exp(p) - jnp.exp(q)) * (p - q)).sum(-1) / 2 * jnp.split(weights, 2)[0]).sum()
+
+
+def _squared_distance(values, weights):
+  """What `_divergence` is of normal distributions of variance 1/2, whose negative log-likelihood is
+  the squared error: the weighted sum of the square of what the halves differ by."""
+  p, q = jnp.split(values[..., 0], 2)
+  return (jnp.square(p - q) * jnp.split(weights, 2)[0]).sum()
 
 
 def _prefix(batch):
@@ -180,13 +244,25 @@ _LABELS = {'classes': ('class_labels', 'class_weights'), 'tags': ('tag_labels', 
            'starts': ('start_positions', 'span_weights'), 'ends': ('end_positions', 'span_weights')}
 
 
+_SMOOTHED = 'classes', 'tags'  # of which there are as many in every batch
+_VALUES = {'classes': 'class_values'}  # numbers in place of labels
+
+
+def _has_labels(name, batch):
+  return _LABELS[name][0] in batch or _VALUES.get(name) in batch
+
+
 def _label_weights(name, batch):
   labels, weights = _LABELS[name]
-  return batch.get(weights, jnp.ones(batch[labels].shape)).astype(jnp.float32)
+  shape = batch[labels if labels in batch else _VALUES[name]].shape
+  return batch.get(weights, jnp.ones(shape)).astype(jnp.float32)
 
 
 def _label_losses(name, outputs, batch):
-  """Weighted; logits [..., C] of labels [...]."""
+  """Weighted; logits [..., C] of labels [...], or [..., 1] of numbers [...]."""
+  if _LABELS[name][0] not in batch:
+    distance = outputs[name][..., 0] - batch[_VALUES[name]]
+    return jnp.square(distance) * _label_weights(name, batch)
   labels = batch[_LABELS[name][0]][..., None]
   chosen = jnp.take_along_axis(jax.nn.log_softmax(outputs[name]), labels, axis=-1)[..., 0]
   return -chosen * _label_weights(name, batch)

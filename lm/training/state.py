@@ -1,4 +1,5 @@
 """The state of training: one pytree, made in its shardings."""
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -149,9 +150,21 @@ def _like_params(opt_state: Any, params: Any, shardings: Any, otherwise: NamedSh
 
 
 def init_state(module: nn.Module, optimizer: optax.GradientTransformation, rules: Rules,
-               seed: int, batch_size: int = 1, offload_optimizer: bool = False) -> TrainState:
-  """A new state, each array made in its own sharding: no device ever holds all of it."""
+               seed: int, batch_size: int = 1, offload_optimizer: bool = False,
+               initial: Callable[[Any], Any] | None = None) -> TrainState:
+  """A new state, each array made in its own sharding: no device ever holds all of it.
+
+  Args:
+    initial: from new parameters to those that the state, and what the optimiser keeps of them,
+      begins with; it may give up what it is given.
+  """
   abstract = abstract_state(module, optimizer, rules, batch_size, offload_optimizer)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   init = lambda seed: _init(module, optimizer, batch_size, seed)[1]
-  return jax.jit(init, out_shardings=shardings)(seed)
+  if initial is None:
+    return jax.jit(init, out_shardings=shardings)(seed)
+  without = lambda state: dataclasses.replace(state, opt_state=None)
+  state = jax.jit(lambda seed: without(init(seed)), out_shardings=without(shardings))(seed)
+  params = initial(state.params)
+  opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+  return dataclasses.replace(state, params=params, opt_state=opt_state)

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec
 import optax
 
 from lm.parallel.rules import axes_of, Rules
-from lm.training import guards, norms, precision
-from lm.training.optimizers import sophia
+from lm.training import adversarial, guards, norms, precision
+from lm.training.optimizers import mixout, sophia
 from lm.training.state import TrainState
 from pallas_kernels.dropout import Draws
 
@@ -27,10 +27,12 @@ class Loss(Protocol):
   whole_batch: whether it compares rows with one another, so that it must see all of them at once.
   passes: how often each row is computed, with dropout of its own: once, or twice, and the second
     time in the second half of the rows.
+  adversarial: epsilon of `adversarial.gradient`; 0 without.
   l1, l2: whether there is a `penalty` of the parameters.
   """
   whole_batch: bool
   passes: int
+  adversarial: float
   l1: float
   l2: float
 
@@ -93,7 +95,8 @@ def _gradients(module, loss, num_microbatches, scale, params, weights, batch, dr
     scaled = total if scale is None else total * scale
     return scaled, ({'loss': total} | means, carry)
 
-  gradient = jax.grad(score, has_aux=True)
+  gradient = jax.grad(score, has_aux=True) if not loss.adversarial else adversarial.gradient(
+      score, loss.adversarial, module.config.d_model)
   if num_microbatches == 1:
     grads, (means, carry) = gradient(params, batch, draws, carry)
     return grads, means, carry
@@ -211,8 +214,11 @@ def train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransform
   rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
   B = len(next(iter(batch.values())))
   scale = guards.loss_scale(state.opt_state)
-  grads, means, carry = _all_gradients(module, loss, num_microbatches, scale, state.params, batch,
+  mixed = mixout.find(state.opt_state)
+  used = state.params if mixed is None else mixout.mix(mixed, state.params, rng)
+  grads, means, carry = _all_gradients(module, loss, num_microbatches, scale, used, batch,
                                        Draws.of(rng, B), state.carry)
+  grads = grads if mixed is None else mixout.unmix(mixed, grads, rng)
   grads, seen = precision.split_histories(grads)
   if scale is not None:
     grads = jax.tree.map(lambda x: x / scale, grads)

@@ -6,8 +6,9 @@ import guarded_runs as runs
 import pytest
 
 from lm import run as run_lib
+from lm.errors import UserError
 from lm.training import checkpoint, samples
-from lm.training.stopping import EarlyStopping
+from lm.training.stopping import EarlyStopping, score
 
 
 @pytest.mark.parametrize('losses, is_over', [
@@ -28,6 +29,16 @@ def test_an_improvement_below_the_least_one_is_none():
 def test_early_stopping_refuses_what_makes_no_sense(changes):
   with pytest.raises(ValueError, match=next(iter(changes))):
     EarlyStopping(**changes)
+
+
+def test_accuracy_is_better_higher_and_a_metric_that_is_none_is_named():
+  assert score('accuracy', {'loss': 2.0, 'accuracy': 0.9}) < score('accuracy', {'accuracy': 0.8})
+  assert score('tags_loss', {'tags_loss': 1.0}) < score('tags_loss', {'tags_loss': 2.0})
+  assert math.isnan(score('loss', {'loss': None}))
+  early = EarlyStopping(patience=2, metric='accuracy')
+  assert not early.is_over([-0.1, -0.3, -0.2, -0.4]) and early.is_over([-0.1, -0.3, -0.2, -0.3])
+  with pytest.raises(UserError, match="metric='acc' is no metric of validation; .*loss, accuracy"):
+    score('acc', {'step': 1, 'split': 'validation', 'loss': 2.0, 'accuracy': 0.9})
 
 
 EARLY = {'NUM_STEPS': 60, 'EVAL_EVERY': 4, 'CHECKPOINT_EVERY': 100,
@@ -94,6 +105,18 @@ def test_patience_survives_a_kill(folder, stopped, tmp_path):
   assert ours['stopped_early'] and ours['steps'] == result['steps']
   assert validation(tmp_path / 'run') == {step: losses[step] for step in losses
                                           if step <= result['steps']}
+
+
+@pytest.mark.supports('fine-tuning', 'early stopping on any metric')
+def test_the_best_checkpoint_is_that_of_the_watched_metric(folder, tmp_path):
+  # Accuracy ties at its best after some steps, where the loss still falls.
+  changes = {'NUM_STEPS': 40, 'stopping__EarlyStopping__metric': "'accuracy'",
+             'stopping__EarlyStopping__patience': 2}
+  result = runs.train(folder, tmp_path / 'run', **EARLY | changes)
+  found = {row['step']: row['accuracy'] for row in runs.rows(tmp_path / 'run', 'validation')}
+  best = max(found, key=found.get)
+  assert checkpoint.best_step(tmp_path / 'run' / 'checkpoints') == best
+  assert result['stopped_early'] and result['steps'] == best + 8
 
 
 def test_samples_of_steps_that_are_run_again_replace_the_old_ones(tmp_path):

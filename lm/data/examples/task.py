@@ -119,6 +119,12 @@ class PreparedExamples:
     return _resolved(self.task.kind, self.info['labels'])
 
   @property
+  def label_counts(self) -> list[int]:
+    """How many training examples (of tags, words) have each label, in the order of the labels."""
+    counts = self.info['splits'][sources.TRAIN]['labels']
+    return [counts.get(label, 0) for label in self.info['labels'] or ()]
+
+  @property
   def form(self) -> forms.Form:
     """The task's form, bound."""
     return _bind(self.task, self.kind, self.vocabulary)

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal, Optional
 
 import optax
 
-from lm.training.optimizers import averaging, muon, paths, soap, sophia
+from lm.training.optimizers import averaging, mixout, muon, paths, soap, sophia
 from lm.training.optimizers.paths import Group
 from lm.training.optimizers.quantized import quantized
 from lm.training.optimizers.schedules import Schedule
@@ -26,6 +26,8 @@ class Optimizer:
   average_decay: also keeps an average of the parameters, which then is what is evaluated; None does
     not.
   state_bits: 8 keeps moments in 8 bits (arXiv:2110.02861).
+  mixout: the share of the kernels' numbers with which a step computes as they were before training
+    (arXiv:1909.11299, whose choice is 0.7 to 0.9); a copy of them is kept. 0 for none.
   """
   schedule: Schedule = Schedule()
   weight_decay: float = 0.1
@@ -35,12 +37,13 @@ class Optimizer:
   layer_decay: float = 1.0
   average_decay: Optional[float] = None
   state_bits: Literal[8, 32] = 32
+  mixout: float = 0.0
 
   # Under muP the update of a block's kernel shrinks by width**-width_power; None: no such rule.
   width_power: ClassVar[Optional[float]] = None
 
   def __post_init__(self):
-    for name in ('b1', 'b2', 'momentum', 'decay', 'average_decay'):
+    for name in ('b1', 'b2', 'momentum', 'decay', 'average_decay', 'mixout'):
       value = getattr(self, name, None)
       if value is not None and not 0 <= value < 1:
         raise ValueError(f'{name}={value} must be in [0, 1)')
@@ -71,6 +74,10 @@ class Optimizer:
       return inner
     return optax.chain(inner, averaging.keep_average(self.average_decay))
 
+  def is_frozen(self, path: str) -> bool:
+    """Whether the parameter of this path keeps its values, since its group has the rate 0."""
+    return paths.first_match(self.groups, path).rate == 0
+
   def build(self, num_steps: int, width: float = 1.0) -> optax.GradientTransformation:
     """The optax chain of a run of `num_steps` steps.
 
@@ -94,7 +101,8 @@ class Optimizer:
     if self.layer_decay != 1 or any(group.rate != 1 for group in self.groups):
       inner.append(paths.scale_by_place(self.groups, self.layer_decay))
     step = self.averaged(optax.chain(*inner, optax.scale_by_learning_rate(rate)), rate)
-    clips = [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []
+    clips = [mixout.mixout(self.mixout)] if self.mixout else []
+    clips += [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []
     clips += [paths.clip_units(self.clip_units)] if self.clip_units else []
     return optax.chain(*clips, step) if clips else step
 

@@ -54,7 +54,11 @@ def group_of(groups: Sequence[Group], path: tuple) -> Group:
   Raises:
     UserError: none does.
   """
-  name = '/'.join(names_of(path))
+  return first_match(groups, '/'.join(names_of(path)))
+
+
+def first_match(groups: Sequence[Group], name: str) -> Group:
+  """`group_of` a path that is written out."""
   for group in groups:
     if re.fullmatch(group.pattern, name):
       return group

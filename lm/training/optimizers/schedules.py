@@ -18,6 +18,7 @@ class Schedule:
   wsd: constant, then over the last `decay_fraction` of the steps a line down (arXiv:2405.18392).
   constant: none.
 
+  warmup_share: of all steps, in place of `warmup_steps`.
   cooldown_from: from this step on, a line from the rate that it has to `end_factor` of it at the
     last step, for schedules that do not end by themselves: constant, wsd, rsqrt. A run goes on from
     its checkpoint of that step as if it had been meant to: copy the run, raise NUM_STEPS, set this.
@@ -30,6 +31,7 @@ class Schedule:
   power: float = 2.0
   num_cycles: int = 4
   cooldown_from: Optional[int] = None
+  warmup_share: Optional[float] = None
 
   def __post_init__(self):
     for name in ('learning_rate', 'power'):
@@ -37,6 +39,8 @@ class Schedule:
         raise ValueError(f'{name}={getattr(self, name)} must be greater than 0')
     if self.warmup_steps < 0:
       raise ValueError(f'warmup_steps={self.warmup_steps} must not be negative')
+    if self.warmup_share is not None and not 0 <= self.warmup_share <= 1:
+      raise ValueError(f'warmup_share={self.warmup_share} must be in [0, 1]: a share of the steps')
     if not 0 <= self.end_factor <= 1:
       raise ValueError(f'end_factor={self.end_factor} must be in [0, 1]: a share of learning_rate')
     if not 0 < self.decay_fraction <= 1:
@@ -54,7 +58,8 @@ class Schedule:
     Raises:
       ValueError: the cool-down begins where the run ends, or in the warm-up.
     """
-    warmup = min(self.warmup_steps, num_steps)
+    warmup = (min(self.warmup_steps, num_steps) if self.warmup_share is None else
+              round(self.warmup_share * num_steps))
     peak = self.learning_rate
     decay = self._decay(num_steps, warmup, num_steps - warmup)
     # Starts at peak / (warmup + 1), not at 0: a step of learning rate 0 would teach nothing.
