@@ -262,7 +262,7 @@ def _of_data(experiment: Experiment, prepared: Data) -> Experiment:
     classes = getattr(experiment.model, 'num_classes', len(counts))
     if counts and classes != len(counts):
       raise UserError(f'the head has num_classes={classes} and the task {len(counts)} labels; bind '
-                      f'NUM_CLASSES={len(counts)}')
+                      f'num_classes={len(counts)}, or take the files that it was made for')
     loss = loss.balanced(counts)
   if settings.num_epochs is not None:
     settings = settings.of_length(

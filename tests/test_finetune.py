@@ -27,17 +27,15 @@ BERT = BERTConfig(vocab_size=300, max_length=64, d_model=16, num_layers=3, num_h
                   dtype='float32', scan_layers=True)
 TEXTS = {'weather': 'will it rain today', 'music': 'play some jazz', 'book': 'rate this novel'}
 TASK = """
+include 'gin/tasks/parts/files.gin'
 from __gin__ import dynamic_registration
 from lm.data import examples
-from lm.models import heads
-SOURCE = @examples.Files()
-KIND = @examples.Classification()
-HEAD = @heads.ClassifierConfig
-NUM_CLASSES = 3
-examples.Files.train = {train!r}
-examples.Files.validation = {train!r}
+TRAIN_FILES = {train!r}
+VALIDATION_FILES = {train!r}
 examples.ExampleTask.name = 'intents'
-heads.ClassifierConfig.num_classes = %NUM_CLASSES
+examples.ExampleTask.kind = @examples.Classification()
+text_to_text/examples.Template.inputs = '{{a}}'
+decoder/examples.Template.inputs = '{{a}}'
 """
 
 
@@ -123,8 +121,9 @@ def test_the_head_has_as_many_classes_as_the_task_and_each_its_cost(folder):
   assert bound.loss.class_costs == pytest.approx((30 / 18, 30 / 36, 30 / 36))
   assert bound.train.num_steps == math.ceil(
       2 * prepared.loader('train', 48, 2, 0).steps_per_epoch)
-  with pytest.raises(UserError, match='num_classes=4 and the task 3 labels; bind NUM_CLASSES=3'):
-    run._of_data(experiment(folder, NUM_CLASSES=4), prepared)
+  other = experiment(folder, ('heads.ClassifierConfig.num_classes', '4'))
+  with pytest.raises(UserError, match='the head has num_classes=4 and the task 3 labels'):
+    run._of_data(other, prepared)
 
 
 def test_the_vocabulary_is_that_of_the_run(folder):
@@ -134,7 +133,8 @@ def test_the_vocabulary_is_that_of_the_run(folder):
 
 @pytest.mark.parametrize('changes, message', [
     ({'INITIAL': "'nowhere'"}, "run_dir='nowhere' holds no config.gin, so it is no run"),
-    ({'HEAD': None}, "form='encoder' has no head; bind HEAD"),
+    ({'FORM': "'decoder'"}, "form='decoder' is not what a BERTConfig reads"),
+    ({'POOLING': "'first'"}, "pooling"),
     ({'NUM_EPOCHS': 0.0}, 'num_epochs=0.0 must be above 0'),
     ({'WARMUP_SHARE': 2.0}, r'warmup_share=2.0 must be in \[0, 1\]'),
     ({'SEQUENCE_LENGTH': 65}, 'sequence_length=65 is longer than the context max_length=64')])
