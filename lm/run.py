@@ -133,12 +133,23 @@ def open_experiment(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]
                     run_dir: str | None) -> Experiment:
   """Reads the gin files, or else the run's own config.gin, and turns on the compilation cache."""
   config.read(gin_files, bindings, run_dir)
-  experiment = config.build(Experiment)
+  experiment = _with_own_vocabulary(config.build(Experiment), run_dir)
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     cache = pathlib.Path(experiment.task.cache_dir).expanduser() / 'compiled'
     jax.config.update('jax_compilation_cache_dir', str(cache))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
   return experiment
+
+
+def _with_own_vocabulary(experiment: Experiment, run_dir: str | None) -> Experiment:
+  """The experiment with the vocabulary in its run directory, where the one it was of is gone."""
+  task, own = experiment.task, pathlib.Path(run_dir or '') / 'vocabulary'
+  path = getattr(getattr(task, 'vocabulary', None), 'path', None)
+  if run_dir is None or path is None or pathlib.Path(path).expanduser().exists() or (
+      not own.exists()):
+    return experiment
+  vocabulary = dataclasses.replace(task.vocabulary, path=str(own.absolute()))
+  return dataclasses.replace(experiment, task=dataclasses.replace(task, vocabulary=vocabulary))
 
 
 def train(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(),
@@ -251,7 +262,7 @@ def _of_data(experiment: Experiment, prepared: Data) -> Experiment:
     classes = getattr(experiment.model, 'num_classes', len(counts))
     if counts and classes != len(counts):
       raise UserError(f'the head has num_classes={classes} and the task {len(counts)} labels; bind '
-                      f'NUM_CLASSES={len(counts)}')
+                      f'num_classes={len(counts)}, or take the files that it was made for')
     loss = loss.balanced(counts)
   if settings.num_epochs is not None:
     settings = settings.of_length(

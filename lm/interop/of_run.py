@@ -4,18 +4,19 @@ config.gin of the new run holds what these functions return, field by field, and
 called; so the fields can be bound as always (`--gin.bert.BERTConfig.remat="'full'"`), and nothing
 is lost where the first run goes.
 """
-from collections.abc import Callable
 import dataclasses
 import json
 import pathlib
-from typing import Any, Literal, Optional
+from typing import Any, Optional
 
 from lm import config
+from lm.data.examples import ExampleTask
 from lm.data.vocabularies import VocabularyConfig
 from lm.errors import UserError
 from lm.models.bert import BERTConfig
 from lm.models.gpt import GPTConfig
-from lm.models.heads import DualEncoderConfig, EmbedderConfig
+from lm.models.heads import ClassifierConfig, DualEncoderConfig, EmbedderConfig, SpanConfig
+from lm.models.heads import TaggerConfig
 from lm.models.t5 import T5Config
 
 
@@ -27,49 +28,68 @@ def _saved(run_dir: str) -> pathlib.Path:
   return directory
 
 
-def model(run_dir: str, head: Optional[Callable[..., Any]] = None,
-          form: Optional[Literal['encoder', 'text_to_text', 'decoder', 'embedder']] = None,
+def model(run_dir: str, task: Optional[ExampleTask] = None, pooling: Optional[str] = None,
           dropout_rate: Optional[float] = None, attention_dropout_rate: Optional[float] = None,
           dtype: Optional[str] = None, param_dtype: Optional[str] = None,
           products: Optional[str] = None, attention_implementation: Optional[str] = None) -> Any:
-  """The config of a run's model, or of a head on its trunk.
+  """The config of a run's model, or of the head that a task needs on its trunk.
+
+  A trunk is the model without the heads that it was trained with. Of a task whose labels are not
+  bound the cache is built, to count them.
 
   Args:
     run_dir: of `lm train` or `lm convert`.
-    head: such as @heads.ClassifierConfig, with its fields bound but for the trunk, which is the
-      run's model without the heads of its own; None for the run's whole model.
-    form: of the task: only an 'encoder' has the head, and an 'embedder' vectors of two texts; None
-      has the head if there is one.
+    task: whose form and kind say which head; None for the run's whole model.
+    pooling: of a head of whole texts; None is that of a run of embeddings, the last token of a
+      decoder, and else the first.
     dropout_rate, attention_dropout_rate, dtype, param_dtype, products, attention_implementation: in
       place of the run's; None keeps them.
 
   Raises:
-    UserError: there is no such run, its model does not take this form, or the form has no head.
+    UserError: there is no such run, or its model does not take the task's form.
   """
   own = config.value(_saved(run_dir) / 'config.gin', 'run.Experiment.model')
   changes = {'dropout_rate': dropout_rate, 'attention_dropout_rate': attention_dropout_rate,
              'dtype': dtype, 'param_dtype': param_dtype, 'products': products,
              'attention_implementation': attention_implementation}
   changes = {name: value for name, value in changes.items() if value is not None}
-  if form == 'encoder' and head is None:
-    raise UserError("form='encoder' has no head; bind HEAD, such as @heads.ClassifierConfig")
-  if form == 'embedder':
-    is_pair = isinstance(own, DualEncoderConfig)
-    own = own if is_pair else DualEncoderConfig(EmbedderConfig(_trunk(own, False)))
-  if head is None or form not in (None, 'encoder'):
-    if not isinstance(own, _FORMS.get(form, object)):
-      raise UserError(f'form={form!r} is not what a {type(own).__name__} reads, which {run_dir} has;'
-                      " bind FORM='encoder', or INITIAL to another run")
+  if task is None or isinstance(own, WHOLE.get(task.form, ())):
     return _changed(own, changes)
-  pooling = getattr(head(trunk=_trunk(own, True)), 'pooling', None)
+  if task.form in ('text_to_text', 'decoder'):
+    raise UserError(f'form={task.form!r} is not what a {type(own).__name__} reads, which {run_dir} '
+                    "has; bind FORM='encoder', or INITIAL to another run")
+  return _changed(_with_head(own, task, pooling or _pooling(own)), changes)
+
+
+# The models that take a form as they are; any trunk with a head takes the others.
+WHOLE = {'text_to_text': T5Config, 'decoder': GPTConfig, 'embedder': DualEncoderConfig}
+
+
+def _pooling(own: Any) -> str:
+  """What a text's vector is, of a model that says so or can have no other."""
+  own = getattr(own, 'query', own)
+  if isinstance(own, (EmbedderConfig, ClassifierConfig)):
+    return own.pooling
+  return 'last' if isinstance(own, GPTConfig) else 'cls'
+
+
+def _with_head(own: Any, task: ExampleTask, pooling: str) -> Any:
   trunk = _trunk(own, pooling == 'pooler')
   if pooling == 'cls' and isinstance(trunk, GPTConfig):
-    raise UserError("pooling='cls' is the first token, which in a GPT has seen no other; bind "
-                    "heads.ClassifierConfig.pooling='last'")
-  return head(trunk=_changed(trunk, changes))
-
-
-_FORMS = {'text_to_text': T5Config, 'decoder': GPTConfig}
+    raise UserError("pooling='cls' is the first token, which in a GPT has seen no other; take "
+                    "pooling='last'")
+  if task.form == 'embedder':
+    return DualEncoderConfig(EmbedderConfig(trunk, pooling))
+  kind = task.kind.name
+  if kind == 'span_extraction':
+    return SpanConfig(trunk)
+  if kind == 'similarity':
+    return ClassifierConfig(trunk, 1, pooling)
+  if not task.kind.labelled:
+    raise UserError(f'no head answers a task of kind {kind!r}; bind FORM to another form')
+  num_classes = len(task.kind.labels or task.prepare().info['labels'])
+  return (TaggerConfig(trunk, num_classes) if kind == 'tagging' else
+          ClassifierConfig(trunk, num_classes, pooling))
 
 
 def _changed(own: Any, changes: dict[str, Any]) -> Any:

@@ -1,18 +1,19 @@
 """What a run's model and vocabulary are for another run, whose config.gin then needs no other."""
 import dataclasses
-import functools
 import shutil
 
 import pytest
 
 from lm import config, run
 from lm.commands import convert
+from lm.data import examples
 from lm.data.vocabularies import ByteVocabulary, VocabularyConfig
 from lm.errors import UserError
 from lm.interop import of_run
 from lm.models.bert import BERTConfig
 from lm.models.gpt import GPTConfig
-from lm.models.heads import ClassifierConfig, DualEncoderConfig, EmbedderConfig
+from lm.models.heads import (ClassifierConfig, DualEncoderConfig, EmbedderConfig, SpanConfig,
+                             TaggerConfig)
 from lm.models.t5 import T5Config
 
 TINY = dict(vocab_size=300, max_length=64, d_model=16, num_layers=2, num_heads=4, d_ff=24)
@@ -24,6 +25,7 @@ APART = DualEncoderConfig(EmbedderConfig(BARE), EmbedderConfig(
 GIN = """
 from __gin__ import dynamic_registration
 from lm import run
+from lm.data import examples
 from lm.data import tasks
 from lm.interop import of_run
 from lm.models import bert
@@ -31,13 +33,13 @@ from lm.models import heads
 from lm.training import loop
 from lm.training import optimizers
 INITIAL = {source!r}
-HEAD = {head}
+TASK = {task}
 run.Experiment.task = @tasks.TextTask()
 tasks.TextTask.vocabulary = @of_run.vocabulary()
 of_run.vocabulary.run_dir = %INITIAL
 run.Experiment.model = @of_run.model()
 of_run.model.run_dir = %INITIAL
-of_run.model.head = %HEAD
+of_run.model.task = %TASK
 run.Experiment.optimizer = @optimizers.AdamW()
 run.Experiment.train = @loop.TrainConfig()
 loop.TrainConfig.sequence_length = 32
@@ -52,53 +54,65 @@ def source(directory, model):
   return directory
 
 
-def write(tmp_path, model, head='None', more=''):
+def write(tmp_path, model, task='None', more=''):
   """A gin file that goes on from such a run."""
   path = tmp_path / 'finetune.gin'
-  path.write_text(GIN.format(source=str(source(tmp_path / 'source', model)), head=head) + more)
+  path.write_text(GIN.format(source=str(source(tmp_path / 'source', model)), task=task) + more)
   return path
 
 
-@pytest.mark.parametrize('model, trunk', [
-    (BERT, dataclasses.replace(BARE, pooler=False)),
-    (DualEncoderConfig(EmbedderConfig(BARE)), dataclasses.replace(BARE, pooler=False)),
-    (T5Config(**TINY), T5Config(decoder=False, **TINY)),
-    (GPTConfig(tie_embeddings=False, **TINY), GPTConfig(**TINY))])
-def test_a_head_stands_on_the_trunk_of_any_run(tmp_path, model, trunk):
-  directory = source(tmp_path / 'source', model)
-  assert of_run.model(str(directory)) == model
-  head = functools.partial(ClassifierConfig, pooling='last')
-  made = of_run.model(str(directory), head, 'encoder', dropout_rate=0.25)
-  assert made == head(dataclasses.replace(trunk, dropout_rate=0.25))
+def task(form='encoder', kind=examples.Classification(('a', 'b', 'c'))):
+  return examples.ExampleTask(examples.Files('none.jsonl'), kind, form)
+
+
+@pytest.mark.parametrize('model, trunk, pooling', [
+    (BERT, dataclasses.replace(BARE, pooler=False), 'cls'),
+    (DualEncoderConfig(EmbedderConfig(BARE)), dataclasses.replace(BARE, pooler=False), 'mean'),
+    (T5Config(**TINY), T5Config(decoder=False, **TINY), 'cls'),
+    (GPTConfig(tie_embeddings=False, **TINY), GPTConfig(**TINY), 'last')])
+def test_a_head_stands_on_the_trunk_of_any_run(tmp_path, model, trunk, pooling):
+  directory = str(source(tmp_path / 'source', model))
+  assert of_run.model(directory) == model
+  trunk = dataclasses.replace(trunk, dropout_rate=0.25)
+  make = lambda kind: of_run.model(directory, task(kind=kind), dropout_rate=0.25)
+  assert make(examples.Classification(('a', 'b'))) == ClassifierConfig(trunk, 2, pooling)
+  assert make(examples.Similarity()) == ClassifierConfig(trunk, 1, pooling)
+  assert make(examples.Tagging(('O', 'B', 'I'))) == TaggerConfig(trunk, 3)
+  assert make(examples.SpanExtraction()) == SpanConfig(trunk)
+  with pytest.raises(UserError, match="no head answers a task of kind 'generation'"):
+    make(examples.Generation())
 
 
 def test_one_binding_says_how_a_task_is_put_to_a_model(tmp_path):
   bert, t5, gpt = (str(source(tmp_path / type(model).__name__, model)) for model in (
       BERT, T5Config(**TINY), GPTConfig(**TINY)))
-  assert of_run.model(t5, ClassifierConfig, 'text_to_text') == T5Config(**TINY)
-  assert of_run.model(gpt, ClassifierConfig, 'decoder') == GPTConfig(**TINY)
-  assert of_run.model(bert, ClassifierConfig, 'embedder') == DualEncoderConfig(
-      EmbedderConfig(dataclasses.replace(BARE, pooler=False)))
+  assert of_run.model(t5, task('text_to_text')) == T5Config(**TINY)
+  assert of_run.model(gpt, task('decoder')) == GPTConfig(**TINY)
+  assert of_run.model(bert, task('embedder', examples.Similarity())) == DualEncoderConfig(
+      EmbedderConfig(dataclasses.replace(BARE, pooler=False), 'cls'))
   with pytest.raises(UserError, match="form='decoder' is not what a BERTConfig reads"):
-    of_run.model(bert, ClassifierConfig, 'decoder')
-  with pytest.raises(UserError, match="form='encoder' has no head; bind HEAD"):
-    of_run.model(bert, form='encoder')
+    of_run.model(bert, task('decoder'))
   with pytest.raises(UserError, match="pooling='cls' is the first token, which in a GPT"):
-    of_run.model(gpt, ClassifierConfig, 'encoder')
+    of_run.model(gpt, task(), pooling='cls')
 
 
 def test_a_pooler_stays_where_the_head_uses_it(tmp_path):
   directory = source(tmp_path / 'source', BERT)
-  head = lambda trunk: ClassifierConfig(trunk, pooling='pooler')
-  assert of_run.model(str(directory), head=head).trunk == BARE
+  assert of_run.model(str(directory), task(), pooling='pooler').trunk == BARE
 
 
 def test_config_gin_holds_the_model_itself_and_its_fields_can_be_bound(tmp_path):
-  path = write(tmp_path, BERT, '@heads.ClassifierConfig', 'heads.ClassifierConfig.num_classes = 7')
+  path = write(tmp_path, BERT, '@examples.ExampleTask()', """
+examples.ExampleTask.source = @examples.Files()
+examples.ExampleTask.kind = @examples.Classification()
+examples.Classification.labels = ('a', 'b', 'c', 'd', 'e', 'f', 'g')
+heads.ClassifierConfig.head_dropout_rate = 0.125
+""")
   config.parse([str(path)], [('bert.BERTConfig.attention_dropout_rate', '0.5')])
   first = config.build(run.Experiment)
   assert first.model.num_classes == 7 and first.model.trunk.num_layers == 2
   assert first.model.trunk.attention_dropout_rate == 0.5
+  assert first.model.head_dropout_rate == 0.125
   assert first.task.vocabulary == VocabularyConfig('byte', extra_ids=44)
   config.save(tmp_path / 'config.gin')
   shutil.rmtree(tmp_path / 'source')
