@@ -49,7 +49,6 @@ class ExampleTask:
     kind: what a record means; see `kinds`.
     form: 'encoder' for a model with a head, 'text_to_text' for T5, 'decoder' for GPT, 'embedder'
       for two texts compared.
-    head: of a model with form 'encoder': a config of `lm.models.heads`, uncalled.
     template: prompt and target of models that write text.
     decoder_template: those of a decoder; None for the same.
     vocabulary: one trained on the training split, or another project's.
@@ -63,7 +62,6 @@ class ExampleTask:
   source: Any
   kind: kinds.Kind
   form: forms.Name = 'encoder'
-  head: Any = None
   template: Template = Template()
   decoder_template: Optional[Template] = None
   vocabulary: vocabularies.VocabularyConfig = vocabularies.VocabularyConfig()
