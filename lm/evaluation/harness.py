@@ -2,11 +2,10 @@
 ours: its registry's tasks, prompts and metrics, our log-likelihoods and texts."""
 from collections.abc import Mapping, Sequence
 import contextlib
-import json
 import logging
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import numpy as np
@@ -91,8 +90,8 @@ def _sampling(settings: Mapping[str, Any]) -> SamplingConfig:
   length = next((settings[name] for name in names if settings.get(name)), NEW_TOKENS)
   if not settings.get('do_sample'):
     return SamplingConfig(max_new_tokens=length, temperature=0.0)
-  return SamplingConfig(length, settings.get('temperature', 1.0), settings.get('top_k', 0),
-                        settings.get('top_p', 1.0))
+  return SamplingConfig(max_new_tokens=length, temperature=settings.get('temperature', 1.0),
+                        top_k=settings.get('top_k') or None, top_p=settings.get('top_p'))
 
 
 def model(module: nn.Module, params: Any, vocabulary: Any, **options: Any) -> Any:
@@ -113,8 +112,17 @@ def model(module: nn.Module, params: Any, vocabulary: Any, **options: Any) -> An
   return type('LanguageModel', (_Answers, LM), {})(module, params, vocabulary, **options)
 
 
+class Result(NamedTuple):
+  """metrics: {task: {metric: value}}, as the harness computes them.
+  predictions: (header, rows) of each task that is of a kind of ours: header is task, kind, labels
+    (None), split, metrics.
+  """
+  metrics: dict[str, dict[str, float]]
+  predictions: list[tuple[dict[str, Any], list[dict[str, Any]]]]
+
+
 def evaluate(answering: Any, tasks: Sequence[str], limit: int | None = None,
-             num_fewshot: int | None = None) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+             num_fewshot: int | None = None) -> Result:
   """Runs tasks of the harness.
 
   Args:
@@ -122,10 +130,6 @@ def evaluate(answering: Any, tasks: Sequence[str], limit: int | None = None,
     tasks: names of its registry, or YAML files of tasks.
     limit: examples of each task, the first ones; None for all.
     num_fewshot: examples before each question, where a task does not fix it; None is the task's.
-
-  Returns:
-    {task: {metric: value}} as the harness computes them, and the predictions of each task that has
-    some of our kinds: {task: (kind, rows)}.
 
   Raises:
     UserError: no such task, or its data are not here and cannot be fetched.
@@ -150,9 +154,17 @@ def evaluate(answering: Any, tasks: Sequence[str], limit: int | None = None,
     results = lm_eval.simple_evaluate(answering, tasks=list(tasks), limit=limit,
                                       num_fewshot=num_fewshot, task_manager=manager)
   metrics = {name: _numbers(values) for name, values in results['results'].items()}
-  predictions = {name: rows for name, samples in results['samples'].items()
-                 if (rows := _predictions(loaded['tasks'][name], samples)) is not None}
-  return metrics, predictions
+  predictions = []
+  for name, samples in results['samples'].items():
+    task = loaded['tasks'][name]
+    if task.OUTPUT_TYPE in KINDS and samples:
+      kind, row = KINDS[task.OUTPUT_TYPE]
+      first = [sample for sample in samples if sample['filter'] == samples[0]['filter']]
+      rows = [{'id': str(sample['doc_id']), **row(task, sample)} for sample in first]
+      split = task.config.test_split or task.config.validation_split
+      predictions.append(({'task': name, 'kind': kind, 'labels': None, 'split': split,
+                           'metrics': metrics[name]}, rows))
+  return Result(metrics, predictions)
 
 
 @contextlib.contextmanager
@@ -177,21 +189,6 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
   return {key.removesuffix(',none').replace(',', '_'): float(value)
           for key, value in values.items()
           if isinstance(value, (int, float, np.number)) and ',' in key}
-
-
-def _predictions(task: Any, samples: Sequence[Mapping[str, Any]]
-                 ) -> tuple[str, list[dict[str, Any]]] | None:
-  """(kind, rows) of the samples that the harness logged, of their first filter; None where no kind
-  of ours is like it."""
-  kinds = {'multiple_choice': ('multiple_choice', _choices),
-           'loglikelihood_rolling': ('language_modelling', _text),
-           'generate_until': ('generation', _generated)}
-  if task.OUTPUT_TYPE not in kinds or not samples:
-    return None
-  kind, row = kinds[task.OUTPUT_TYPE]
-  first = [sample for sample in samples if sample['filter'] == samples[0]['filter']]
-  rows = [{'id': str(sample['doc_id']), **row(task, sample)} for sample in first]
-  return kind, rows
 
 
 def _choices(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,3 +216,9 @@ def _generated(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
   target = sample['target']
   return {'inputs': sample['arguments'][0][0], 'prediction': sample['filtered_resps'],
           'targets': target if isinstance(target, list) else [str(target)]}
+
+
+# What a task asks for: the kind of its predictions, and what makes a row of a logged sample.
+KINDS = {'multiple_choice': ('multiple_choice', _choices),
+         'loglikelihood_rolling': ('language_modelling', _text),
+         'generate_until': ('generation', _generated)}
