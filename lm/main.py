@@ -50,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
       command.add_argument('--process_id', type=int, help='which of them this is')
       command.add_argument('--compiled', metavar='FILE', help='of `lm compile --save`: the step '
                            'starts from it where program, versions and devices are the same')
+    if name == 'evaluate':
+      command.add_argument('--harness', metavar='TASK1,TASK2,...', help='tasks of '
+                           "lm-evaluation-harness, or YAML files of tasks, in the objective's place")
+      command.add_argument('--limit', type=int, help='--harness: examples of each task')
+      command.add_argument('--num_fewshot', type=int, help='--harness: examples before a question')
     if name == 'generate':
       command.add_argument('--prompt', action='append', required=True, help='repeatable')
       command.add_argument('--max_new_tokens', type=int)
@@ -220,8 +225,12 @@ def _train(experiment: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 def _evaluate(experiment: Any, args: argparse.Namespace) -> dict[str, Any]:
   from lm import run
-  result, is_main = _together(
-      args, lambda hosts: run.evaluate(experiment, args.run_dir, hosts=hosts))
+  if args.harness:
+    from lm.commands import harness
+    evaluate = lambda hosts: harness.execute(experiment, args, hosts)
+  else:
+    evaluate = lambda hosts: run.evaluate(experiment, args.run_dir, hosts=hosts)
+  result, is_main = _together(args, evaluate)
   for name, metrics in result.items() if is_main else ():
     _tell_evaluation(name, metrics)
   return result

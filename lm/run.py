@@ -353,7 +353,7 @@ def evaluate(experiment: Experiment, run_dir: str, prepared: Data | None = None,
   alone whose devices do not fit it takes one of them.
   """
   prepared = prepared or hosts.main_first('the data', experiment.task.prepare)
-  step, module, params = _load_on_mesh(experiment, run_dir, hosts)
+  step, module, params = load_on_mesh(experiment, run_dir, hosts)
   is_text = isinstance(prepared, Prepared)
   if is_text and isinstance(_objective(experiment, prepared), objectives.CausalLM):
     documents = prepared.cache('validation')
@@ -429,7 +429,7 @@ def _chosen(experiment: Experiment) -> str | None:
   return 'best' if experiment.train.early_stopping else None
 
 
-def _load_on_mesh(experiment: Experiment, run_dir: str, hosts: Hosts) -> tuple[int, nn.Module, Any]:
+def load_on_mesh(experiment: Experiment, run_dir: str, hosts: Hosts) -> tuple[int, nn.Module, Any]:
   """`load` on the run's mesh or, where a process alone has not its devices, on one device."""
   try:
     rules = experiment.bound_rules()
