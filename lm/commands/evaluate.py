@@ -1,5 +1,6 @@
 """`lm evaluate`: a run's held-out files, its task's examples, or those of other tasks."""
 import argparse
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -49,8 +50,9 @@ def _other(experiment: run.Experiment, name: str, run_dir: str, hosts: Hosts) ->
   path = name if name.endswith('.gin') else f'gin/tasks/{name}.gin'
   task = config.value(path, 'TASK', True) or config.value(path, 'run.Experiment.task', True)
   if not isinstance(task, ExampleTask):
-    raise UserError(f'--tasks={name}: {path} binds no examples.ExampleTask to run.Experiment.task, '
-                    'so there are no examples to evaluate; name a file that does')
+    raise UserError(f'--tasks={name}: {path} binds no examples.ExampleTask to TASK, so there are no '
+                    'examples to evaluate; name a file that does')
+  task = dataclasses.replace(task, cache_dir=experiment.task.cache_dir)
   vocabulary = vocabularies.load(pathlib.Path(run_dir) / 'vocabulary')
   if vocabulary.size - vocabulary.extra_ids > experiment.model.vocab_size:
     raise UserError(f'the vocabulary of {run_dir} has {vocabulary.size} ids and the model '

@@ -3,7 +3,8 @@
 Tokens and windows are those of lm-evaluation-harness (`lm_eval.api.model.TemplateLM`), so that the
 numbers are comparable with published ones; which tasks there are is `harness`'s.
 """
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import collections
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import re
@@ -37,7 +38,25 @@ class Likelihood(NamedTuple):
 def score(module: nn.Module, params: Any, requests: Sequence[tuple[Ids, Ids]],
           batch_size: int = 16, max_length: int | None = None, progress: bool = True,
           hosts: Hosts = Hosts()) -> list[Likelihood]:
-  """How likely each continuation is behind its context.
+  """How likely each continuation is behind its context; see `batches`.
+
+  Args:
+    progress: whether to show a bar.
+  """
+  found: list[Likelihood | None] = [None] * len(requests)
+  with tqdm.tqdm(total=len(requests), desc='likelihood', unit=' requests',
+                 disable=not (progress and hosts.is_main)) as bar:
+    for answers in batches(module, params, requests, batch_size, max_length, hosts):
+      for i, answer in answers.items():
+        found[i] = answer
+      bar.update(len(answers))
+  return found
+
+
+def batches(module: nn.Module, params: Any, requests: Sequence[tuple[Ids, Ids]],
+            batch_size: int = 16, max_length: int | None = None, hosts: Hosts = Hosts(),
+            done: Collection[int] = ()) -> Iterator[dict[int, Likelihood]]:
+  """Yields how likely each continuation is behind its context, batch by batch, by its number.
 
   Requests are packed into rows of 128, 256, ... tokens, each length one program, in which equal
   beginnings are computed once and logits are formed of the continuations alone. All hosts call it;
@@ -48,8 +67,8 @@ def score(module: nn.Module, params: Any, requests: Sequence[tuple[Ids, Ids]],
     requests: (context, continuation), ids. Of a context that is too long the beginning is cut off.
     batch_size: rows of 128 tokens at a time, or half as many of 256, ...
     max_length: tokens of context and continuation but for the last one; None is the model's.
-    progress: whether to show a bar.
     hosts: who compute together, all with the same arguments.
+    done: requests whose answers are known; a batch of these alone is left out.
 
   Raises:
     UserError: the model gives texts no probability, or a continuation is empty or longer than the
@@ -63,14 +82,8 @@ def score(module: nn.Module, params: Any, requests: Sequence[tuple[Ids, Ids]],
   texts = [_text(i, *request, longest, hasattr(module, 'decode'))
            for i, request in enumerate(requests)]
   shares = getattr(module, 'takes_paths', False)
-  found: list[Likelihood | None] = [None] * len(texts)
-  with tqdm.tqdm(total=len(texts), desc='likelihood', unit=' requests',
-                 disable=not (progress and hosts.is_main)) as bar:
-    for shape in likelihood_rows.pack(texts, shares, longest, batch_size):
-      for i, answer in _score(module, params, shape, hosts):
-        found[i] = answer
-        bar.update()
-  return found
+  for shape in likelihood_rows.pack(texts, shares, longest, batch_size):
+    yield from _score(module, params, shape, hosts, done)
 
 
 def tokenize(vocabulary: Any, pairs: Sequence[tuple[str, str]], encodes: bool = False
@@ -137,22 +150,24 @@ def _text(index: int, context: Ids, continuation: Ids, longest: int, encodes: bo
   return Text(inputs, continuation)
 
 
-def _score(module: nn.Module, params: Any, shape: likelihood_rows.Shape, hosts: Hosts
-           ) -> Iterator[tuple[int, Likelihood]]:
-  """Scores rows of one shape: (number of the text, its likelihood), batch by batch."""
+def _score(module: nn.Module, params: Any, shape: likelihood_rows.Shape, hosts: Hosts,
+           done: Collection[int]) -> Iterator[dict[int, Likelihood]]:
+  """Scores rows of one shape, batch by batch."""
   program = hosts.same_program(_token_nats_of(module))
   size, where = shape.batch_size, GlobalBatch(module.rules, shape.batch_size)
-  answers = iter(shape.answers)
-  answer = next(answers, None)
+  by_batch = collections.defaultdict(list)
+  for answer in shape.answers:
+    by_batch[answer[1] // size * size].append(answer)
   for first in range(0, len(shape.batch['scored_places']), size):
+    members = by_batch[first]
+    if all(number in done for number, _, _ in members):
+      continue
     own = slice(first + where.own.start, first + where.own.stop)
     batch = where.place({name: array[own] for name, array in shape.batch.items()})
     nats_BM, right_BM = map(np.asarray, program(params, batch))
-    while answer is not None and answer[1] < first + size:
-      number, row, slots = answer
-      nats = nats_BM[row - first, slots].sum(dtype=np.float64)
-      yield number, Likelihood(-float(nats), bool(right_BM[row - first, slots].all()))
-      answer = next(answers, None)
+    yield {number: Likelihood(-float(nats_BM[row - first, slots].sum(dtype=np.float64)),
+                              bool(right_BM[row - first, slots].all()))
+           for number, row, slots in members}
 
 
 @functools.lru_cache(maxsize=2)
@@ -237,16 +252,17 @@ def predict_choices(module: nn.Module, params: Any, vocabulary: Any,
       raise UserError(f'the continuation {continuation!r} of {context[-80:]!r} has no token, so it '
                       'is no choice; give it a text')
   found = iter(score(module, params, ids, **options))
-  rows = []
-  for example in examples:
-    answers = [next(found) for _ in example['continuations']]
-    scores = [answer.log_likelihood for answer in answers]
-    rows.append({
-        'id': example['id'], 'inputs': '\n'.join(dict.fromkeys(example['contexts'])),
-        'targets': example['label'], 'prediction': int(np.argmax(scores)), 'scores': scores,
-        'lengths': [len(text.encode()) for text in example['continuations']],
-        'greedy': [answer.greedy for answer in answers]})
-  return rows
+  return [choices_row(example, [next(found) for _ in example['continuations']])
+          for example in examples]
+
+
+def choices_row(example: Mapping[str, Any], answers: Sequence[Likelihood]) -> dict[str, Any]:
+  """The row of predictions of a multiple choice, from the answers to its continuations."""
+  scores = [answer.log_likelihood for answer in answers]
+  return {'id': example['id'], 'inputs': '\n'.join(dict.fromkeys(example['contexts'])),
+          'targets': example['label'], 'prediction': int(np.argmax(scores)), 'scores': scores,
+          'lengths': [len(text.encode()) for text in example['continuations']],
+          'greedy': [answer.greedy for answer in answers]}
 
 
 def predict_texts(module: nn.Module, params: Any, vocabulary: Any,
@@ -265,8 +281,13 @@ def predict_texts(module: nn.Module, params: Any, vocabulary: Any,
   """
   texts = [example['text'] for example in examples]
   totals = score_texts(module, params, vocabulary, texts, **options)
-  return [{'id': example['id'], 'inputs': text, 'targets': None, 'prediction': None,
-           'scores': [-float(total)], 'words': len(re.split(r'\s+', text)), 'tokens': len(ids),
-           'bytes': len(text.encode())}
-          for example, text, total, ids in zip(examples, texts, totals,
-                                               vocabulary.encode_batch(texts))]
+  return [text_row(example, float(total), len(ids)) for example, total, ids in
+          zip(examples, totals, vocabulary.encode_batch(texts))]
+
+
+def text_row(example: Mapping[str, Any], log_likelihood: float, tokens: int) -> dict[str, Any]:
+  """The row of predictions of a text, from its log-likelihood and its number of tokens."""
+  text = example['text']
+  return {'id': example['id'], 'inputs': text, 'targets': None, 'prediction': None,
+          'scores': [-log_likelihood], 'words': len(re.split(r'\s+', text)), 'tokens': tokens,
+          'bytes': len(text.encode())}

@@ -111,7 +111,7 @@ def complete(module: Any, params: Any, vocabulary: Vocabulary, prompts: Sequence
   ids = [vocabulary.encode(prompt) for prompt in prompts]
   completions = generate(module, params, ids, config, seed, max_length, vocabulary.eos_id,
                          begin_id(vocabulary))
-  return [CompletedText(prompt=prompt, text=vocabulary.decode(_without_eos(done)),
+  return [CompletedText(prompt=prompt, text=vocabulary.decode(without_eos(done)),
                         tokens=done.tokens.tolist(), stopped=done.stopped)
           for prompt, done in zip(prompts, completions)]
 
@@ -128,7 +128,8 @@ def _has_encoder(module: Any) -> bool:
   return hasattr(module, 'decode')
 
 
-def _without_eos(completion: Completion) -> list[int]:
+def without_eos(completion: Completion) -> list[int]:
+  """The ids of a completion but for the end of document."""
   return completion.tokens[:-1 if completion.stopped == 'eos' else None].tolist()
 
 

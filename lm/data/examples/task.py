@@ -54,6 +54,8 @@ class ExampleTask:
     vocabulary: one trained on the training split, or another project's.
     target_length: tokens of a row of the decoder's side, of 'text_to_text'.
     packed: puts as many examples into a row as it holds.
+    scored: evaluates a classification by a model that writes by the likelihood of each label's
+      target; False lets it write the label.
     augmentations: change training examples anew in each epoch, in this order.
     cache_dir: where vocabularies and caches are kept; safe to delete, safe to share.
     name: in predictions and in the cache directory's name.
@@ -67,6 +69,7 @@ class ExampleTask:
   vocabulary: vocabularies.VocabularyConfig = vocabularies.VocabularyConfig()
   target_length: int = 128
   packed: bool = True
+  scored: bool = True
   augmentations: Tuple[Any, ...] = ()
   cache_dir: str = '~/.cache/lm'
   name: str = 'examples'

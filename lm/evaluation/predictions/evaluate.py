@@ -15,9 +15,10 @@ import tqdm
 from lm.data.examples import PreparedExamples
 from lm.errors import UserError
 from lm.evaluation import metrics, task_report
-from lm.evaluation.predictions import store
+from lm.evaluation.predictions import store, texts
 from lm.evaluation.predictions.contract import Model, Predictor
 from lm.evaluation.predictions.heads import Heads
+from lm.evaluation.predictions.vectors import Vectors
 from lm.parallel.distributed import digest
 
 FORMS = {'ClassifierConfig': 'encoder', 'TaggerConfig': 'encoder', 'SpanConfig': 'encoder',
@@ -57,7 +58,11 @@ def evaluate(model: Model, prepared: PreparedExamples, split: str, progress: boo
 
 def predictor_of(model: Model, prepared: PreparedExamples, split: str) -> Predictor:
   """What answers examples of this form and kind."""
-  return Heads(model, prepared, split)
+  if prepared.task.form == 'embedder':
+    return Vectors(model, prepared, split)
+  if prepared.task.form == 'encoder':
+    return Heads(model, prepared, split)
+  return texts.predictor(model, prepared, split)
 
 
 def as_asked(task: Any, family: str) -> Any:
@@ -109,7 +114,9 @@ def _metrics(path: pathlib.Path) -> dict[str, float]:
   scorer = metrics.scorer(header, rows)
   header['metrics'] = scorer.metrics()
   store.write_header(path, header)
-  task_report.write(header, rows, path.with_suffix('.html'))
+  page = path.with_suffix('.html')
+  if not page.exists():
+    task_report.write(header, rows, page)
   return header['metrics']
 
 
@@ -117,6 +124,7 @@ def _key(model: Model, prepared: PreparedExamples, split: str) -> str:
   """What predictions depend on."""
   task = prepared.task
   parts = [model.digest, model.step, repr(model.module.config), model.sequence_length, split,
-           task.form, task.packed, task.target_length, prepared.info['digests']['texts'],
+           task.form, task.packed, task.scored, task.target_length,
+           model.is_tuned, prepared.info['digests']['texts'],
            prepared.vocabulary.digest, prepared.info['labels']]
   return digest(json.dumps(parts))

@@ -74,7 +74,8 @@ def standing(path: pathlib.Path, key: str) -> bool:
 def write(path: pathlib.Path, header: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]):
   """Replaces predictions and their header by others, whole."""
   with writing(path):
-    path.with_suffix('.json').unlink(missing_ok=True)  # of other rows than those to be
+    for suffix in ('.json', '.html'):  # of other rows than those to be
+      path.with_suffix(suffix).unlink(missing_ok=True)
     _replace(path, (json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
   write_header(path, header)
 
