@@ -13,7 +13,7 @@ from lm.data.examples import PreparedExamples
 from lm.data.examples.kinds import Example
 from lm.evaluation import likelihood
 from lm.evaluation.predictions.contract import Batches, chunks, Model, refuse, Row
-from lm.inference import generate
+from lm.inference.generate import begin_id, generate, LARGEST_BATCH, round_up, without_eos
 from lm.inference.sampling import SamplingConfig
 
 SCORED = 'classification', 'multiple_choice', 'language_modelling'
@@ -134,18 +134,18 @@ class Generated:
     new, prompts = self._prompts(module)
     by_bucket: dict[int, list[int]] = {}
     for i in sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)):
-      by_bucket.setdefault(generate.round_up(len(prompts[i]) + 1), []).append(i)
+      by_bucket.setdefault(round_up(len(prompts[i]) + 1), []).append(i)
     batches = [batch for members in by_bucket.values()
-               for batch in chunks(members, generate.LARGEST_BATCH)]
+               for batch in chunks(members, LARGEST_BATCH)]
     batches = [batch for batch in batches if not all(i in done for i in batch)]
     vocabulary, config = self._prepared.vocabulary, SamplingConfig(0.0, max_new_tokens=new)
-    begin = self._prepared.form.bos_id if self._model.is_tuned else generate.begin_id(vocabulary)
+    begin = self._prepared.form.bos_id if self._model.is_tuned else begin_id(vocabulary)
     for together in chunks(batches, hosts.count):
       mine, texts = together[hosts.index:hosts.index + 1], {}
       for batch in mine:
-        found = generate.generate(module, params, [prompts[i] for i in batch], config, 0,
+        found = generate(module, params, [prompts[i] for i in batch], config, 0,
                                   module.config.max_length, vocabulary.eos_id, begin)
-        texts = {i: vocabulary.decode(generate.without_eos(one)).strip()
+        texts = {i: vocabulary.decode(without_eos(one)).strip()
                  for i, one in zip(batch, found)}
       every = hosts.gather('what is written', list(texts.items()))
       yield {i: text for one in every for i, text in one}
