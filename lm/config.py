@@ -99,15 +99,23 @@ def build(target: Callable[..., T]) -> T:
   return _current.build(target)
 
 
-def value(path: str | os.PathLike[str], name: str) -> Any:
-  """Evaluates one parameter of a saved configuration, such as 'run.Experiment.model', and forgets
-  nothing that was parsed; None where nothing binds it.
+def value(path: str | os.PathLike[str], name: str, with_macros: bool = False) -> Any:
+  """Evaluates one parameter or macro of another configuration, such as 'run.Experiment.model', and
+  forgets nothing that was parsed; None where nothing binds it.
+
+  Args:
+    path: of a gin file.
+    name: of what is wanted.
+    with_macros: takes those that the file does not define, and those that the command line sets,
+      from the configuration that was parsed.
 
   Raises:
     UserError: the file is none, or the value is wrong.
   """
   bindings = Bindings()
   _Reader(bindings).read_file(str(path), str(path))
+  if with_macros:
+    bindings.borrow_macros(_current)
   return bindings.value_of(name)
 
 

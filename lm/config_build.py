@@ -102,6 +102,14 @@ class Bindings:
         return self._value(binding.value, (), key)
     return None
 
+  def borrow_macros(self, other: 'Bindings') -> None:
+    """Takes macros that are not defined here, or are set on the command line there, from another
+    configuration."""
+    for name, binding in other.macros().items():
+      if name in self.referenced and (
+          name not in self.macros() or binding.source.startswith('--gin.')):
+        self.bindings[Key('', None, name)] = binding
+
   def bound(self, target: Callable[..., Any], scope: tuple[str, ...]) -> dict[str, list[Key]]:
     """Maps each bound parameter to its keys visible from the scope, the innermost last."""
     visible = ['/'.join(scope[:i]) for i in range(len(scope) + 1)]
@@ -198,6 +206,8 @@ class Bindings:
     self._path.append((leaf, scope))
     if isinstance(leaf, Macro):
       macro = Key('', None, leaf.name)
+      if macro not in self.bindings:
+        raise UserError(f'{source}: nothing defines %{leaf.name}; give --gin.{leaf.name}=VALUE')
       self.used.add(macro)
       value = self._value(self.bindings[macro].value, tuple(leaf.name.split('/')), macro)
     elif getattr(leaf.target, 'is_written_out', False):

@@ -50,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
       command.add_argument('--process_id', type=int, help='which of them this is')
       command.add_argument('--compiled', metavar='FILE', help='of `lm compile --save`: the step '
                            'starts from it where program, versions and devices are the same')
+    if name == 'evaluate':
+      _evaluate_flags(command)
     if name == 'generate':
       command.add_argument('--prompt', action='append', required=True, help='repeatable')
       command.add_argument('--max_new_tokens', type=int)
@@ -91,6 +93,20 @@ def _parser() -> argparse.ArgumentParser:
     if name == 'explain':
       command.add_argument('name', nargs='?', help='a macro, parameter or configurable')
   return parser
+
+
+def _evaluate_flags(command: argparse.ArgumentParser):
+  command.epilog += (
+      ' Predictions of labelled examples are kept in RUN/predictions: those of the same checkpoint '
+      'and task are used again, and metrics are computed from them without the model.')
+  command.add_argument('--tasks', type=lambda text: text.split(','), metavar='T1,T2,...',
+                       default=[], help="gin files of other tasks, or their names in gin/tasks, in "
+                       "the place of the run's own")
+  command.add_argument('--split', help='of the examples; validation')
+  command.add_argument('--harness', metavar='TASK1,TASK2,...', help='tasks of '
+                       "lm-evaluation-harness, or YAML files of tasks, in the objective's place")
+  command.add_argument('--limit', type=int, help='--harness: examples of each task')
+  command.add_argument('--num_fewshot', type=int, help='--harness: examples before a question')
 
 
 def _sweep_flags(command: argparse.ArgumentParser):
@@ -219,11 +235,10 @@ def _train(experiment: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(experiment: Any, args: argparse.Namespace) -> dict[str, Any]:
-  from lm import run
-  result, is_main = _together(
-      args, lambda hosts: run.evaluate(experiment, args.run_dir, hosts=hosts))
-  for name, metrics in result.items() if is_main else ():
-    _tell_evaluation(name, metrics)
+  from lm.commands import evaluate
+  result, is_main = _together(args, lambda hosts: evaluate.execute(experiment, args, hosts))
+  if is_main:
+    evaluate.tell(result, args.run_dir)
   return result
 
 
@@ -248,22 +263,9 @@ def _tell_training(result: dict[str, Any], run_dir: str):
   loss, early = result['final_loss'], ' (stopped early)' if result['stopped_early'] else ''
   print(f'trained {result["steps"]} steps{early}, final loss '
         f'{"not finite" if loss is None else f"{loss:.4f}"}')
-  directory = pathlib.Path(run_dir)
-  evaluation = directory / 'evaluation.json'
-  if evaluation.exists():
-    _tell_evaluation('held-out files', json.loads(evaluation.read_text()))
-  print(f'report: {directory / "report.html"}')
-
-
-def _tell_evaluation(name: str, metrics: dict[str, Any]):
-  if 'files' not in metrics:
-    print(f'{name}: ' + ', '.join(f'{key.replace("_", " ")} {value:.4g}'
-                                  for key, value in metrics.items()))
-    return
-  print(f'{name}: {metrics["bits_per_byte"]:.3f} bits per byte; file by file gzip -9 needs '
-        f'{metrics["gzip_bits_per_byte"]:.3f} and xz -9 {metrics["xz_bits_per_byte"]:.3f}; the '
-        f'model beats both on {metrics["wins"]} of {len(metrics["files"])}; '
-        f'all in one xz: {metrics["xz_together_bits_per_byte"]:.3f}')
+  from lm.commands import evaluate
+  evaluate.tell_standing(run_dir)
+  print(f'report: {pathlib.Path(run_dir) / "report.html"}')
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,8 @@
   config.gin        all bindings, defaults included; every later command starts from it
   metrics.jsonl     one object a row: step, split, loss, ...     events/  the same for TensorBoard
   checkpoints/      the latest and the best                      vocabulary/  to read and write text
-  evaluation.json   held-out files, bits per byte                samples.json
+  evaluation.json   held-out files, bits per byte; tasks         samples.json
+  predictions/      of labelled examples, a page a task
   report.html       all of it, written anew while the run goes   csv/  with writers.CSV()
   goodput.json      where the time went, over all starts         samples.jsonl  while training
   stacks/           of each host, when a step was stuck          profile/    traces of steps
@@ -13,6 +14,7 @@ import dataclasses
 import difflib
 import fcntl
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -35,7 +37,7 @@ from lm.data.loader import Example, Loader
 from lm.data.mixtures import Mixture, PreparedMixture
 from lm.data.tasks import Prepared, TextTask
 from lm.errors import UserError
-from lm.evaluation import evaluator, live, report
+from lm.evaluation import evaluator, live, predictions, report
 from lm.inference.generate import complete
 from lm.inference.sampling import SamplingConfig
 from lm.interop import initial as initial_weights
@@ -323,14 +325,22 @@ def _sample(experiment: Experiment, vocabulary: Any, hosts: Hosts, params: Any
             ) -> Sequence[Mapping[str, Any]]:
   """Completes the prompts with parameters that lie over the devices of all hosts, who all call it;
   host 0 does it, on one device."""
-  if hosts.count > 1:
-    params = multihost_utils.process_allgather(params, tiled=True)
-  if not hosts.is_main or not experiment.prompts:
+  if not experiment.prompts:
     return ()
-  params = jax.device_put(jax.device_get(params), jax.local_devices()[0])
-  module = experiment.model.build(Rules())
+  module, params = _alone(experiment, hosts, params)
+  if not hosts.is_main:
+    return ()
   return complete(module, params, vocabulary, list(experiment.prompts), experiment.sampling, 0,
                   experiment.model.max_length)
+
+
+def _alone(experiment: Experiment, hosts: Hosts, params: Any) -> tuple[nn.Module, Any]:
+  """The model on one device of this host, of parameters that lie over the devices of all, who all
+  call it."""
+  if hosts.count > 1:
+    params = multihost_utils.process_allgather(params, tiled=True)
+  params = jax.device_put(jax.device_get(params), jax.local_devices()[0])
+  return experiment.model.build(Rules()), params
 
 
 def _data_digest(info: dict[str, Any]) -> str:
@@ -344,11 +354,15 @@ def _finish(experiment: Experiment, directory: pathlib.Path, prepared: Data, hos
     checkpoints, path = directory / 'checkpoints', directory / 'evaluation.json'
     step = _chosen(experiment) and checkpoint.best_step(checkpoints)
     step = checkpoint.list_steps(checkpoints)[-1] if step is None else step
-    return path.exists() and json.loads(path.read_text())['step'] == step
+    return path.exists() and json.loads(path.read_text()).get('step') == step
 
   if hosts.ask_main('whether an evaluation stands', stands):
     return
-  evaluate(experiment, str(directory), prepared, hosts)
+  if isinstance(prepared, PreparedExamples):
+    splits = [name for name in ('validation', 'test') if name in prepared.info['splits']]
+    evaluate_examples(experiment, str(directory), [prepared], splits, hosts)
+  else:
+    evaluate(experiment, str(directory), prepared, hosts)
   if experiment.prompts and hosts.is_main:
     completions = generate(experiment, str(directory), experiment.prompts, experiment.sampling)
     _write_json(directory / 'samples.json', completions['completions'])
@@ -364,7 +378,7 @@ def evaluate(experiment: Experiment, run_dir: str, prepared: Data | None = None,
   alone whose devices do not fit it takes one of them.
   """
   prepared = prepared or hosts.main_first('the data', experiment.task.prepare)
-  step, module, params = _load_on_mesh(experiment, run_dir, hosts)
+  step, module, params = load_on_mesh(experiment, run_dir, hosts)
   is_text = isinstance(prepared, Prepared)
   if is_text and isinstance(_objective(experiment, prepared), objectives.CausalLM):
     documents = prepared.cache('validation')
@@ -375,8 +389,35 @@ def evaluate(experiment: Experiment, run_dir: str, prepared: Data | None = None,
     loader = _loader(experiment, prepared, 'validation', seed=0)
     result = evaluator.held_out(module, experiment.loss, params, loader, hosts=hosts)
   if hosts.is_main:
-    _write_json(pathlib.Path(run_dir) / 'evaluation.json', {'step': step, **result})
+    path = pathlib.Path(run_dir) / 'evaluation.json'
+    tasks = (report.read_json(path) or {}).get('tasks')
+    _write_json(path, {'step': step, **result, **({'tasks': tasks} if tasks else {})})
   return {experiment.task.name: {'step': step, **result}}
+
+
+def evaluate_examples(experiment: Experiment, run_dir: str, tasks: Sequence[PreparedExamples],
+                      splits: Sequence[str], hosts: Hosts = Hosts()) -> dict[str, Any]:
+  """Predicts labelled examples with the checkpoint that `evaluate` takes, and puts the metrics into
+  evaluation.json beside those that stand there.
+
+  Returns:
+    {task: {metric: value}} with the step; of the last of several splits.
+  """
+  path, result = pathlib.Path(run_dir) / 'evaluation.json', {}
+  step, module, params = load_on_mesh(experiment, run_dir, hosts)
+  model = predictions.Model(
+      module, params, functools.partial(_alone, experiment, hosts, params), step,
+      checkpoint.digest(path.parent / 'checkpoints', step), experiment.train.sequence_length,
+      experiment.train.batch_size, path.parent, isinstance(experiment.task, ExampleTask), hosts)
+  for prepared, split in itertools.product(tasks, splits):
+    found = {'step': step, **predictions.evaluate(model, prepared, split)}
+    result[prepared.task.name] = found
+    if hosts.is_main:
+      standing = report.read_json(path) or {}
+      own = {'step': step} if prepared.task == experiment.task else {}
+      found = {predictions.name_of(prepared, split): found}
+      _write_json(path, {**standing, **own, 'tasks': {**standing.get('tasks', {}), **found}})
+  return result
 
 
 def generate(experiment: Experiment, run_dir: str, prompts: Sequence[str], sampling: SamplingConfig,
@@ -440,7 +481,7 @@ def _chosen(experiment: Experiment) -> str | None:
   return 'best' if experiment.train.early_stopping else None
 
 
-def _load_on_mesh(experiment: Experiment, run_dir: str, hosts: Hosts) -> tuple[int, nn.Module, Any]:
+def load_on_mesh(experiment: Experiment, run_dir: str, hosts: Hosts) -> tuple[int, nn.Module, Any]:
   """`load` on the run's mesh or, where a process alone has not its devices, on one device."""
   try:
     rules = experiment.bound_rules()

@@ -132,7 +132,7 @@ def write_report(run_dir: str | pathlib.Path, status: Status | None = None,
     seconds = (read_json(run_dir / 'goodput.json') or {}).get('seconds')
     body = [status.html if status else '', _summary(rows, evaluation), _curves(rows),
             watched.goodput(seconds), watched.norms(rows), watched.activations(rows),
-            watched.experts(rows), _comparison(evaluation), _samples(samples),
+            watched.experts(rows), _comparison(evaluation), _tasks(evaluation), _samples(samples),
             watched.samples(read_rows(run_dir / 'samples.jsonl')), _config(config)]
   except (KeyError, TypeError, AttributeError) as error:
     raise UserError(f'a JSON file in {run_dir} lacks a field ({error!r}); run `lm evaluate '
@@ -210,7 +210,7 @@ def _summary(rows: Sequence[Mapping], evaluation: Mapping | None) -> str:
     cards += [(f'held-out {name.replace("_", " ")}', f'{value:.4g}',
                f'at step {evaluation["step"]:,}')
               for name, value in evaluation.items() if name != 'step']
-  elif evaluation:
+  elif evaluation and 'files' in evaluation:
     model = evaluation['bits_per_byte']
     cards.append(('held-out bits per byte', f'{model:.3f}', f'at step {evaluation["step"]:,}'))
     for name, key in (GZIP, 'gzip_bits_per_byte'), (XZ, 'xz_bits_per_byte'):
@@ -317,6 +317,17 @@ def _file_row(file: Mapping, kind: str) -> str:
                   for i, value in enumerate(_values(file)))
   return (f'<tr class="{kind}"><td>{html.escape(file["name"])}</td><td>{file["bytes"]:,}</td>'
           f'{cells}<td>{(MODEL, GZIP, XZ)[best]}</td></tr>')
+
+
+def _tasks(evaluation: Mapping | None) -> str:
+  """The metrics of each task but those of single classes, and where its page is."""
+  found = (evaluation or {}).get('tasks', {})
+  rows = ''.join(
+      f'<tr><td><a href="predictions/{html.escape(name)}.html">{html.escape(name)}</a></td><td>'
+      + ', '.join(f'{html.escape(key.replace("_", " "))} {value:.4g}'
+                  for key, value in metrics.items() if '/' not in key) + '</td></tr>'
+      for name, metrics in found.items())
+  return f'<h2>Tasks</h2><div class="wide"><table>{rows}</table></div>' if rows else ''
 
 
 def _samples(samples: Sequence[Mapping] | None) -> str:

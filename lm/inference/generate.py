@@ -110,13 +110,13 @@ def complete(module: Any, params: Any, vocabulary: Vocabulary, prompts: Sequence
   """`generate` from text to text; `tokens` and `text` are of the completion alone."""
   ids = [vocabulary.encode(prompt) for prompt in prompts]
   completions = generate(module, params, ids, config, seed, max_length, vocabulary.eos_id,
-                         _bos_id(vocabulary))
-  return [CompletedText(prompt=prompt, text=vocabulary.decode(_without_eos(done)),
+                         begin_id(vocabulary))
+  return [CompletedText(prompt=prompt, text=vocabulary.decode(without_eos(done)),
                         tokens=done.tokens.tolist(), stopped=done.stopped)
           for prompt, done in zip(prompts, completions)]
 
 
-def _bos_id(vocabulary: Vocabulary) -> int | None:
+def begin_id(vocabulary: Vocabulary) -> int | None:
   """What stands before a prompt: of another project's vocabulary what its tokenizer puts there."""
   if not hasattr(vocabulary, 'encode_pair'):
     return BOS_ID
@@ -128,7 +128,8 @@ def _has_encoder(module: Any) -> bool:
   return hasattr(module, 'decode')
 
 
-def _without_eos(completion: Completion) -> list[int]:
+def without_eos(completion: Completion) -> list[int]:
+  """The ids of a completion but for the end of document."""
   return completion.tokens[:-1 if completion.stopped == 'eos' else None].tolist()
 
 

@@ -24,6 +24,22 @@ class KVCache(NamedTuple):
   value: jax.Array
 
 
+class Paths(NamedTuple):
+  """Texts that share beginnings: the T tokens of a row form trees, and its S places hold every path
+  from a root to a leaf, one behind another.
+
+  A token comes to the same on all of its paths, so that what is computed of one token alone (all
+  but attention) is computed once.
+
+  tokens: int32 [B, S], which of the T tokens stands at a place.
+  segment_ids: int32 [B, S], of each path; 0 where padded.
+  places: int32 [B, T], one of the places of each token.
+  """
+  tokens: jax.Array
+  segment_ids: jax.Array
+  places: jax.Array
+
+
 class Attention(nn.Module):
   """Multi-head attention, of a sequence to itself or to a memory, with grouped key-value heads
   (arXiv:2305.13245).
@@ -92,7 +108,7 @@ class Attention(nn.Module):
                is_local: Bool[Array, ''] | None = None,
                memory: tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']] | None = None,
                memory_segment_ids: Int[Array, 'B S'] | None = None,
-               draws: Draws | None = None, zigzag: bool = False
+               draws: Draws | None = None, zigzag: bool = False, paths: Paths | None = None
                ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
     """Attends to itself, to a cache, or to a memory.
 
@@ -107,6 +123,8 @@ class Attention(nn.Module):
         one.
       memory: keys and values of another sequence, from `keys_values`, and its segments.
       zigzag: whether the tokens are in the order of `lm.parallel.ring.zigzag`.
+      paths: of trees of tokens, in place of `segment_ids`: a token sees those before it on its
+        path. Not with a cache, a memory or a prefix.
 
     Returns:
       [B, T, D], and the cache with the new tokens.
@@ -120,6 +138,9 @@ class Attention(nn.Module):
     query_BTNH = checkpoint_name(query_BTNH, 'qkv')
     if memory is None:
       memory, memory_segment_ids = self.keys_values(x_BTD, rotation), segment_ids
+    if paths is not None:
+      query_BTNH, *memory = (_take(x, paths.tokens) for x in (query_BTNH, *memory))
+      segment_ids = memory_segment_ids = paths.segment_ids
     if cache is not None:
       cache = KVCache(*(_write(old, new, cache_length) for old, new in zip(cache, memory)))
     options = {'query': query_BTNH, 'scale': self.scale, 'softcap': self.softcap}
@@ -141,7 +162,14 @@ class Attention(nn.Module):
       out_BTNH = one(window=self.window)
     else:  # both windows are static, so that neither computes what it masks
       out_BTNH = jax.lax.cond(is_local, lambda: one(window=self.window), lambda: one(window=None))
+    if paths is not None:
+      out_BTNH = _take(out_BTNH, paths.places)
     return checkpoint_name(jax.lax.optimization_barrier(self.out(out_BTNH)), 'attention_out'), cache
+
+
+def _take(x_BTNH, places_BS):
+  """[B, T, N, H] at places [B, S] of the T."""
+  return jnp.take_along_axis(x_BTNH, places_BS[..., None, None], axis=1)
 
 
 def _write(cache_BKSH, new_BTKH, start_B):

@@ -12,7 +12,7 @@ import numpy as np
 
 from lm.layers import linear
 from lm.layers import positions as positions_lib
-from lm.layers.attention import Attention, KVCache
+from lm.layers.attention import Attention, KVCache, Paths
 from lm.layers.heads import Scores
 from lm.layers.kernels import Implementation
 from lm.layers.mlp import MLP, Activation, is_gated
@@ -219,7 +219,7 @@ class Block(nn.Module):
   def __call__(self, x_BTD: Float[Array, 'B T D'], rows, distance_bias, cache, per_layer, draws):
     """Returns x [B, T, D], and this layer's cache and penalties."""
     cfg = self.config
-    rotations, segment_ids, prefix, cache_length = rows
+    rotations, segment_ids, prefix, cache_length, paths = rows
     is_local, = per_layer
     of_attention, of_mlp, of_scores = linear.split(draws, 3)
     out_std = cfg.kernel_std / (2 * cfg.num_layers)**0.5  # GPT-2: L blocks add 2L branches
@@ -235,8 +235,8 @@ class Block(nn.Module):
                                   rotation=_choose(rotations, is_local),
                                   distance_bias=distance_bias, segment_ids=segment_ids,
                                   prefix=prefix, cache=cache, cache_length=cache_length,
-                                  is_local=is_local, draws=of_scores,
-                                  zigzag=_is_zigzag(cfg, self.rules, x_BTD, prefix, cache))
+                                  is_local=is_local, draws=of_scores, paths=paths,
+                                  zigzag=_is_zigzag(cfg, self.rules, x_BTD, prefix, cache, paths))
     if cfg.branch_norm:
       branch_BTD = norm(name='attention_branch_norm')(branch_BTD)
     x_BTD += linear.dropout(branch_BTD, cfg.dropout_rate, of_attention)
@@ -260,14 +260,14 @@ class Block(nn.Module):
     return moe(x_BTD, weights)
 
 
-def _is_zigzag(cfg, rules, x, prefix, cache):
+def _is_zigzag(cfg, rules, x, prefix, cache, paths):
   """Whether rows [B, T, ...] are in the order of `ring.zigzag` within the blocks.
 
-  Not where a prefix is seen from both sides, or where the first tokens of a row are the first to
-  their expert.
+  Not where a prefix is seen from both sides, where tokens stand on several paths, or where the
+  first tokens of a row are the first to their expert.
   """
   in_order = prefix is not None or (cfg.moe is not None and cfg.moe.capacity_factor is not None)
-  return cache is None and not in_order and ring.is_zigzag(rules, x.shape[1])
+  return cache is None and paths is None and not in_order and ring.is_zigzag(rules, x.shape[1])
 
 
 def _choose(rotations, is_local):
@@ -282,6 +282,8 @@ class GPT(nn.Module):
   """Tokens to hidden states; `logits` and `head` turn those into scores of the next token."""
   config: GPTConfig
   rules: Rules
+
+  takes_paths = True  # a batch may have `decoder_path_*`, the fields of `Paths`
 
   def setup(self):
     cfg = self.config
@@ -301,8 +303,8 @@ class GPT(nn.Module):
 
   def __call__(self, tokens_BT: Int[Array, 'B T'], positions: Int[Array, 'B T'] | None = None,
                segment_ids: Int[Array, 'B T'] | None = None, cache: Cache | None = None,
-               draws: linear.Draws | None = None, prefix: Bool[Array, 'B T'] | None = None
-               ) -> tuple[Float[Array, 'B T D'], Cache | None]:
+               draws: linear.Draws | None = None, prefix: Bool[Array, 'B T'] | None = None,
+               paths: Paths | None = None) -> tuple[Float[Array, 'B T D'], Cache | None]:
     """The last hidden states, normalised, and the cache with these tokens.
 
     Args:
@@ -313,10 +315,12 @@ class GPT(nn.Module):
         It must have room for T more: what is written past its end replaces its last tokens.
       draws: turn dropout on.
       prefix: the tokens that all others of their segment may see (prefix LM).
+      paths: of the tokens, which form trees; then `positions` are their depths, and `segment_ids`
+        only tell tokens from padding.
     """
-    return self._forward(tokens_BT, positions, segment_ids, cache, draws, prefix, None)[:2]
+    return self._forward(tokens_BT, positions, segment_ids, cache, draws, prefix, None, paths)[:2]
 
-  def _forward(self, tokens_BT, positions, segment_ids, cache, draws, prefix, noise_BTD):
+  def _forward(self, tokens_BT, positions, segment_ids, cache, draws, prefix, noise_BTD, paths):
     """Also returns the penalties, summed over the layers; noise is added to the embeddings."""
     cfg = self.config
     B, T = tokens_BT.shape
@@ -330,7 +334,7 @@ class GPT(nn.Module):
     if positions is None:
       positions = jnp.arange(T) + (0 if cache is None else length_B[:, None])
       positions = jnp.broadcast_to(positions, (B, T))
-    is_zigzag = _is_zigzag(cfg, self.rules, tokens_BT, prefix, cache)
+    is_zigzag = _is_zigzag(cfg, self.rules, tokens_BT, prefix, cache, paths)
     if is_zigzag:
       tokens_BT, positions, segment_ids, noise_BTD = jax.tree.map(
           lambda x: ring.zigzag(x, self.rules), (tokens_BT, positions, segment_ids, noise_BTD))
@@ -345,9 +349,10 @@ class GPT(nn.Module):
     of_embedding, of_layers = linear.split(draws, 2)
     x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, of_embedding)
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
-    num_keys = T if cache is None else jax.tree.leaves(cache.layers)[0].shape[-2]
+    num_keys = T if paths is None else paths.tokens.shape[1]
+    num_keys = num_keys if cache is None else jax.tree.leaves(cache.layers)[0].shape[-2]
     distance_bias = alibi(cfg.num_heads, num_keys) if cfg.positions == 'alibi' else None
-    rows = self._rotations(positions), segment_ids, prefix, length_B
+    rows = self._rotations(positions), segment_ids, prefix, length_B, paths
     layers = None if cache is None else cache.layers
     x_BTD, outputs = self.blocks(x_BTD, rows, distance_bias, layers, (cfg.local_layers,),
                                  of_layers)
@@ -388,9 +393,12 @@ class GPT(nn.Module):
     return {'tokens': scores, 'penalties': penalties}, carry
 
   def _batch(self, batch, draws):
+    paths = None
+    if 'decoder_path_tokens' in batch:
+      paths = Paths(*(batch[f'decoder_path_{name}'] for name in Paths._fields))
     return self._forward(batch['decoder_input_tokens'], batch.get('decoder_positions'),
                          batch.get('decoder_segment_ids'), None, draws,
-                         batch.get('decoder_prefix'), batch.get('decoder_embedding_noise'))
+                         batch.get('decoder_prefix'), batch.get('decoder_embedding_noise'), paths)
 
   def head(self) -> Float[Array, 'V D']:
     """The matrix whose rows score the tokens."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import hashlib
 import json
 import math
 import pathlib
@@ -253,6 +254,12 @@ def list_steps(directory: str | pathlib.Path) -> list[int]:
   if not directory.is_dir():
     return []
   return sorted(int(p.name) for p in directory.iterdir() if re.fullmatch(r'\d{8,}', p.name))
+
+
+def digest(directory: str | pathlib.Path, step: int) -> str:
+  """Tells the checkpoint of a step from any other: a digest of its files' digests."""
+  path = pathlib.Path(directory) / f'{step:08d}' / integrity.DIGESTS
+  return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def best_step(directory: str | pathlib.Path) -> int | None:

@@ -54,6 +54,8 @@ class ExampleTask:
     vocabulary: one trained on the training split, or another project's.
     target_length: tokens of a row of the decoder's side, of 'text_to_text'.
     packed: puts as many examples into a row as it holds.
+    scored: evaluates a classification by a model that writes by the likelihood of each label's
+      target; False lets it write the label.
     augmentations: change training examples anew in each epoch, in this order.
     cache_dir: where vocabularies and caches are kept; safe to delete, safe to share.
     name: in predictions and in the cache directory's name.
@@ -67,6 +69,7 @@ class ExampleTask:
   vocabulary: vocabularies.VocabularyConfig = vocabularies.VocabularyConfig()
   target_length: int = 128
   packed: bool = True
+  scored: bool = True
   augmentations: Tuple[Any, ...] = ()
   cache_dir: str = '~/.cache/lm'
   name: str = 'examples'
@@ -79,20 +82,25 @@ class ExampleTask:
     if self.target_length < 1:
       raise UserError(f'target_length={self.target_length} must be at least 1.')
 
-  def prepare(self, progress: bool = True) -> PreparedExamples:
+  def prepare(self, progress: bool = True, vocabulary: Optional[vocabularies.Vocabulary] = None
+              ) -> PreparedExamples:
     """Returns the task's cache, building what is missing of it.
+
+    Args:
+      progress: whether to show a bar.
+      vocabulary: takes the place of the task's own.
 
     Raises:
       UserError: records cannot be read or are no examples of the kind; all are looked at, the first
         ones named.
     """
     root = Path(self.cache_dir).expanduser()
-    digest = _digest(self)
+    digest = _digest(self, vocabulary)
     directory = root / f'{self.name}-{digest}'
     if not (directory / 'info.json').exists():
       with cache.lock(root / f'{self.name}-{digest}.lock'):
         if not (directory / 'info.json').exists():
-          _build(self, directory, digest, progress)
+          _build(self, directory, digest, progress, vocabulary)
     info = json.loads((directory / 'info.json').read_text('utf-8'))
     return PreparedExamples(self, directory, vocabularies.load(directory / 'vocabulary'), info)
 
@@ -229,26 +237,28 @@ def _template(task: ExampleTask) -> Template:
   return task.template if own is None else own
 
 
-def _digest(task: ExampleTask) -> str:
+def _digest(task: ExampleTask, given: Optional[vocabularies.Vocabulary] = None) -> str:
   """What a cache depends on: the files, the task but for augmentations and lengths, our code."""
   own = Path(__file__).parent
   parts = [
       _FORMAT, task.source.digest(),
       type(task.kind).__name__, dataclasses.asdict(task.kind), task.form,
-      dataclasses.asdict(_template(task)), dataclasses.asdict(task.vocabulary),
-      tasks.digests_of_vocabulary(task.vocabulary),
+      dataclasses.asdict(_template(task)),
+      given.digest if given else [dataclasses.asdict(task.vocabulary),
+                                  tasks.digests_of_vocabulary(task.vocabulary)],
       [hashlib.sha256((own / name).read_bytes()).hexdigest() for name in _SOURCES],
   ]
   return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _build(task: ExampleTask, directory: Path, digest: str, progress: bool) -> None:
+def _build(task: ExampleTask, directory: Path, digest: str, progress: bool,
+           given: Optional[vocabularies.Vocabulary]) -> None:
   """Reads all splits, then writes the cache, whole or not at all."""
   found = {split: _read(task, split, progress) for split in task.source.splits()}
   if not found.get(sources.TRAIN) and not any(found.values()):
     raise UserError(f'The task {task.name!r} has no example; name files with some.')
   labels = _labels(task, found)
-  vocabulary = _vocabulary(task, found)
+  vocabulary = given or _vocabulary(task, found)
   form = _bind(task, _resolved(task.kind, labels), vocabulary)
   temporary = directory.with_name(f'{directory.name}.{os.getpid()}.part')
   shutil.rmtree(temporary, ignore_errors=True)

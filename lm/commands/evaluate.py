@@ -1,0 +1,98 @@
+"""`lm evaluate`: a run's held-out files, its task's examples, or those of other tasks."""
+import argparse
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from lm import config, run
+from lm.commands import harness
+from lm.data import vocabularies
+from lm.data.examples import ExampleTask, PreparedExamples
+from lm.errors import UserError
+from lm.evaluation import predictions, task_report
+from lm.parallel.distributed import Hosts
+
+
+def execute(experiment: run.Experiment, args: argparse.Namespace, hosts: Hosts) -> dict[str, Any]:
+  """Evaluates; all hosts call it.
+
+  Args:
+    args: harness, or tasks and split; run_dir.
+
+  Returns:
+    {task: {metric: value}}, of examples with the step.
+  """
+  if args.harness:
+    return harness.execute(experiment, args, hosts)
+  split = args.split or 'validation'
+  if args.tasks:
+    others = [_other(experiment, name, args.run_dir, hosts) for name in args.tasks]
+    names = [prepared.task.name for prepared in others]
+    if twice := [name for name in names if names.count(name) > 1]:
+      raise UserError(f'two of --tasks have the name {twice[0]!r}, under which predictions are '
+                      'kept; bind ExampleTask.name of one to another')
+    return run.evaluate_examples(experiment, args.run_dir, others, (split,), hosts)
+  if not isinstance(experiment.task, ExampleTask):
+    if args.split:
+      raise UserError(f'--split={split} is of labelled examples, and the run {args.run_dir} has '
+                      'texts, of which the held-out ones are scored; name --tasks, or leave it out')
+    return run.evaluate(experiment, args.run_dir, hosts=hosts)
+  prepared = hosts.main_first('the data', experiment.task.prepare)
+  return run.evaluate_examples(experiment, args.run_dir, [prepared], (split,), hosts)
+
+
+def _other(experiment: run.Experiment, name: str, run_dir: str, hosts: Hosts) -> PreparedExamples:
+  """Another task, in the form that the run's model answers and with the run's vocabulary.
+
+  Where a head answers, the labels are those that the run's own task has, in their order.
+  """
+  path = name if name.endswith('.gin') else f'gin/tasks/{name}.gin'
+  task = config.value(path, 'TASK', True) or config.value(path, 'run.Experiment.task', True)
+  if not isinstance(task, ExampleTask):
+    raise UserError(f'--tasks={name}: {path} binds no examples.ExampleTask to TASK, so there are no '
+                    'examples to evaluate; name a file that does')
+  task = dataclasses.replace(task, cache_dir=experiment.task.cache_dir)
+  vocabulary = vocabularies.load(pathlib.Path(run_dir) / 'vocabulary')
+  if vocabulary.size - vocabulary.extra_ids > experiment.model.vocab_size:
+    raise UserError(f'the vocabulary of {run_dir} has {vocabulary.size} ids and the model '
+                    f'vocab_size={experiment.model.vocab_size}; bring the run\'s own back')
+  own = experiment.task
+  task = predictions.as_asked(task, type(experiment.model).__name__)
+  if task.form == 'encoder' and isinstance(own, ExampleTask) and own.kind.labelled and (
+      type(own.kind) is type(task.kind)):
+    known = hosts.main_first('the data', own.prepare).kind
+    task = predictions.with_labels(task, known.labels)
+  prepare = lambda: task.prepare(vocabulary=vocabulary)
+  return hosts.main_first(f'the data of {task.name}', prepare)
+
+
+def tell(result: dict[str, Any], run_dir: str):
+  """Prints what `execute` found."""
+  for name, metrics in result.items():
+    _tell(name, metrics)
+  pages = sorted(pathlib.Path(run_dir).glob('predictions/*.html'))
+  told = [page for page in pages if page.stem.rpartition('-')[0] in result]
+  if told:
+    print('pages: ' + ' '.join(map(str, told)))
+
+
+def tell_standing(run_dir: str):
+  """Prints the evaluation that stands in a run's directory, if there is one."""
+  path = pathlib.Path(run_dir) / 'evaluation.json'
+  evaluation = json.loads(path.read_text()) if path.exists() else {}
+  for name, metrics in evaluation.pop('tasks', {}).items():
+    _tell(name, metrics)
+  if len(evaluation) > 1:
+    _tell('held-out files', evaluation)
+
+
+def _tell(name: str, metrics: dict[str, Any]):
+  if 'files' not in metrics:
+    shown = task_report.headline(metrics)  # not those of one class
+    print(f'{name}: ' + ', '.join(f'{key.replace("_", " ")} {metrics[key]:.4g}' for key in shown))
+    return
+  print(f'{name}: {metrics["bits_per_byte"]:.3f} bits per byte; file by file gzip -9 needs '
+        f'{metrics["gzip_bits_per_byte"]:.3f} and xz -9 {metrics["xz_bits_per_byte"]:.3f}; the '
+        f'model beats both on {metrics["wins"]} of {len(metrics["files"])}; '
+        f'all in one xz: {metrics["xz_together_bits_per_byte"]:.3f}')
