@@ -79,7 +79,7 @@ class Experiment:
   optimizer: Optimizer
   train: TrainConfig
   objective: objectives.Objective = objectives.CausalLM()
-  loss: losses.Prediction | losses.Contrastive = losses.Prediction()
+  loss: losses.Prediction | losses.Contrastive | losses.CosineSimilarity = losses.Prediction()
   mesh: MeshConfig = MeshConfig()
   rules: Rules = Rules()
   sampling: SamplingConfig = SamplingConfig()

@@ -1,15 +1,15 @@
-"""Fine-tuning MiniLM beside transformers and PyTorch: the same examples, order, first values, recipe.
+"""MiniLM fine-tuned beside transformers and PyTorch: the same examples, order, recipe, first values.
 
   python scripts/benchmark_finetune.py                            # all tasks
   python scripts/benchmark_finetune.py --tasks banking77,wnut17 --examples 2000 --epochs 3
   python scripts/benchmark_finetune.py --torch_python PATH        # an interpreter that has torch
 
-Needs the real weights of tests/weights.txt and the data sets that gin/tasks/ names (--data). Both
-sides take the examples of a step that `lm` packs into its rows (so many rows that a step has about
-32 examples); PyTorch pads them to the longest, as its data collator does. Each is a process of its
-own with the same allocator (scripts/allocator.sh); blocks of steps in turn, so that a slow minute of
-the machine hits both. Seconds are those of training alone. Float32, AdamW, linear schedule, dropout
-of the weights' own config.
+Needs the real weights of tests/weights.txt and the data sets that gin/tasks/ names; run it in the
+repository. Both sides take the examples of a step that `lm` packs into its rows (so many rows that
+a step has about 32 examples); PyTorch pads them to the longest, as its data collator does. Each is
+a process of its own with the same allocator (scripts/allocator.sh); blocks of steps in turn, so
+that a slow minute of the machine hits both. Seconds are those of training alone. Float32, AdamW,
+linear schedule, dropout of the weights' own config.
 """
 import argparse
 import dataclasses
@@ -28,7 +28,7 @@ import numpy as np
 import benchmark_train
 
 HERE = pathlib.Path(__file__).resolve().parent
-TASKS = ('snips', 'banking77', 'mr', 'wnut17', 'ud_english_ewt', 'stsb')
+TASKS = ('snips', 'banking77', 'mr', 'wnut17', 'ud_english_ewt', 'stsb_captions')
 ROW, EXAMPLES_A_STEP, BLOCK = 64, 32, 10  # tokens; on average; steps in turn
 
 
@@ -83,14 +83,13 @@ class Side:
     self.process.wait()
 
 
-def prepare(name, data, cache, weights, form):
+def prepare(name, cache, weights, form):
   """The prepared task of gin/tasks/NAME.gin with the vocabulary of the weights."""
   from lm import config
-  from lm.data import examples
-  bindings = [('FORM', repr(form)), ('CACHE_DIR', repr(str(cache))),
-              ('VOCABULARY_PATH', repr(str(weights)))]
-  config.read([str(HERE.parent / 'gin' / 'tasks' / f'{name}.gin')], bindings, None)
-  return config.build(examples.ExampleTask).prepare()
+  from lm.data.vocabularies import VocabularyConfig
+  task = config.value(f'gin/tasks/{name}.gin', 'TASK', True)
+  vocabulary = VocabularyConfig('pretrained', path=str(weights))
+  return dataclasses.replace(task, form=form, cache_dir=str(cache), vocabulary=vocabulary).prepare()
 
 
 def plan_of(prepared, args, recipe):
@@ -141,7 +140,7 @@ def work(directory):
   plan = json.loads((directory / 'plan.json').read_text())
   recipe, kind = Recipe(**plan['recipe']), plan['kind']
   task = plan['task']
-  prepared = prepare(task['name'], task['data'], task['cache'], task['weights'], task['form'])
+  prepared = prepare(task['name'], task['cache'], task['weights'], task['form'])
   experiment = run.open_experiment([], [], str(directory / 'run'))
   source, weights = experiment.model.query, run.load(experiment, str(directory / 'run'))[2]['query']
   trunk = dataclasses.replace(source.trunk, dtype='float32', dropout_rate=recipe.dropout,
@@ -229,13 +228,13 @@ def score(kind, plan, answers):
 def compare(name, args, weights):
   """One task: both sides, in turns."""
   recipe = Recipe(seed=args.seed, learning_rate=args.learning_rate, dropout=args.dropout)
-  form = 'embedder' if name == 'stsb' else 'encoder'
+  form = 'embedder' if name == 'stsb_captions' else 'encoder'
   with tempfile.TemporaryDirectory() as temporary:
     directory = pathlib.Path(temporary)
-    prepared = prepare(name, args.data, args.cache, weights, form)
+    prepared = prepare(name, args.cache, weights, form)
     plan = plan_of(prepared, args, recipe)
     plan['labels'] = list(getattr(prepared.kind, 'labels', ()))
-    plan['task'] = {'name': name, 'data': str(args.data), 'cache': str(args.cache),
+    plan['task'] = {'name': name, 'cache': str(args.cache),
                     'weights': str(weights), 'form': form, 'split': args.split}
     (directory / 'plan.json').write_text(json.dumps(plan))
     (directory / 'huggingface').symlink_to(weights)
@@ -277,7 +276,6 @@ def main():
   parser.add_argument('--learning_rate', type=float, default=1e-4)
   parser.add_argument('--dropout', type=float, default=0.1)
   parser.add_argument('--split', default='validation')
-  parser.add_argument('--data', default=HERE.parents[1] / 'shared' / 'data')
   parser.add_argument('--cache', default=pathlib.Path('~/.cache/lm').expanduser())
   parser.add_argument('--compiled', default=pathlib.Path('~/.cache/lm/compiled').expanduser())
   parser.add_argument('--torch_python', default=sys.executable)

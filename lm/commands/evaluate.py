@@ -50,7 +50,7 @@ def _other(experiment: run.Experiment, name: str, run_dir: str, hosts: Hosts) ->
   path = name if name.endswith('.gin') else f'gin/tasks/{name}.gin'
   task = config.value(path, 'TASK', True) or config.value(path, 'run.Experiment.task', True)
   if not isinstance(task, ExampleTask):
-    raise UserError(f'--tasks={name}: {path} binds no examples.ExampleTask to TASK, so there are no '
+    raise UserError(f'--tasks={name}: {path} binds no ExampleTask to TASK, so there are no '
                     'examples to evaluate; name a file that does')
   task = dataclasses.replace(task, cache_dir=experiment.task.cache_dir)
   vocabulary = vocabularies.load(pathlib.Path(run_dir) / 'vocabulary')

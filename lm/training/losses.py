@@ -56,7 +56,7 @@ class Prediction(_Loss):
 
   label_smoothing: share of the target spread over the vocabulary (arXiv:1512.00567, section 7), or
     over the classes of `class_labels` and `tag_labels`.
-  adversarial: epsilon of FGM (arXiv:1605.07725): each row is computed once more where its embeddings
+  adversarial: epsilon of FGM (arXiv:1605.07725): each row is computed again where its embeddings
     are moved by so much against it, and pays that loss too; 0 does not. See `adversarial.py`.
   class_costs: what each class of these weighs, which then is what a mean is over; 'balanced' weighs
     them by examples / (classes * examples of the class), of the training split.
@@ -331,13 +331,48 @@ class Contrastive(_Loss):
             'retrieval_at_1': (right.sum().astype(jnp.float32), count)}
 
 
+@dataclasses.dataclass(frozen=True)
+class CosineSimilarity(_Loss):
+  """(cosine of the two embeddings - `pair_values`)^2, as sentence-transformers trains them
+  (Sentence-BERT, arXiv:1908.10084, section 3)."""
+  whole_batch, passes = False, 1
+
+  def weights(self, batch: Batch) -> Sums:
+    """The number of pairs."""
+    return {'similarity': _pair_weights(batch).sum()}
+
+  def __call__(self, outputs: Mapping[str, Any], batch: Batch) -> Sums:
+    """The summed squared error."""
+    errors_B = self._cosines(outputs) - batch['pair_values']
+    return {'similarity': (jnp.square(errors_B) * _pair_weights(batch)).sum()}
+
+  def of_rows(self, batch: Batch, counts_B: Bool[Array, ' B']) -> Batch:
+    """The batch, where only these rows have weight."""
+    return {**batch, 'pair_weights': counts_B * _pair_weights(batch)}
+
+  def metrics(self, outputs: Mapping[str, Any], batch: Batch) -> dict[str, tuple]:
+    """The mean squared error."""
+    return {'loss': (self(outputs, batch)['similarity'], self.weights(batch)['similarity'])}
+
+  def _cosines(self, outputs):
+    sides = [outputs['embeddings'][name].astype(jnp.float32) for name in ('query', 'document')]
+    return (_unit(sides[0]) * _unit(sides[1])).sum(-1)
+
+
+def _pair_weights(batch):
+  return batch.get('pair_weights', jnp.ones(batch['pair_values'].shape)).astype(jnp.float32)
+
+
+def _unit(x):
+  """x over its length, with a gradient at 0 too."""
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+
 def _cosines(embeddings: Mapping[str, jax.Array], width: Optional[int]) -> Float[Array, 'B M']:
   """Of every query [B] with every document [B], and every negative [B n], in that order."""
   documents = [embeddings['document']]
   if 'negative' in embeddings:
     documents.append(embeddings['negative'].reshape(-1, embeddings['negative'].shape[-1]))
   query_BD, document_MD = embeddings['query'], jnp.concatenate(documents)
-  unit = lambda x: x[:, :width] * jax.lax.rsqrt(
-      jnp.maximum(jnp.square(x[:, :width]).sum(-1, keepdims=True), 1e-24))
-  return jnp.einsum('bd,md->bm', unit(query_BD.astype(jnp.float32)),
-                    unit(document_MD.astype(jnp.float32)), precision='highest')
+  unit = lambda x: _unit(x[:, :width].astype(jnp.float32))
+  return jnp.einsum('bd,md->bm', unit(query_BD), unit(document_MD), precision='highest')

@@ -21,7 +21,7 @@ from lm.training.losses import Prediction
 
 SHARED = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
 BYTES = VocabularyConfig(kind='byte')
-WEATHER = ('will it rain', 'is it cold in Ulm today', 'sun?', 'how warm is it going to be on Sunday')
+WEATHER = ('will it rain', 'is it cold in Ulm today', 'sun?', 'how warm will it be on Sunday')
 MUSIC = ('play some jazz', 'louder', 'play the next song of this album please', 'stop it')
 
 

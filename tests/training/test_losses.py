@@ -241,3 +241,19 @@ def test_the_gradient_of_all_pairs_is_the_same_in_small_parts():
   assert abs(grads['scale']) > 1e-3  # of the temperature
   for x, y in zip(jax.tree.leaves(small_grads), jax.tree.leaves(grads)):
     np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5 * max(np.abs(y).max(), 1e-2))
+
+
+def test_cosine_similarity_is_the_mean_squared_error_of_cosines():
+  rng = np.random.default_rng(0)
+  query, document = rng.normal(size=(2, 6, 5))
+  values = rng.uniform(size=6).astype(np.float32)
+  cosines = (query * document).sum(1) / np.linalg.norm(query, axis=1) / np.linalg.norm(
+      document, axis=1)
+  outputs = {'embeddings': {'query': jnp.asarray(query), 'document': jnp.asarray(document)}}
+  batch, loss = {'pair_values': jnp.asarray(values)}, CosineSimilarity()
+  total, weight = loss.metrics(outputs, batch)['loss']
+  np.testing.assert_allclose(total / weight, np.mean((cosines - values)**2), rtol=1e-5)
+  some = loss.of_rows(batch, jnp.arange(6) < 4)
+  np.testing.assert_allclose(loss(outputs, some)['similarity'],
+                             np.sum((cosines - values)[:4]**2), rtol=1e-5)
+  assert loss.weights(some)['similarity'] == 4
