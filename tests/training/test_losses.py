@@ -13,7 +13,7 @@ from lm.models.bert import BERTConfig
 from lm.models.heads import DualEncoderConfig, EmbedderConfig
 from lm.parallel.mesh import MeshConfig
 from lm.parallel.rules import Rules
-from lm.training.losses import Contrastive, Prediction
+from lm.training.losses import Contrastive, CosineSimilarity, Prediction
 from lm.training.state import TrainState, init_state
 from lm.training.step import jit_train_step, train_step
 
