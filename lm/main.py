@@ -52,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
                            'starts from it where program, versions and devices are the same')
     if name == 'evaluate':
       _evaluate_flags(command)
+    if name == 'train':
+      command.add_argument('--seeds', type=int, metavar='K', help='train with SEED = 0 to K - 1, in '
+                           'RUN_DIR/seed-N each; mean, deviation and interval of every metric')
     if name == 'generate':
       command.add_argument('--prompt', action='append', required=True, help='repeatable')
       command.add_argument('--max_new_tokens', type=int)
@@ -176,6 +179,8 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
     return _compare(args)
   if args.command == 'explain':
     return _explain(args, bindings)
+  if args.command == 'train' and args.seeds is not None:
+    return _train_seeds(args, bindings)
   from lm import run  # late, so that `lm --help` does not wait for JAX
   experiment = run.open_experiment(args.gin_file, bindings, args.run_dir)
   if args.command == 'cache':
@@ -231,6 +236,17 @@ def _train(experiment: Any, args: argparse.Namespace) -> dict[str, Any]:
       experiment, args.run_dir, hosts, args.compiled))
   if is_main:
     _tell_training(result, args.run_dir)
+  return result
+
+
+def _train_seeds(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[str, Any]:
+  from lm.commands import seeds
+  if args.run_dir is None or args.compiled:
+    raise UserError('`lm train --seeds` needs --run_dir=DIR, where the runs are or shall be, and no '
+                    '--compiled')
+  result, is_main = _together(args, lambda hosts: seeds.train(args, bindings, hosts))
+  if is_main:
+    seeds.tell(result, args.run_dir)
   return result
 
 

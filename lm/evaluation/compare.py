@@ -23,7 +23,7 @@ class Run:
   """What stands in a run's directory.
 
   settings: of config.gin.  rows: of metrics.jsonl.  metrics: the last of each held-out metric, the
-  best validation loss, and the median of the speed.
+  best validation loss, those of predictions, and the median of the speed.
   """
   path: pathlib.Path
   settings: Mapping[str, str]
@@ -66,6 +66,10 @@ def read(path: pathlib.Path) -> Run:
   speeds = [row['tokens_per_second'] for row in rows if 'tokens_per_second' in row]
   if speeds:
     metrics['tokens/s'] = statistics.median(speeds)
+  for header in sorted(path.glob('predictions/*.json')):
+    for name, value in (report.read_json(header) or {}).get('metrics', {}).items():
+      if _is_number(value):
+        metrics[f'{header.stem} {name.replace("_", " ")}'] = value
   metrics['steps'] = max(row['step'] for row in rows)
   config = path / 'config.gin'
   settings = _settings(config.read_text('utf-8')) if config.exists() else {}
@@ -133,7 +137,16 @@ def compare(paths: Sequence[str]) -> dict[str, Any]:
 
 def _summary(values):
   spread = statistics.stdev(values) if len(values) > 1 else None
-  return {'values': values, 'mean': statistics.fmean(values), 'std': spread}
+  return {'values': values, 'mean': statistics.fmean(values), 'std': spread,
+          'half_width': half_width(values)}
+
+
+def half_width(values: Sequence[float]) -> float | None:
+  """Of the 95 % interval of the mean (Student 1908); None of one value."""
+  if len(values) < 2:
+    return None
+  from scipy import stats
+  return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values)**0.5
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> dict[str, float | None]:

@@ -45,7 +45,8 @@ def test_runs_that_differ_in_the_seed_alone_are_one_line(runs, tmp_path, capsys)
   found = first['metrics']['validation loss']
   assert found['values'] == list(LOSSES['0.01'])
   assert found['std'] == pytest.approx(statistics.stdev(LOSSES['0.01']))
-  assert second['metrics']['tokens/s'] == {'values': [120.5] * 2, 'mean': 120.5, 'std': 0.0}
+  assert second['metrics']['tokens/s'] == {'values': [120.5] * 2, 'mean': 120.5, 'std': 0.0,
+                                           'half_width': 0.0}
   assert first['curves']['validation'] == [
       [20, pytest.approx(2.1333333 + 20), 22.0, 22.3], [40, pytest.approx(2.1333333), 2.0, 2.3]]
   shown = capsys.readouterr().out
@@ -62,6 +63,19 @@ def test_differences_have_the_intervals_of_scipy(runs):
   alone = compare.compare([runs[0], runs[3]])['groups'][1]['differences']['validation loss']
   assert alone == {'mean': pytest.approx(-0.5), 'half_width': None}
   assert compare.difference([1.0, 1.0], [1.0, 1.0]) == {'mean': 0.0, 'half_width': 0.0}
+
+
+def test_means_have_the_intervals_of_scipy_and_predictions_are_metrics_too(runs):
+  for i, run in enumerate(runs[:3]):
+    (run / 'predictions').mkdir()
+    (run / 'predictions' / 'snips-test.json').write_text(json.dumps(
+        {'task': 'snips', 'metrics': {'macro_f1': 0.8 + i / 10, 'signature': 'v1'}}))
+  found = compare.compare(runs[:3])['groups'][0]['metrics']['snips-test macro f1']
+  values = [0.8, 0.9, 1.0]
+  whole = stats.t.interval(0.95, 2, statistics.fmean(values), stats.sem(values))
+  assert found['values'] == pytest.approx(values)
+  assert found['mean'] - found['half_width'] == pytest.approx(whole[0])
+  assert compare.half_width([1.0]) is None
 
 
 def test_what_a_binding_holds_breaks_no_table_and_no_page(runs, tmp_path):
