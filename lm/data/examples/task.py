@@ -130,7 +130,7 @@ class PreparedExamples:
   @property
   def label_counts(self) -> list[int]:
     """How many training examples (of tags, words) have each label, in the order of the labels."""
-    counts = self.info['splits'][sources.TRAIN]['labels']
+    counts = self.info['splits'].get(sources.TRAIN, {'labels': {}})['labels']
     return [counts.get(label, 0) for label in self.info['labels'] or ()]
 
   @property
@@ -151,7 +151,8 @@ class PreparedExamples:
     """
     if split not in self.info['splits']:
       raise UserError(f'The task {self.task.name!r} has no split {split!r}; it has'
-                      f' {sorted(self.info["splits"])}.')
+                      f' {sorted(self.info["splits"])}; bind files to it, or held_out to a share'
+                      ' of the training examples.')
     return ExampleCache(self.directory, split)
 
   def lengths(self, sequence_length: int, split: str = sources.TRAIN) -> forms.Lengths:
