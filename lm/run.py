@@ -239,6 +239,10 @@ def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts, watched:
     _save_config(directory)
   prepared = hosts.main_first('the data', experiment.task.prepare)
   experiment = _of_data(experiment, prepared)
+  if hosts.is_main and isinstance(prepared, PreparedExamples):
+    told = [prepared.tell(split, experiment.train.sequence_length)
+            for split in prepared.info['splits']]
+    print(*(f'{sentence}\n' for sentence in told if sentence), sep='', end='', file=sys.stderr)
   hosts.prove_same({'the digest of the data': _data_digest(prepared.info)})
   if hosts.is_main and not (directory / 'vocabulary').exists():
     prepared.vocabulary.save(directory / 'vocabulary')

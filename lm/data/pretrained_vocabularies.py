@@ -117,6 +117,11 @@ class TokenizerVocabulary(_Pretrained):
         for encoding in encode(list(part), add_special_tokens=False)
     ]
 
+  def encode_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int32 ids [tokens], and the characters of each [tokens, 2]."""
+    encoding = self._tokenizer.encode(text, add_special_tokens=False)
+    return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+
   def encode_pair(self, text: str, other: str | None = None) -> Marked:
     """Returns [CLS] text [SEP] other [SEP], or what the tokenizer has instead."""
     encoding = self._tokenizer.encode(text, other)
@@ -170,6 +175,13 @@ class PlainSentencePieceVocabulary(_Pretrained):
     """Returns the ids of each text."""
     ids = self._processor.encode(list(texts), out_type=int, num_threads=num_threads)
     return [np.array(text, np.int32) for text in ids]
+
+  def encode_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int32 ids [tokens], and the characters of each [tokens, 2]."""
+    pieces = self._processor.encode(text, out_type='immutable_proto').pieces
+    spans = [(piece.begin, piece.end) for piece in pieces]
+    return (np.array([piece.id for piece in pieces], np.int32),
+            np.array(spans, np.int64).reshape(-1, 2))
 
   def encode_pair(self, text: str, other: str | None = None) -> Marked:
     """Returns text </s> other </s> (T5) or <s> text <s> other (Llama); all token types are 0."""

@@ -140,6 +140,9 @@ class Vocabulary(Protocol):
   def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[np.ndarray]:
     """Returns the ids of each text."""
 
+  def encode_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int32 ids [tokens] and, of each, the characters [tokens, 2] from begin to end."""
+
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of the ids; special ids are skipped, broken UTF-8 becomes U+FFFD."""
 
@@ -175,6 +178,12 @@ class ByteVocabulary:
     """Returns the ids of each text; one thread suffices."""
     del num_threads
     return [self.encode(text) for text in texts]
+
+  def encode_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int32 ids [bytes], and the character of each [bytes, 2]."""
+    widths = [len(character.encode('utf-8')) for character in text]
+    begins = np.repeat(np.arange(len(text)), widths)
+    return self.encode(text), np.stack([begins, begins + 1], 1)
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of the ids."""
@@ -242,6 +251,20 @@ class SentencePieceVocabulary:
         np.fromiter(itertools.chain.from_iterable(map(known.__getitem__, text)), np.int32)
         for text in words
     ]
+
+  def encode_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int32 ids [tokens], and the characters of each [tokens, 2]; a character's bytes have
+    it each."""
+    widths = [1 + (character in (_ESCAPE, _SPACE_MARK)) for character in text]
+    origin = np.append(np.repeat(np.arange(len(text)), widths), len(text))
+    ids, spans, place = [], [], 0
+    for word in _words(escape(text)):
+      for piece in self._processor.encode(word, out_type='immutable_proto').pieces:
+        ids.append(piece.id)
+        spans.append((place + piece.begin, max(place + piece.end, place + piece.begin + 1)))
+      place += len(word)
+    begins, ends = np.array(spans, np.int64).reshape(-1, 2).T
+    return np.array(ids, np.int32), np.stack([origin[begins], origin[ends - 1] + 1], 1)
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of the ids; ids out of range are skipped like the special ones."""

@@ -85,6 +85,8 @@ def _with_head(own: Any, task: ExampleTask, pooling: str) -> Any:
     return SpanConfig(trunk)
   if kind == 'similarity':
     return ClassifierConfig(trunk, 1, pooling)
+  if kind == 'multiple_choice':  # Of each choice: is it the right one?
+    return ClassifierConfig(trunk, 2, pooling)
   if not task.kind.labelled:
     raise UserError(f'no head answers a task of kind {kind!r}; bind FORM to another form')
   num_classes = len(task.kind.labels or task.prepare().info['labels'])

@@ -28,9 +28,11 @@ class Encoded(NamedTuple):
   """Tokens of an example, int32 each, not framed.
 
   Attributes:
-    a: the first text, or the prompt, or the words.
-    b: the second text, or None.
-    targets: ids of the target text, or a label, or a tag for each token of `a` (-1: none).
+    a: the first text, or the prompt, or the words; or the contexts of all choices.
+    b: the second text, or None; or all continuations, or all documents.
+    targets: ids of the target text, or a label, or a tag for each token of `a` (-1: none); of
+      choices the right one, then the lengths of context and continuation of each; of documents
+      their lengths; of an answer its first and last token in `b`, -1 if there is none.
     value: the number to be predicted.
   """
 
@@ -41,11 +43,20 @@ class Encoded(NamedTuple):
 
 
 class Lengths(NamedTuple):
-  """Of a row: tokens, tokens of the decoder's side, and how many examples it may hold."""
+  """Of a row.
+
+  Attributes:
+    inputs, targets: tokens, and tokens of the decoder's side.
+    examples: how many it may hold; where these have several parts (choices), how many of those.
+    parts: how many the least example has.
+    packed: puts more than one example into a row.
+  """
 
   inputs: int
   targets: int
   examples: int
+  parts: int = 1
+  packed: bool = True
 
 
 _NONE = np.zeros(0, np.int32)
@@ -85,6 +96,23 @@ class Form(Base):
     """
     raise AssertionError(type(self))
 
+  def measure(self, encoded: Encoded) -> tuple[int, int, int]:
+    """Returns the lengths that `size` takes."""
+    return len(encoded.a), -1 if encoded.b is None else len(encoded.b), len(encoded.targets)
+
+  def parts(self, sizes: np.ndarray) -> np.ndarray:
+    """Returns into how many segments [n] examples fall, by what `measure` gave [n, 3]."""
+    return np.ones(len(sizes), np.int64)
+
+  def windows(self, sizes: np.ndarray, lengths: Lengths) -> Optional[np.ndarray]:
+    """Returns (example, first token of `b`) of every window that is a row, or None where examples
+    are cut to the length of a row."""
+    return None
+
+  def window(self, example: Encoded, first: int, lengths: Lengths) -> Encoded:
+    """Returns an example as it stands in a window."""
+    raise AssertionError(type(self))
+
   def features(self, examples: Sequence[Encoded], lengths: Lengths) -> Features:
     """Returns the features of a row that holds these examples, without a batch axis."""
     raise AssertionError(type(self))
@@ -102,6 +130,7 @@ class EncoderForm(Form):
 
       encoder_input_tokens, encoder_segment_ids, encoder_positions, encoder_token_types [length]
       classification    class_labels, class_weights [examples]
+      multiple_choice   the same: each choice is a segment, of class 1 if it is the right one, else 0
       similarity        class_values, class_weights [examples]
       tagging           tag_labels, tag_weights [length]; the first token of a word has its tag
 
@@ -112,7 +141,8 @@ class EncoderForm(Form):
   cls_id: Optional[int] = None
   sep_id: Optional[int] = None
 
-  kinds: ClassVar[Tuple[str, ...]] = ('classification', 'similarity', 'tagging')
+  kinds: ClassVar[Tuple[str, ...]] = ('classification', 'similarity', 'tagging',
+                                      'multiple_choice')
 
   def _special(self) -> tuple[str, ...]:
     return () if self.vocabulary is None or _frames(self.vocabulary) else ('cls_id', 'sep_id')
@@ -121,6 +151,8 @@ class EncoderForm(Form):
     """Returns tokens of `a` and `b`, and the label, the value or the tags."""
     if self.kind.name == 'tagging':
       return self._encode_words(example)
+    if self.kind.name == 'multiple_choice':
+      return self._encode_choices(example)
     encode = self.vocabulary.encode
     b = encode(example['b']) if 'b' in example else None
     if self.kind.name == 'similarity':
@@ -135,34 +167,61 @@ class EncoderForm(Form):
       tags += [self.label_id(tag)] + [-1] * (len(piece) - 1)
     return Encoded(np.concatenate(pieces), None, np.array(tags, np.int32))
 
+  def _encode_choices(self, example: kinds.Example) -> Encoded:
+    encode = self.vocabulary.encode_batch
+    contexts, continuations = encode(example['contexts']), encode(example['continuations'])
+    lengths = [len(ids) for pair in zip(contexts, continuations) for ids in pair]
+    return Encoded(np.concatenate(contexts), np.concatenate(continuations),
+                   np.array([example['label'], *lengths], np.int32))
+
+  def parts(self, sizes):
+    """Returns the number of choices, or 1."""
+    return (sizes[:, 2] - 1) // 2 if self.kind.name == 'multiple_choice' else super().parts(sizes)
+
+  def _apart(self, example: Encoded, room: int) -> list[tuple[Encoded, int]]:
+    """Returns the segments of an example, each with the tokens that it may take."""
+    if self.kind.name != 'multiple_choice':
+      return [(example, room)]
+    label, *sizes = example.targets.tolist()
+    contexts = np.split(example.a, np.cumsum(sizes[::2])[:-1])
+    continuations = np.split(example.b, np.cumsum(sizes[1::2])[:-1])
+    whole = sum(sizes) + len(contexts) * sum(map(len, self._frames[1])) <= room
+    return [(Encoded(a, b, np.array([i == label], np.int32)),
+             room if whole else room // len(contexts))
+            for i, (a, b) in enumerate(zip(contexts, continuations))]
+
   def size(self, a, b, targets):
     """Returns tokens with those that frame them; nothing on the decoder's side."""
     single, pair = (sum(map(len, frame)) for frame in self._frames)
+    if self.kind.name == 'multiple_choice':
+      return a + b + (targets - 1) // 2 * pair, np.zeros_like(a)
     return np.where(b < 0, a + single, a + np.maximum(b, 0) + pair), np.zeros_like(a)
 
   def features(self, examples, lengths):
     """Returns the features above."""
     T, K = lengths.inputs, lengths.examples
     tokens, segments, positions, types, labels = np.zeros((5, T), np.int32)
-    weights, place = np.zeros(T, np.float32), 0
-    for segment, example in enumerate(examples, 1):
-      ids, of_type, start, kept = self.framed(example, T - place)
-      end = place + len(ids)
-      tokens[place:end], segments[place:end], types[place:end] = ids, segment, of_type
-      positions[place:end] = np.arange(len(ids))
-      if self.kind.name == 'tagging':
-        tags, first = example.targets[:kept], place + start
-        labels[first:first + kept] = np.maximum(tags, 0)
-        weights[first:first + kept] = tags >= 0
-      place = end
+    weights, place, apart = np.zeros(T, np.float32), 0, []
+    for example in examples:
+      for part, room in self._apart(example, T - place):
+        apart.append(part)
+        ids, of_type, start, kept = self.framed(part, room)
+        end = place + len(ids)
+        tokens[place:end], segments[place:end], types[place:end] = ids, len(apart), of_type
+        positions[place:end] = np.arange(len(ids))
+        if self.kind.name == 'tagging':
+          tags, first = example.targets[:kept], place + start
+          labels[first:first + kept] = np.maximum(tags, 0)
+          weights[first:first + kept] = tags >= 0
+        place = end
     features = {'encoder_input_tokens': tokens, 'encoder_segment_ids': segments,
                 'encoder_positions': positions, 'encoder_token_types': types}
     if self.kind.name == 'tagging':
       return features | {'tag_labels': labels, 'tag_weights': weights}
-    features['class_weights'] = pad(np.ones(len(examples), np.float32), K)
+    features['class_weights'] = pad(np.ones(len(apart), np.float32), K)
     if self.kind.name == 'similarity':
       return features | {'class_values': pad(np.array([e.value for e in examples], np.float32), K)}
-    return features | {'class_labels': pad(np.array([e.targets[0] for e in examples], np.int32), K)}
+    return features | {'class_labels': pad(np.array([e.targets[0] for e in apart], np.int32), K)}
 
   def framed(self, example: Encoded, length: int) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Returns ids and token types of an example cut to `length`, where `a` begins in it, and how
@@ -254,7 +313,7 @@ class Embedder(EncoderForm):
   """Two texts, one a row each, for a dual encoder: query_tokens and document_tokens [length].
 
   Of a similarity also `pair_values` []; of a retrieval `negative_tokens` [n, length] of the
-  documents behind the first, as many as the least example has.
+  documents behind the first, as many as the least example of the split has.
   """
 
   kinds: ClassVar[Tuple[str, ...]] = ('similarity', 'classification', 'retrieval')
@@ -262,15 +321,26 @@ class Embedder(EncoderForm):
   def encode(self, example):
     """Returns tokens of both texts."""
     if self.kind.name == 'retrieval':
-      example = {'a': example['query'], 'b': example['documents'][0]}
-      return Encoded(*map(self.vocabulary.encode, (example['a'], example['b'])), _NONE)
+      documents = self.vocabulary.encode_batch(example['documents'])
+      return Encoded(self.vocabulary.encode(example['query']), np.concatenate(documents),
+                     np.array([len(ids) for ids in documents], np.int32))
     if 'b' not in example:
       raise UserError(f'The example {example["a"]!r} has one text, and an embedder compares two;'
                       ' bind another form.')
     return super().encode(example)
 
+  def measure(self, encoded):
+    """Returns the lengths of `a` and of the longest of the texts of `b`, and how many these are."""
+    if self.kind.name != 'retrieval':
+      return super().measure(encoded)
+    return len(encoded.a), int(encoded.targets.max()), len(encoded.targets)
+
+  def parts(self, sizes):
+    """Returns the number of documents, or 1."""
+    return sizes[:, 2] if self.kind.name == 'retrieval' else super().parts(sizes)
+
   def size(self, a, b, targets):
-    """Returns the length of the longer text, framed."""
+    """Returns the length of the longest text, framed."""
     return np.maximum(a, b) + sum(map(len, self._frames[0])), np.zeros_like(a)
 
   def features(self, examples, lengths):
@@ -278,7 +348,12 @@ class Embedder(EncoderForm):
     example, = examples
     frame = lambda ids: pad(
         self.framed(Encoded(ids, None, _NONE), lengths.inputs)[0], lengths.inputs)
-    features = {'query_tokens': frame(example.a), 'document_tokens': frame(example.b)}
+    documents = [example.b]
+    if self.kind.name == 'retrieval':
+      documents = np.split(example.b, np.cumsum(example.targets)[:-1])[:lengths.parts]
+    features = {'query_tokens': frame(example.a), 'document_tokens': frame(documents[0])}
+    if len(documents) > 1:
+      features['negative_tokens'] = np.stack([frame(ids) for ids in documents[1:]])
     if self.kind.name == 'similarity':
       features['pair_values'] = np.float32(example.value)
     return features

@@ -154,9 +154,19 @@ class Tagging(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class SpanExtraction(Kind):
-  """An answer to `question` that stands in `context`, as in SQuAD; none where it has none."""
+  """An answer to `question` that stands in `context`, as in SQuAD; none where it has none.
+
+  Attributes:
+    stride: tokens from the beginning of a window of a long context to that of the next.
+  """
+
+  stride: int = 128
 
   name: ClassVar[str] = 'span_extraction'
+
+  def __post_init__(self) -> None:
+    if self.stride < 1:
+      raise UserError(f'stride={self.stride} must be at least 1.')
 
   def canonical(self, record: Mapping[str, Any]) -> Example:
     """Returns {'question', 'context', 'answers', 'starts'}; starts count characters."""

@@ -59,6 +59,8 @@ class ExampleRows:
     sizes = form.size(*np.ceil(examples.sizes.T * np.array([[growth], [growth], [1]])).astype(int))
     limits = lengths.inputs, max(lengths.targets, 1)
     self._sizes = [np.minimum(size, limit) for size, limit in zip(sizes, limits)]
+    self._parts = form.parts(examples.sizes)
+    self._windows = form.windows(examples.sizes, lengths)
     self._key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
     self._open()
 
@@ -83,14 +85,25 @@ class ExampleRows:
 
   def __getitem__(self, row: int) -> Features:
     rng = loader.generator(self._key, row)
-    members = self.members(row)
+    members, first = self.members(row), self.first(row)
     encoded = self._examples.encoded
     found = [encoded(int(i)) if self._augment is None else self._augment(int(i), rng)
              for i in members]
+    if first is not None:
+      found = [self._form.window(example, first, self._lengths) for example in found]
     return self._form.features(found, self._lengths)
 
   def members(self, row: int) -> np.ndarray:
     """Returns the numbers of the examples in a row, in their order."""
+    units = self._units(row)
+    return units if self._windows is None else self._windows[units, 0]
+
+  def first(self, row: int) -> Optional[int]:
+    """Returns where in its example the row's window begins, None where rows hold whole examples."""
+    return None if self._windows is None else int(self._windows[self._units(row)[0], 1])
+
+  def _units(self, row: int) -> np.ndarray:
+    """Returns the numbers of the examples in a row, or of its window."""
     with self._lock:
       while not self._ends or self._ends[-1] <= row:
         self._plan(len(self._ends))
@@ -107,31 +120,34 @@ class ExampleRows:
   def _plan(self, epoch: int) -> list[np.ndarray]:
     """Returns the members of each row of an epoch; to be called under the lock."""
     if epoch not in self._plans:
-      order = packing.permutation(len(self._sizes[0]), self._seed, epoch, 2)
-      rows = pack_first_fit(order, self._sizes, self._lengths)
+      units = self._sizes[0] if self._windows is None else self._windows
+      order = packing.permutation(len(units), self._seed, epoch, 2)
+      rows = pack_first_fit(order, self._sizes, self._lengths, self._parts)
       self._plans = dict([*self._plans.items()][-1:]) | {epoch: rows}
       if epoch == len(self._ends):
         self._ends.append((self._ends[-1] if epoch else 0) + len(rows))
     return self._plans[epoch]
 
 
-def pack_first_fit(order: np.ndarray, sizes: Sequence[np.ndarray], lengths: Lengths
-                   ) -> list[np.ndarray]:
+def pack_first_fit(order: np.ndarray, sizes: Sequence[np.ndarray], lengths: Lengths,
+                   parts: Optional[np.ndarray] = None) -> list[np.ndarray]:
   """Returns the members of each row, rows in the order of their first members.
 
   Args:
     order: examples [n], as they come.
     sizes: tokens of each example on each side of a row.
     lengths: of a row.
+    parts: of each example, where they fall into several.
   """
-  if lengths.examples == 1:
+  if lengths.examples == 1 or not lengths.packed:
     return [order[i:i + 1] for i in range(len(order))]
   rows: list[list[int]] = []
   limits = np.array([lengths.inputs, max(lengths.targets, 1), lengths.examples])
   room = np.zeros((_OPEN_ROWS, 3), np.int64)
   which = np.zeros(_OPEN_ROWS, np.int64)
   for example in order.tolist():
-    needed = np.array([sizes[0][example], sizes[1][example], 1])
+    count = 1 if parts is None else parts[example]
+    needed = np.array([sizes[0][example], sizes[1][example], count])
     fits = (room >= needed).all(1)
     place = int(fits.argmax())
     if not fits[place]:

@@ -80,7 +80,10 @@ class Source:
       yield from self._converted(split)
       return
     for where, record in self._converted(TRAIN):
-      held = record if self.held_out_by is None else record.get(self.held_out_by)
+      if self.held_out_by is not None and self.held_out_by not in record:
+        raise UserError(f'{where} has no field held_out_by={self.held_out_by!r}; it has'
+                        f' {sorted(record)}.')
+      held = record if self.held_out_by is None else record[self.held_out_by]
       text = json.dumps(held, sort_keys=True, default=str).encode()
       place = int.from_bytes(hashlib.sha256(text).digest()[:8], 'big') / 2**64
       if (place < self.held_out) == (split == VALIDATION):

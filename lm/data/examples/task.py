@@ -31,11 +31,12 @@ from lm.data import vocabulary_training
 from lm.data.examples import forms
 from lm.data.examples import kinds
 from lm.data.examples import sources
+from lm.data.examples import spans
 from lm.data.examples.rows import ExampleRows
 from lm.data.examples.template import Template
 from lm.errors import UserError
 
-_SOURCES = ('formats.py', 'forms.py', 'kinds.py', 'sources.py', 'task.py', 'template.py')
+_SOURCES = ('formats.py', 'forms.py', 'kinds.py', 'sources.py', 'spans.py', 'task.py', 'template.py')
 _FORMAT = 1
 _SHOWN = 3  # Bad records that an error names.
 
@@ -129,13 +130,13 @@ class PreparedExamples:
   @property
   def label_counts(self) -> list[int]:
     """How many training examples (of tags, words) have each label, in the order of the labels."""
-    counts = self.info['splits'][sources.TRAIN]['labels']
+    counts = self.info['splits'].get(sources.TRAIN, {'labels': {}})['labels']
     return [counts.get(label, 0) for label in self.info['labels'] or ()]
 
   @property
   def form(self) -> forms.Form:
     """The task's form, bound."""
-    return _bind(self.task, self.kind, self.vocabulary)
+    return _bind(self.task, self.kind, self.vocabulary, self.info['shown'])
 
   @property
   def vocab_size(self) -> int:
@@ -150,14 +151,18 @@ class PreparedExamples:
     """
     if split not in self.info['splits']:
       raise UserError(f'The task {self.task.name!r} has no split {split!r}; it has'
-                      f' {sorted(self.info["splits"])}.')
+                      f' {sorted(self.info["splits"])}; bind files to it, or held_out to a share'
+                      ' of the training examples.')
     return ExampleCache(self.directory, split)
 
-  def lengths(self, sequence_length: int) -> forms.Lengths:
-    """Returns the lengths of a row."""
-    many = self.task.packed and self.task.form != 'embedder'
+  def lengths(self, sequence_length: int, split: str = sources.TRAIN) -> forms.Lengths:
+    """Returns the lengths of a row of a split."""
+    one = self.task.form == 'embedder' or self.task.kind.name == 'span_extraction' and (
+        self.task.form == 'encoder')
+    many = self.task.packed and not one
+    least, most = self.info['splits'].get(split, {}).get('parts', (1, 1))
     return forms.Lengths(sequence_length, self.task.target_length,
-                         max(1, sequence_length // 4) if many else 1)
+                         max(sequence_length // 4 if many else 1, most), least, many)
 
   def rows(self, split: str, sequence_length: int, seed: int) -> ExampleRows:
     """Returns the stream of rows of a split; see `rows`. Training rows are augmented."""
@@ -172,7 +177,7 @@ class PreparedExamples:
           example = augmentation(example, rng)
         return form.encode(example)
 
-    return ExampleRows(examples, form, self.lengths(sequence_length), seed, augment, growth)
+    return ExampleRows(examples, form, self.lengths(sequence_length, split), seed, augment, growth)
 
   def loader(self, split: str, sequence_length: int, batch_size: int, seed: int) -> loader.Loader:
     """Returns the batches of a split; `batch_size` counts rows."""
@@ -181,6 +186,8 @@ class PreparedExamples:
   def tell(self, split: str, sequence_length: int) -> Optional[str]:
     """Returns a sentence about the examples that are too long for a row, if there are any."""
     examples, form = self.cache(split), self.form
+    if form.windows(examples.sizes[:1], self.lengths(sequence_length)) is not None:
+      return None
     inputs, targets = form.size(*examples.sizes.T)
     limit = self.task.target_length if self.task.form == 'text_to_text' else np.inf
     cut = int(((inputs > sequence_length) | (targets > limit)).sum())
@@ -218,7 +225,7 @@ class ExampleCache:
     record = self._cache[index]
     tokens, rest = record['tokens'], json.loads(record['text'])
     size_a, size_b, _ = self.sizes[index]
-    b = None if size_b < 0 else tokens[size_a:]
+    b = None if size_b < 0 else tokens[size_a:]  # Of several texts, all; size_b is the longest.
     return forms.Encoded(tokens[:size_a], b, np.array(rest['targets'], np.int32), rest['value'])
 
 
@@ -226,9 +233,13 @@ def _resolved(kind: kinds.Kind, labels: Optional[list[str]]) -> kinds.Kind:
   return dataclasses.replace(kind, labels=tuple(labels)) if kind.labelled else kind
 
 
-def _bind(task: ExampleTask, kind: kinds.Kind, vocabulary: vocabularies.Vocabulary) -> forms.Form:
-  form = forms.FORMS[task.form](kind=kind, vocabulary=vocabulary, template=_template(task))
-  return form.bind(vocabulary)
+def _bind(task: ExampleTask, kind: kinds.Kind, vocabulary: vocabularies.Vocabulary,
+          shown: list[kinds.Example]) -> forms.Form:
+  template = dataclasses.replace(_template(task), shown=tuple(shown))
+  form = forms.FORMS[task.form]
+  if task.form == 'encoder' and kind.name == 'span_extraction':
+    form = spans.SpanForm
+  return form(kind=kind, vocabulary=vocabulary, template=template).bind(vocabulary)
 
 
 def _template(task: ExampleTask) -> Template:
@@ -259,7 +270,8 @@ def _build(task: ExampleTask, directory: Path, digest: str, progress: bool,
     raise UserError(f'The task {task.name!r} has no example; name files with some.')
   labels = _labels(task, found)
   vocabulary = given or _vocabulary(task, found)
-  form = _bind(task, _resolved(task.kind, labels), vocabulary)
+  shown = _shown(task, found)
+  form = _bind(task, _resolved(task.kind, labels), vocabulary, shown)
   temporary = directory.with_name(f'{directory.name}.{os.getpid()}.part')
   shutil.rmtree(temporary, ignore_errors=True)
   with cache.writing(directory):
@@ -268,7 +280,7 @@ def _build(task: ExampleTask, directory: Path, digest: str, progress: bool,
   splits = {split: _write(temporary, split, examples, form, progress)
             for split, examples in found.items()}
   info = {
-      'splits': splits, 'labels': labels, 'digests': {'texts': digest},
+      'splits': splits, 'labels': labels, 'shown': shown, 'digests': {'texts': digest},
       'vocabulary': {'digest': vocabulary.digest, 'size': vocabulary.size},
   }
   cache.write_whole(temporary / 'info.json', (json.dumps(info, indent=2) + '\n').encode())
@@ -320,6 +332,22 @@ def _labels(task: ExampleTask, found: dict[str, list[kinds.Example]]) -> Optiona
   return sorted(known)
 
 
+def _shown(task: ExampleTask, found: dict[str, list[kinds.Example]]) -> list[kinds.Example]:
+  """Returns the training examples that are shown before prompts, and one more.
+
+  Raises:
+    UserError: there are not as many.
+  """
+  template, train = _template(task), found.get(sources.TRAIN, [])
+  if not template.shots or template.shown:
+    return list(template.shown)
+  if len(train) <= template.shots:
+    raise UserError(f'shots={template.shots} must be fewer than the training examples of'
+                    f' {task.name!r}, which has {len(train)}; bind its training files.')
+  rng = np.random.default_rng(template.shots_seed)
+  return [train[i] for i in rng.choice(len(train), template.shots + 1, replace=False)]
+
+
 def _vocabulary(task: ExampleTask, found: dict[str, list[kinds.Example]]
                 ) -> vocabularies.Vocabulary:
   """Returns the vocabulary; one that is trained learns from prompts and targets of training."""
@@ -339,15 +367,15 @@ def _vocabulary(task: ExampleTask, found: dict[str, list[kinds.Example]]
 def _write(directory: Path, split: str, examples: list[kinds.Example], form: forms.Form,
            progress: bool) -> dict[str, Any]:
   """Writes a split and returns what info.json says of it."""
-  sizes, lengths, counts = [], [], collections.Counter()
+  sizes, parts, lengths, counts = [], [], [], collections.Counter()
 
   def records() -> Iterator[bytes]:
     for example in tqdm(examples, f'tokenising {split}', unit=' examples', disable=not progress,
                         mininterval=0.5, file=sys.stderr):
       encoded = form.encode(example)
       tokens = encoded.a if encoded.b is None else np.concatenate([encoded.a, encoded.b])
-      sizes.append([len(encoded.a), -1 if encoded.b is None else len(encoded.b),
-                    len(encoded.targets)])
+      sizes.append(form.measure(encoded))
+      parts.append(form.parts(np.array([sizes[-1]])).item())
       lengths.append(len(tokens))
       counts.update(form.kind.labels_of(example))
       text = json.dumps({'example': example, 'targets': encoded.targets.tolist(),
@@ -359,4 +387,5 @@ def _write(directory: Path, split: str, examples: list[kinds.Example], form: for
   cache.write_array(directory / f'{split}.lengths.npy', np.array(lengths, np.int64))
   cache.write_array(directory / f'{split}.sizes.npy', np.array(sizes, np.int32).reshape(-1, 3))
   return {'documents': len(examples), 'tokens': int(sum(lengths)), 'labels': dict(counts),
+          'parts': [min(parts, default=1), max(parts, default=1)],
           'shards': [{'file': file, 'records': number}]}

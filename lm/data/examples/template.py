@@ -24,14 +24,24 @@ class Template:
     targets: what shall follow it; a decoder's begins with the blank that parts it from the prompt.
     words: (label, word) pairs, where a label's name is no good word for it.
     no_answer: the {answer} of a question without one.
+    shots: training examples that stand before the prompt, with their targets: the same before all
+      prompts, chosen by `shots_seed`; before one of themselves, the next of the choice is put in.
+    between: stands behind each of them.
+    shown: the choice, one more than `shots`, which a task that is prepared fills in.
   """
 
   inputs: str = '{a}'
   targets: str = '{label}'
   words: Tuple[Tuple[str, str], ...] = ()
   no_answer: str = 'unanswerable'
+  shots: int = 0
+  shots_seed: int = 0
+  between: str = '\n\n'
+  shown: Tuple[Any, ...] = ()
 
   def __post_init__(self) -> None:
+    if self.shots < 0:
+      raise UserError(f'shots={self.shots} must not be negative.')
     for text in (self.inputs, self.targets):
       try:
         list(string.Formatter().parse(text))
@@ -40,8 +50,15 @@ class Template:
                         ' names no field.') from error
 
   def prompt(self, example: Example) -> str:
-    """Returns the input text."""
-    return self._filled(self.inputs, example)
+    """Returns the input text, behind the examples that are shown."""
+    shown = [shot for shot in self.shown if not _same(shot, example)]
+    before = [self._filled(self.inputs, shot) + self._behind_prompt(shot) + self.between
+              for shot in shown[:self.shots]]
+    return ''.join(before) + self._filled(self.inputs, example)
+
+  def _behind_prompt(self, example: Example) -> str:
+    target = self.target(example)
+    return target if not self.inputs or target[:1].isspace() else f' {target}'
 
   def target(self, example: Example, label: Optional[str] = None) -> str:
     """Returns the target text, of another label if one is given."""
@@ -79,3 +96,10 @@ class Template:
 
 def _written(value: Any) -> Any:
   return ' '.join(map(str, value)) if isinstance(value, list) else value
+
+
+def _same(shot: Example, example: Example) -> bool:
+  """Whether they are one example, but for its id and for the choice that is asked about."""
+  hidden = ('id', 'label') if 'continuations' in example else ('id',)
+  return shot['id'] == example.get('id') or all(
+      shot.get(name) == value for name, value in example.items() if name not in hidden)
