@@ -137,7 +137,8 @@ def evaluate(answering: Any, tasks: Sequence[str], limit: int | None = None,
   import lm_eval
   from lm_eval.tasks import TaskManager
   with _quiet():
-    manager = TaskManager()
+    # Its registry takes seconds to read, and files need it not.
+    manager = TaskManager(include_defaults=not all(map(os.path.exists, tasks)))
     known = [name for name in tasks if os.path.exists(name) or name in manager.all_tasks]
     if known != list(tasks):
       unknown = next(name for name in tasks if name not in known)

@@ -210,7 +210,8 @@ def score_texts(module: nn.Module, params: Any, vocabulary: Any, texts: Sequence
                 max_length: int | None = None, **options: Any) -> np.ndarray:
   """Log-likelihoods of whole texts, of any length: float64 [texts].
 
-  A text stands behind the token that begins texts (see `tokenize`); its end is not scored. An
+  A text stands behind the token that begins texts (see `tokenize`); neither that nor its end is
+  scored. (Where the tokenizer puts one before every text, the harness scores it behind another.) An
   encoder-decoder decodes the text, and its encoder sees each window's context.
 
   Args:
