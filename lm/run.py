@@ -350,17 +350,23 @@ def _data_digest(info: dict[str, Any]) -> str:
 
 def _finish(experiment: Experiment, directory: pathlib.Path, prepared: Data, hosts: Hosts):
   """Evaluates and samples the checkpoint that later commands take, unless that stands already."""
+  is_answered = isinstance(prepared, PreparedExamples) and predictions.is_answered(prepared)
+  splits = [split for split in ('validation', 'test') if is_answered
+            and split in prepared.info['splits']]
+
   def stands() -> bool:
     checkpoints, path = directory / 'checkpoints', directory / 'evaluation.json'
     step = _chosen(experiment) and checkpoint.best_step(checkpoints)
     step = checkpoint.list_steps(checkpoints)[-1] if step is None else step
-    return path.exists() and json.loads(path.read_text()).get('step') == step
+    found = report.read_json(path) or {}
+    tasks = [found.get('tasks', {}).get(predictions.name_of(prepared, split), {})
+             for split in splits]
+    return all(of.get('step') == step for of in (found, *tasks))
 
   if hosts.ask_main('whether an evaluation stands', stands):
     return
-  if isinstance(prepared, PreparedExamples):
-    splits = [name for name in ('validation', 'test') if name in prepared.info['splits']]
-    evaluate_examples(experiment, str(directory), [prepared], splits, hosts)
+  if is_answered:
+    evaluate_examples(experiment, str(directory), [prepared], splits, prepared, hosts)
   else:
     evaluate(experiment, str(directory), prepared, hosts)
   if experiment.prompts and hosts.is_main:
@@ -396,9 +402,13 @@ def evaluate(experiment: Experiment, run_dir: str, prepared: Data | None = None,
 
 
 def evaluate_examples(experiment: Experiment, run_dir: str, tasks: Sequence[PreparedExamples],
-                      splits: Sequence[str], hosts: Hosts = Hosts()) -> dict[str, Any]:
+                      splits: Sequence[str], trained: PreparedExamples | None,
+                      hosts: Hosts = Hosts()) -> dict[str, Any]:
   """Predicts labelled examples with the checkpoint that `evaluate` takes, and puts the metrics into
   evaluation.json beside those that stand there.
+
+  Args:
+    trained: the run's own examples, where their files are at hand.
 
   Returns:
     {task: {metric: value}} with the step; of the last of several splits.
@@ -408,7 +418,8 @@ def evaluate_examples(experiment: Experiment, run_dir: str, tasks: Sequence[Prep
   model = predictions.Model(
       module, params, functools.partial(_alone, experiment, hosts, params), step,
       checkpoint.digest(path.parent / 'checkpoints', step), experiment.train.sequence_length,
-      experiment.train.batch_size, path.parent, isinstance(experiment.task, ExampleTask), hosts)
+      experiment.train.batch_size, path.parent, isinstance(experiment.task, ExampleTask), trained,
+      hosts)
   for prepared, split in itertools.product(tasks, splits):
     found = {'step': step, **predictions.evaluate(model, prepared, split)}
     result[prepared.task.name] = found
