@@ -103,7 +103,7 @@ def _evaluate_flags(command: argparse.ArgumentParser):
                        default=[], help="gin files of other tasks, or their names in gin/tasks, in "
                        "the place of the run's own")
   command.add_argument('--split', help='of the examples; validation')
-  command.add_argument('--compare', nargs=2, metavar=('A', 'B'), help='the predictions of two runs, '
+  command.add_argument('--compare', nargs=2, metavar=('A', 'B'), help='predictions of two runs, '
                        'without a model: what flipped, and whether metrics differ')
   command.add_argument('--out', metavar='FILE', help='--compare: the page of it')
   command.add_argument('--harness', metavar='TASK1,TASK2,...', help='tasks of '

@@ -69,8 +69,8 @@ def _other(experiment: run.Experiment, name: str, trained: PreparedExamples | No
   path = name if name.endswith('.gin') else f'gin/tasks/{name}.gin'
   task = config.value(path, 'TASK', True) or config.value(path, 'run.Experiment.task', True)
   if not isinstance(task, ExampleTask):
-    raise UserError(f'--tasks={name}: {path} binds no examples.ExampleTask to TASK, so there are no '
-                    'examples to evaluate; name a file that does')
+    raise UserError(f'--tasks={name}: {path} binds no examples.ExampleTask to TASK, so there are '
+                    'no examples to evaluate; name a file that does')
   task = dataclasses.replace(task, cache_dir=experiment.task.cache_dir)
   task = predictions.as_asked(task, type(experiment.model).__name__)
   if task.form == 'encoder' and trained and trained.kind.labelled and (
