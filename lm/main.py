@@ -106,6 +106,9 @@ def _evaluate_flags(command: argparse.ArgumentParser):
                        default=[], help="gin files of other tasks, or their names in gin/tasks, in "
                        "the place of the run's own")
   command.add_argument('--split', help='of the examples; validation')
+  command.add_argument('--compare', nargs=2, metavar=('A', 'B'), help='predictions of two runs, '
+                       'without a model: what flipped, and whether metrics differ')
+  command.add_argument('--out', metavar='FILE', help='--compare: the page of it')
   command.add_argument('--harness', metavar='TASK1,TASK2,...', help='tasks of '
                        "lm-evaluation-harness, or YAML files of tasks, in the objective's place")
   command.add_argument('--limit', type=int, help='--harness: examples of each task')
@@ -181,6 +184,9 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
     return _explain(args, bindings)
   if args.command == 'train' and args.seeds is not None:
     return _train_seeds(args, bindings)
+  if args.command == 'evaluate' and args.compare:
+    from lm.commands import evaluate
+    return evaluate.compare(*args.compare, args.out)
   from lm import run  # late, so that `lm --help` does not wait for JAX
   experiment = run.open_experiment(args.gin_file, bindings, args.run_dir)
   if args.command == 'cache':

@@ -1,26 +1,11 @@
-"""A run: what it is made of, the directory it lives in, and what each command does with it.
-
-  config.gin        all bindings, defaults included; every later command starts from it
-  metrics.jsonl     one object a row: step, split, loss, ...     events/  the same for TensorBoard
-  checkpoints/      the latest and the best                      vocabulary/  to read and write text
-  evaluation.json   held-out files, bits per byte; tasks         samples.json
-  predictions/      of labelled examples, a page a task
-  report.html       all of it, written anew while the run goes   csv/  with writers.CSV()
-  goodput.json      where the time went, over all starts         samples.jsonl  while training
-  stacks/           of each host, when a step was stuck          profile/    traces of steps
-"""
+"""A run: what it is made of, and what each command does with it; see also `run_directory`."""
 import contextlib
 import dataclasses
-import difflib
-import fcntl
 import functools
 import itertools
-import json
 import os
 import pathlib
-import secrets
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Optional
 
@@ -30,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 import optax
 
-from lm import config, doctor
+from lm import config, doctor, run_directory
 from lm.data import objectives, vocabularies
 from lm.data.examples import ExampleTask, PreparedExamples
 from lm.data.loader import Example, Loader
@@ -166,7 +151,7 @@ def train(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(),
   directory = pathlib.Path(run_dir)
   if compiled and not pathlib.Path(compiled).is_file():
     raise UserError(f'--compiled={compiled} is no file; make one with `lm compile --save`')
-  with _claim(directory, hosts), _watched(experiment, directory, hosts) as watched:
+  with run_directory.claim(directory, hosts), _watched(experiment, directory, hosts) as watched:
     experiment, prepared, result = _fit(experiment, directory, hosts, watched, compiled)
     if result['stopped_by'] is None:
       with watched.goodput.spent('evaluation'):
@@ -188,7 +173,7 @@ def fit(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(), **watchers
   `watchers` are those of the Trainer: `on_validation`.
   """
   directory = pathlib.Path(run_dir)
-  with _claim(directory, hosts), _watched(experiment, directory, hosts) as watched:
+  with run_directory.claim(directory, hosts), _watched(experiment, directory, hosts) as watched:
     _, _, result = _fit(experiment, directory, hosts, watched, **watchers)
     result['goodput'] = watched.close(result)
     watched.tell(result)
@@ -236,7 +221,7 @@ def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts, watched:
          ) -> tuple[Experiment, Data, dict[str, Any]]:
   hosts.prove_same({'the digest of the configuration': digest(config.text()), **program_facts()})
   if hosts.is_main:
-    _save_config(directory)
+    run_directory.save_config(directory)
   prepared = hosts.main_first('the data', experiment.task.prepare)
   experiment = _of_data(experiment, prepared)
   if hosts.is_main and isinstance(prepared, PreparedExamples):
@@ -354,22 +339,28 @@ def _data_digest(info: dict[str, Any]) -> str:
 
 def _finish(experiment: Experiment, directory: pathlib.Path, prepared: Data, hosts: Hosts):
   """Evaluates and samples the checkpoint that later commands take, unless that stands already."""
+  is_answered = isinstance(prepared, PreparedExamples) and predictions.is_answered(prepared)
+  splits = [split for split in ('validation', 'test') if is_answered
+            and split in prepared.info['splits']]
+
   def stands() -> bool:
     checkpoints, path = directory / 'checkpoints', directory / 'evaluation.json'
     step = _chosen(experiment) and checkpoint.best_step(checkpoints)
     step = checkpoint.list_steps(checkpoints)[-1] if step is None else step
-    return path.exists() and json.loads(path.read_text()).get('step') == step
+    found = report.read_json(path) or {}
+    tasks = [found.get('tasks', {}).get(predictions.name_of(prepared, split), {})
+             for split in splits]
+    return all(of.get('step') == step for of in (found, *tasks))
 
   if hosts.ask_main('whether an evaluation stands', stands):
     return
-  if isinstance(prepared, PreparedExamples):
-    splits = [name for name in ('validation', 'test') if name in prepared.info['splits']]
-    evaluate_examples(experiment, str(directory), [prepared], splits, hosts)
+  if is_answered:
+    evaluate_examples(experiment, str(directory), [prepared], splits, prepared, hosts)
   else:
     evaluate(experiment, str(directory), prepared, hosts)
   if experiment.prompts and hosts.is_main:
     completions = generate(experiment, str(directory), experiment.prompts, experiment.sampling)
-    _write_json(directory / 'samples.json', completions['completions'])
+    run_directory.write_json(directory / 'samples.json', completions['completions'])
 
 
 def evaluate(experiment: Experiment, run_dir: str, prepared: Data | None = None,
@@ -395,14 +386,18 @@ def evaluate(experiment: Experiment, run_dir: str, prepared: Data | None = None,
   if hosts.is_main:
     path = pathlib.Path(run_dir) / 'evaluation.json'
     tasks = (report.read_json(path) or {}).get('tasks')
-    _write_json(path, {'step': step, **result, **({'tasks': tasks} if tasks else {})})
+    run_directory.write_json(path, {'step': step, **result, **({'tasks': tasks} if tasks else {})})
   return {experiment.task.name: {'step': step, **result}}
 
 
-def evaluate_examples(experiment: Experiment, run_dir: str, tasks: Sequence[PreparedExamples],
-                      splits: Sequence[str], hosts: Hosts = Hosts()) -> dict[str, Any]:
+def evaluate_examples(experiment: Experiment, run_dir: str, wanted: Sequence[PreparedExamples],
+                      splits: Sequence[str], trained: PreparedExamples | None,
+                      hosts: Hosts = Hosts()) -> dict[str, Any]:
   """Predicts labelled examples with the checkpoint that `evaluate` takes, and puts the metrics into
   evaluation.json beside those that stand there.
+
+  Args:
+    trained: the run's own examples, where their files are at hand.
 
   Returns:
     {task: {metric: value}} with the step; of the last of several splits.
@@ -412,15 +407,16 @@ def evaluate_examples(experiment: Experiment, run_dir: str, tasks: Sequence[Prep
   model = predictions.Model(
       module, params, functools.partial(_alone, experiment, hosts, params), step,
       checkpoint.digest(path.parent / 'checkpoints', step), experiment.train.sequence_length,
-      experiment.train.batch_size, path.parent, isinstance(experiment.task, ExampleTask), hosts)
-  for prepared, split in itertools.product(tasks, splits):
+      experiment.train.batch_size, path.parent, isinstance(experiment.task, ExampleTask), trained,
+      hosts)
+  for prepared, split in itertools.product(wanted, splits):
     found = {'step': step, **predictions.evaluate(model, prepared, split)}
     result[prepared.task.name] = found
     if hosts.is_main:
       standing = report.read_json(path) or {}
-      own = {'step': step} if prepared.task == experiment.task else {}
-      found = {predictions.name_of(prepared, split): found}
-      _write_json(path, {**standing, **own, 'tasks': {**standing.get('tasks', {}), **found}})
+      standing |= {'step': step} if prepared.task == experiment.task else {}
+      tasks = standing.get('tasks', {}) | {predictions.name_of(prepared, split): found}
+      run_directory.write_json(path, standing | {'tasks': tasks})
   return result
 
 
@@ -498,62 +494,3 @@ def load_on_mesh(experiment: Experiment, run_dir: str, hosts: Hosts) -> tuple[in
   loaded = load(experiment, run_dir, rules)
   hosts.prove_same({'the step of the checkpoint': str(loaded[0])})
   return loaded
-
-
-@contextlib.contextmanager
-def _claim(directory: pathlib.Path, hosts: Hosts) -> Iterator[None]:
-  """Makes the run directory and keeps other runs from training in it."""
-  if not hosts.is_main:
-    _require_shared(directory, hosts)
-    yield
-    return
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = open(directory / '.lock', 'w')
-  except OSError as error:
-    raise UserError(f'--run_dir={directory} cannot be written ({error.strerror}); '
-                    'choose a directory on a disk that is writable and not full') from error
-  with lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      raise UserError(f'--run_dir={directory} is in use by another process; wait for it or choose '
-                      'another directory') from error
-    lock.write(secrets.token_hex())
-    lock.flush()
-    _require_shared(directory, hosts)
-    yield
-
-
-def _require_shared(directory: pathlib.Path, hosts: Hosts):
-  """Every host must see what host 0 wrote into the lock file."""
-  path = directory / '.lock'
-  token = hosts.ask_main('the run directory', path.read_text)
-  for _ in range(50):  # what one host writes, others of a network disk may see seconds later
-    if path.exists() and path.read_text() == token:
-      return
-    time.sleep(0.2)
-  raise UserError(f'--run_dir={directory} is not the directory of host 0 on host {hosts.index}; '
-                  'choose one on a disk that all hosts share')
-
-
-def _save_config(directory: pathlib.Path):
-  """Writes config.gin, and says what changed in a run that stands."""
-  path = directory / 'config.gin'
-  before = path.read_text().splitlines() if path.exists() else None
-  config.save(path)
-  if before is not None:
-    for line in difflib.unified_diff(before, path.read_text().splitlines(), n=0, lineterm=''):
-      if line[0] in '+-' and '=' in line:
-        print(f'config of this run changed: {line}', file=sys.stderr)
-
-
-def _write_json(path: pathlib.Path, value: Any):
-  temporary = path.with_suffix(f'.{os.getpid()}')
-  try:
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
-  except OSError as error:
-    temporary.unlink(missing_ok=True)
-    raise UserError(f'{path} cannot be written ({error.strerror}); free some space or choose '
-                    'another directory') from error

@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any
 
 from lm import config, run
@@ -10,7 +11,7 @@ from lm.commands import harness
 from lm.data import vocabularies
 from lm.data.examples import ExampleTask, PreparedExamples
 from lm.errors import UserError
-from lm.evaluation import predictions, task_report
+from lm.evaluation import predictions, task_compare, task_report
 from lm.parallel.distributed import Hosts
 
 
@@ -25,24 +26,42 @@ def execute(experiment: run.Experiment, args: argparse.Namespace, hosts: Hosts) 
   """
   if args.harness:
     return harness.execute(experiment, args, hosts)
-  split = args.split or 'validation'
-  if args.tasks:
-    others = [_other(experiment, name, args.run_dir, hosts) for name in args.tasks]
-    names = [prepared.task.name for prepared in others]
-    if twice := [name for name in names if names.count(name) > 1]:
-      raise UserError(f'two of --tasks have the name {twice[0]!r}, under which predictions are '
-                      'kept; bind ExampleTask.name of one to another')
-    return run.evaluate_examples(experiment, args.run_dir, others, (split,), hosts)
-  if not isinstance(experiment.task, ExampleTask):
+  split, is_own = args.split or 'validation', not args.tasks
+  if not isinstance(experiment.task, ExampleTask) and is_own:
     if args.split:
       raise UserError(f'--split={split} is of labelled examples, and the run {args.run_dir} has '
                       'texts, of which the held-out ones are scored; name --tasks, or leave it out')
     return run.evaluate(experiment, args.run_dir, hosts=hosts)
-  prepared = hosts.main_first('the data', experiment.task.prepare)
-  return run.evaluate_examples(experiment, args.run_dir, [prepared], (split,), hosts)
+  trained = _trained_on(experiment, is_own, hosts)
+  tasks = [_other(experiment, name, trained, args.run_dir, hosts) for name in args.tasks]
+  names = [prepared.task.name for prepared in tasks]
+  if twice := [name for name in names if names.count(name) > 1]:
+    raise UserError(f'two of --tasks have the name {twice[0]!r}, under which predictions are kept; '
+                    'bind ExampleTask.name of one to another')
+  return run.evaluate_examples(experiment, args.run_dir, tasks or [trained], (split,), trained,
+                               hosts)
 
 
-def _other(experiment: run.Experiment, name: str, run_dir: str, hosts: Hosts) -> PreparedExamples:
+def _trained_on(experiment: run.Experiment, is_needed: bool, hosts: Hosts
+                ) -> PreparedExamples | None:
+  """The run's own examples; None where it has none or, unless they are needed, none at hand."""
+  if not isinstance(experiment.task, ExampleTask):
+    return None
+
+  def prepare():
+    try:
+      return experiment.task.prepare()
+    except UserError as error:
+      if is_needed:
+        raise
+      print(f'warning: what the run was trained on is not compared with the tasks: {error}',
+            file=sys.stderr)
+      return None
+  return hosts.main_first('the data', prepare)
+
+
+def _other(experiment: run.Experiment, name: str, trained: PreparedExamples | None, run_dir: str,
+           hosts: Hosts) -> PreparedExamples:
   """Another task, in the form that the run's model answers and with the run's vocabulary.
 
   Where a head answers, the labels are those that the run's own task has, in their order.
@@ -50,21 +69,30 @@ def _other(experiment: run.Experiment, name: str, run_dir: str, hosts: Hosts) ->
   path = name if name.endswith('.gin') else f'gin/tasks/{name}.gin'
   task = config.value(path, 'TASK', True) or config.value(path, 'run.Experiment.task', True)
   if not isinstance(task, ExampleTask):
-    raise UserError(f'--tasks={name}: {path} binds no ExampleTask to TASK, so there are no '
-                    'examples to evaluate; name a file that does')
+    raise UserError(f'--tasks={name}: {path} binds no examples.ExampleTask to TASK, so there are '
+                    'no examples to evaluate; name a file that does')
   task = dataclasses.replace(task, cache_dir=experiment.task.cache_dir)
-  vocabulary = vocabularies.load(pathlib.Path(run_dir) / 'vocabulary')
-  if vocabulary.size - vocabulary.extra_ids > experiment.model.vocab_size:
-    raise UserError(f'the vocabulary of {run_dir} has {vocabulary.size} ids and the model '
-                    f'vocab_size={experiment.model.vocab_size}; bring the run\'s own back')
-  own = experiment.task
   task = predictions.as_asked(task, type(experiment.model).__name__)
-  if task.form == 'encoder' and isinstance(own, ExampleTask) and own.kind.labelled and (
-      type(own.kind) is type(task.kind)):
-    known = hosts.main_first('the data', own.prepare).kind
-    task = predictions.with_labels(task, known.labels)
+  if task.form == 'encoder' and trained and trained.kind.labelled and (
+      trained.kind.name == task.kind.name):
+    task = predictions.with_labels(task, trained.kind.labels)
+  vocabulary = vocabularies.load(pathlib.Path(run_dir) / 'vocabulary')
   prepare = lambda: task.prepare(vocabulary=vocabulary)
-  return hosts.main_first(f'the data of {task.name}', prepare)
+  prepared = hosts.main_first(f'the data of {task.name}', prepare)
+  if prepared.vocab_size > experiment.model.vocab_size:
+    raise UserError(f'{task.name!r} in the form {task.form!r} needs {prepared.vocab_size} ids and '
+                    f'the model has vocab_size={experiment.model.vocab_size}; evaluate it with a '
+                    'run of a larger one')
+  return prepared
+
+
+def compare(first: str, second: str, page: str | None) -> dict[str, Any]:
+  """Compares the predictions of two runs, and writes a page of it if one is named."""
+  result = task_compare.compare_runs(first, second, progress=True)
+  print(task_compare.markdown(result), end='')
+  if page:
+    print(f'page: {task_compare.write(result, pathlib.Path(page))}')
+  return result
 
 
 def tell(result: dict[str, Any], run_dir: str):

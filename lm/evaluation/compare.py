@@ -63,6 +63,9 @@ def read(path: pathlib.Path) -> Run:
   evaluation = report.read_json(path / 'evaluation.json') or {}
   if 'bits_per_byte' in evaluation:
     metrics['bits per byte'] = evaluation['bits_per_byte']
+  for task, found in evaluation.get('tasks', {}).items():
+    metrics |= {f'{task} {name.replace("_", " ")}': value for name, value in found.items()
+                if name != 'step' and '/' not in name}
   speeds = [row['tokens_per_second'] for row in rows if 'tokens_per_second' in row]
   if speeds:
     metrics['tokens/s'] = statistics.median(speeds)

@@ -9,7 +9,8 @@
 """
 
 from lm.evaluation.predictions.contract import Model
-from lm.evaluation.predictions.evaluate import evaluate
-from lm.evaluation.predictions.evaluate import name_of
 from lm.evaluation.predictions.evaluate import as_asked
+from lm.evaluation.predictions.evaluate import evaluate
+from lm.evaluation.predictions.evaluate import is_answered
+from lm.evaluation.predictions.evaluate import name_of
 from lm.evaluation.predictions.evaluate import with_labels

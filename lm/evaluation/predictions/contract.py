@@ -29,6 +29,7 @@ class Model:
   sequence_length: tokens of a row. batch_size: rows.
   directory: of the run.
   is_tuned: whether it was trained on labelled examples, whose targets end with the end of text.
+  trained: these, where their files are at hand.
   """
   module: nn.Module
   params: Any
@@ -39,6 +40,7 @@ class Model:
   batch_size: int
   directory: pathlib.Path
   is_tuned: bool
+  trained: PreparedExamples | None = None
   hosts: Hosts = Hosts()
 
   @property

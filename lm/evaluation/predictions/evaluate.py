@@ -8,13 +8,15 @@ from collections.abc import Sequence
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any
 
 import tqdm
 
 from lm.data.examples import PreparedExamples
 from lm.errors import UserError
-from lm.evaluation import metrics, task_report
+from lm.evaluation import leakage, metrics, task_report
+from lm.evaluation.leakage import TRAIN
 from lm.evaluation.predictions import store, texts
 from lm.evaluation.predictions.contract import Model, Predictor
 from lm.evaluation.predictions.heads import Heads
@@ -49,6 +51,8 @@ def evaluate(model: Model, prepared: PreparedExamples, split: str, progress: boo
     _complete(model, predictor, part, path.stem, progress)
     if part:
       header = _header(model, prepared, split, key)
+      for sentence in header['warnings']:
+        print(f'warning: {sentence}', file=sys.stderr)
       store.write(path, header, predictor.rows([part.answers[i]
                                                 for i in range(predictor.num_items)]))
       part.close()
@@ -63,6 +67,11 @@ def predictor_of(model: Model, prepared: PreparedExamples, split: str) -> Predic
   if prepared.task.form == 'encoder':
     return Heads(model, prepared, split)
   return texts.predictor(model, prepared, split)
+
+
+def is_answered(prepared: PreparedExamples) -> bool:
+  """Whether there are predictions of the task's kind in its form: vectors name no class."""
+  return prepared.task.form != 'embedder' or prepared.kind.name != 'classification'
 
 
 def as_asked(task: Any, family: str) -> Any:
@@ -105,7 +114,19 @@ def _header(model: Model, prepared: PreparedExamples, split: str, key: str) -> d
   labels = getattr(prepared.kind, 'labels', None)
   return {'task': prepared.task.name, 'kind': prepared.kind.name,
           'labels': list(labels) if labels else None, 'split': split, 'step': model.step,
-          'key': key, 'metrics': {}}
+          'key': key, 'warnings': _warnings(model, prepared, split), 'metrics': {}}
+
+
+def _warnings(model: Model, prepared: PreparedExamples, split: str) -> list[str]:
+  """What makes the numbers of a split better than the model: examples of it that were trained on,
+  labels that their input gives away."""
+  trained, kind = model.trained, prepared.kind.name
+  if trained is None or trained.kind.name != kind or TRAIN not in trained.info['splits']:
+    return []
+  caches = {TRAIN: trained.cache(TRAIN), split: prepared.cache(split)}
+  found = leakage.find(kind, {name: [cache.example(i) for i in range(len(cache))]
+                              for name, cache in caches.items()})
+  return [finding.sentence for finding in found if finding.split == split]
 
 
 def _metrics(path: pathlib.Path) -> dict[str, float]:

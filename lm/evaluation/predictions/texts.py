@@ -107,7 +107,8 @@ class Scored:
         yield likelihood.choices_row(example, found)
       elif self._kind.name == 'language_modelling':
         total = sum(answer.log_likelihood for answer in found)
-        yield likelihood.text_row(example, total, len(tokens([example['text']])[0]))
+        yield {**likelihood.text_row(example, total, len(tokens([example['text']])[0])),
+               'words': self._kind.words(example['text'])}
       else:
         scores = np.array([answer.log_likelihood for answer in found])
         scores -= np.logaddexp.reduce(scores)
