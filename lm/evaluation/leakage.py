@@ -225,8 +225,9 @@ def _telling_words(name, examples) -> Iterator[Finding]:
     if not FEW <= len(members) <= len(examples) - FEW:
       continue
     own = collections.Counter(word for some in members for word in some)
+    most_others = (1 - NEARLY_ALL) * min(len(members), len(examples) - len(members))
     telling = [(count, word) for word, count in own.items()
-               if count >= NEARLY_ALL * len(members) and count >= NEARLY_ALL * times[word]]
+               if count >= NEARLY_ALL * len(members) and times[word] - count <= most_others]
     if telling:
       count, word = max(telling)
       where = [i for i, some in enumerate(words) if word in some and examples[i]['label'] == label]

@@ -137,6 +137,12 @@ def test_what_all_examples_have_gives_nothing_away(snips, change):
   assert not [what for what, _ in found('classification', changed(snips, change)) if what in LABELS]
 
 
+def test_numbers_say_nothing_where_nearly_all_labels_are_one():
+  examples = [{'id': str(i), 'a': f'{i} text', 'label': 'rare' if i % 20 == 7 else 'common'}
+              for i in range(400)]
+  assert not [what for what, _ in found('classification', {'train': examples}) if what in LABELS]
+
+
 def test_a_verbaliser_of_ones_own_is_looked_for():
   examples = [{'id': str(i), 'a': f'{"good" if i % 2 else "bad"} film {i}', 'label': str(i % 2)}
               for i in range(40)]

@@ -120,12 +120,13 @@ def test_continuations_are_scored_as_the_harness_does():
       {'id': '0', 'targets': 0, 'prediction': 0, 'scores': [-2.0, -3.0], 'lengths': [1, 2]},
       {'id': '1', 'targets': 1, 'prediction': 0, 'scores': [-2.0, -3.0], 'lengths': [1, 2]},
       {'id': '2', 'targets': 1, 'prediction': 0, 'scores': [-4.0, -4.0], 'lengths': [1, 1]},
-      {'id': '3', 'targets': 1, 'prediction': 1, 'scores': [-4.0, -1.0], 'lengths': [4, 2]}]
+      {'id': '3', 'targets': 1, 'prediction': 1, 'scores': [-4.0, -1.0], 'lengths': [4, 2]},
+      {'id': '4', 'targets': 1, 'prediction': 0, 'scores': [-2.0, -3.0], 'lengths': [1, 3]}]
   found = metrics.compute(header('multiple_choice'), rows)
-  # By bytes: -2, -1.5 / -2, -1.5 / a tie goes to the first / -1, -0.5.
-  assert found == {'accuracy': 0.5, 'accuracy_bytes': 0.5}
+  # By bytes: -2, -1.5 / -2, -1.5 / a tie goes to the first / -1, -0.5 / -2, -1.
+  assert found == {'accuracy': 0.4, 'accuracy_bytes': 0.6}
   wide = [{**row, 'characters': [1, 1]} for row in rows]
-  assert metrics.compute(header('multiple_choice'), wide)['accuracy_norm'] == 0.5
+  assert metrics.compute(header('multiple_choice'), wide)['accuracy_norm'] == 0.4
 
 
 def test_one_continuation_is_greedy_accuracy_and_perplexity():
@@ -175,6 +176,16 @@ def test_perplexities_divide_the_same_nats():
   found = metrics.compute(header('language_modelling'), rows)
   assert found == {'word_perplexity': math.exp(130 / 30), 'token_perplexity': math.exp(130 / 60),
                    'bits_per_byte': 130 / 180 / math.log(2)}
+
+
+def test_of_several_relevant_documents_the_first_and_the_share_count():
+  rows = [{'id': '0', 'targets': ['a', 'b', 'c'], 'prediction': ['x', 'a', 'b', 'y', 'z', 'c']},
+          {'id': '1', 'targets': ['a'], 'prediction': ['a', 'b', 'c', 'd', 'e']}]
+  found = metrics.compute(header('retrieval'), rows)
+  ideal = 1 + 1 / math.log2(3) + 1 / 2
+  gain = (1 / math.log2(3) + 1 / 2 + 1 / math.log2(7)) / ideal
+  assert found == {'mrr@10': 0.75, 'recall@1': 0.5, 'recall@5': pytest.approx((2 / 3 + 1) / 2),
+                   'ndcg@10': pytest.approx((gain + 1) / 2)}
 
 
 @pytest.mark.parametrize('about, rows', [

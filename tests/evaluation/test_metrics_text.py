@@ -8,6 +8,7 @@ import real_examples as real
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU
 
+from lm.errors import UserError
 from lm.evaluation import metrics
 
 NAMES = {'bleu': 'BLEU', 'chrf': 'chrF2', 'ter': 'TER'}
@@ -71,6 +72,33 @@ def test_rouge_sees_the_characters_of_chinese():
   assert 0.5 < found['rougeL'] < 1
   # rouge-score's own tokenizer finds nothing to compare.
   assert metrics.compute({**about, 'language': 'en'}, rows)['rougeL'] < 0.1
+
+
+@pytest.mark.parametrize('code, expected', [
+    ('zh', 'zh'), ('cmn', 'zh'), ('zho', 'zh'), ('zh-CN', 'zh'), ('zh_Hant', 'zh'), ('deu', 'deu'),
+    ('en', 'en'), ('eng', 'en'), (None, 'en')])
+def test_languages_have_the_code_that_sacrebleu_asks_for(code, expected):
+  assert metrics.generation.language({'language': code}) == expected
+
+
+def test_a_language_without_its_tokenizer_is_one_sentence():
+  with pytest.raises(UserError, match=r'lacks the tokenizer for .ja.; pip install .sacrebleu\[ja\].'):
+    metrics.compute({'kind': 'generation', 'language': 'ja'},
+                    [{'id': '0', 'targets': ['a'], 'prediction': 'a'}])
+
+
+@pytest.mark.parametrize('code, expected', [('en', 1.0), ('de', 0.0)])
+def test_english_words_are_stemmed_for_rouge(code, expected):
+  rows = [{'id': '0', 'targets': ['walking dogs'], 'prediction': 'walked dog'}]
+  found = metrics.compute({'kind': 'generation', 'language': code}, rows)
+  assert found['rouge1'] == found['rougeL'] == expected
+
+
+def test_predictions_with_nothing_in_common_have_no_self_bleu():
+  rows = [{'id': str(i), 'targets': ['x'], 'prediction': ' '.join(f'{i}{j}w' for j in range(6))}
+          for i in range(4)]
+  found = metrics.compute({'kind': 'generation'}, rows)
+  assert found['self_bleu'] == 0 and found['distinct_1'] == 1 and found['distinct_2'] == 5 / 6
 
 
 def test_copies_are_perfect_and_alike():

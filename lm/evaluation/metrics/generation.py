@@ -84,8 +84,8 @@ def sacrebleu(header: Header, rows: Sequence[Row]) -> tuple[dict[str, Any], list
     return {'bleu': BLEU(trg_lang=code), 'chrf': CHRF(),
             'ter': TER(normalized=asian, asian_support=asian)}, streams
   except RuntimeError as error:
-    raise UserError(f'sacrebleu has no tokenizer for {code!r} ({error}); pip install '
-                    f'"sacrebleu[{code}]"') from error
+    raise UserError(f'sacrebleu lacks the tokenizer for {code!r}; pip install "sacrebleu[{code}]"'
+                    ) from error
 
 
 class _Tokens:
