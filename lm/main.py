@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
                            'starts from it where program, versions and devices are the same')
     if name == 'evaluate':
       command.add_argument('--harness', metavar='TASK1,TASK2,...', help='tasks of '
-                           "lm-evaluation-harness, or YAML files of tasks, in the objective's place")
+                           "lm-evaluation-harness, or YAML files, in the objective's place")
       command.add_argument('--limit', type=int, help='--harness: examples of each task')
       command.add_argument('--num_fewshot', type=int, help='--harness: examples before a question')
     if name == 'generate':
