@@ -29,6 +29,7 @@ ONLY = {
     'torch': ['lm/interop/*'],
     'transformers': ['lm/interop/*'],
     'optuna': ['lm/commands/sweep_study.py'],
+    'lm_eval': ['lm/evaluation/harness.py', 'lm/commands/harness.py'],
     'lm.main': [],
     'lm.run': ['lm/main.py', 'lm/run.py', 'lm/commands/*'],
     'lm.models': ['lm/models/*', 'lm/compression/*', 'lm/export/*', 'lm/interop/*', 'lm/main.py',
@@ -57,7 +58,7 @@ LAZY = ['tensorflow', 'apache_beam', 'tensorboard', 'sentencepiece', 'zstandard'
         'array_record', 'torch', 'transformers', 'tensorstore', 'gguf', 'tokenizers', 'optuna',
         'pyarrow', 'msgpack', 'ftfy', 'fasttext', 'sklearn', 'scipy', 'fastwarc', 'trafilatura',
         'resiliparse', 'lxml', 'tensorflow_datasets', 'charset_normalizer',
-        'phonenumbers', 'stdnum', 'seqeval', 'sacrebleu', 'rouge_score', 'nltk']
+        'phonenumbers', 'stdnum', 'seqeval', 'sacrebleu', 'rouge_score', 'nltk', 'lm_eval']
 EAGER = {'lm/data/seqio_tasks.py'}  # itself imported lazily
 
 

@@ -1,5 +1,5 @@
-"""lm-evaluation-harness (the package lm_eval, Gao et al., doi:10.5281/zenodo.10256836) on a model of
-ours: its registry's tasks, prompts and metrics, our log-likelihoods and texts."""
+"""lm-evaluation-harness (the package lm_eval; Gao et al., doi:10.5281/zenodo.10256836) on a model
+of ours: the tasks, prompts and metrics of its registry, our log-likelihoods and texts."""
 from collections.abc import Mapping, Sequence
 import contextlib
 import logging

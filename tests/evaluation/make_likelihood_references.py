@@ -2,11 +2,11 @@
 
     python tests/evaluation/make_likelihood_references.py stories260k=DIR smollm2=DIR
 
-Needs the extra `parity` and directories that `lm convert --to` made of runs that `lm convert --from`
-made of stories260K.bin (with tok512.bin as its tokenizer) and of SmolLM2-135M-Instruct.Q4_1.gguf.
-The file holds, for some items of four tasks, (log-likelihood, greedy) of each continuation, and the
-log-likelihoods of whole texts; the softmax is in float64, since that of the harness' default, summed
-over a hundred tokens, is 1e-3 off.
+Needs the extra `parity`, and directories that `lm convert --to` made of runs that `lm convert
+--from` made of stories260K.bin (with tok512.bin as its tokenizer) and of
+SmolLM2-135M-Instruct.Q4_1.gguf. The file holds, for some items of four tasks, (log-likelihood,
+greedy) of each continuation, and the log-likelihoods of whole texts. The softmax is in float64: the
+harness' own, in float32, is 1e-3 off where it is summed over a hundred tokens.
 """
 import gzip
 import json
@@ -30,7 +30,8 @@ def examples(number=NUMBER):
     with gzip.open(DATA / task / f'{name}.jsonl.gz', 'rt', encoding='utf-8') as file:
       found[task] = lines(file)
   with tarfile.open(DATA / 'blimp/blimp.tar.gz') as tar:
-    found['blimp'] = [row for name in sorted(tar.getnames()) for row in lines(tar.extractfile(name))]
+    found['blimp'] = [row for name in sorted(tar.getnames())
+                      for row in lines(tar.extractfile(name))]
   return {task: rows[::len(rows) // number][:number] for task, rows in found.items()}
 
 

@@ -81,7 +81,8 @@ def test_every_answer_is_that_of_transformers(stories, answering, tasks, tmp_pat
   wanted = lm_eval.simple_evaluate(theirs, tasks=asked, task_manager=local_tasks())
   found = harness.evaluate(answering, asked)
   for name, values in found.metrics.items():
-    assert values == pytest.approx(harness._numbers(wanted['results'][name]), abs=1e-4), name
+    assert values == pytest.approx(harness._numbers(wanted['results'][name]), rel=1e-4,
+                                   abs=1e-4), name
   for header, rows in found.predictions:
     samples = sorted(wanted['samples'][header['task']], key=lambda sample: sample['doc_id'])
     assert len(rows) == len(samples) > 1

@@ -1,6 +1,7 @@
 """Likelihoods are those of each text alone, however texts are packed and what they share."""
 import dataclasses
 import functools
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -150,6 +151,12 @@ def test_packing_asks_for_every_target_of_every_text_behind_its_own_input(shares
       seen.append(number)
   assert sorted(seen) == list(range(200))
   assert filled > 0.8 * room
+
+
+def test_meshes_of_8_devices_give_the_likelihoods_of_one(child_with_devices):
+  script = pathlib.Path(__file__).with_name('sharded_likelihood.py')
+  found = child_with_devices(script)
+  assert len(found) == 3 and all(difference < 1e-4 for *_, difference in found), found
 
 
 def test_a_long_context_loses_its_beginning():
