@@ -25,6 +25,7 @@ run.Experiment.task = %TASK
 run.Experiment.model = @heads.ClassifierConfig()
 heads.ClassifierConfig.trunk = @bert.BERTConfig()
 bert.BERTConfig.masked_lm = False
+bert.BERTConfig.num_layers = 1
 bert.BERTConfig.sentence_classes = 0
 examples.ExampleTask.name = 'bad'
 examples.ExampleTask.kind = @examples.Classification()

@@ -1,5 +1,6 @@
 """gin/tasks/: every file is a task, and the local ones read the real sets whole."""
 import gzip
+import json
 import pathlib
 
 import numpy as np
@@ -57,11 +58,12 @@ WORDS = {'ud_english_ewt': [204_577, 25_147], 'ud_chinese_gsd': [12_665],
 
 
 def task_of(name, tmp_path, **macros):
-  """The task of a gin file, as a run with these macros has it."""
+  """The task of a gin file, as a run with these macros has it; with SOURCE, of files."""
   (tmp_path / 'run.gin').write_text(RUN)
   macros = {'CACHE_DIR': str(tmp_path / 'cache'), **macros}
-  config.parse([f'gin/tasks/{name}.gin', str(tmp_path / 'run.gin')],
-               [(key, repr(value)) for key, value in macros.items()])
+  values = {key: '@examples.Files()' if key == 'SOURCE' else repr(value)
+            for key, value in macros.items()}
+  config.parse([f'gin/tasks/{name}.gin', str(tmp_path / 'run.gin')], list(values.items()))
   return config.build(run.Experiment).task
 
 
@@ -173,3 +175,59 @@ def test_a_task_gives_batches_in_its_form(name, form, tmp_path, shared):
   batch = prepared.loader('validation', 256, 2, 0).batch(0)
   side = 'decoder_target_tokens' if form == 'decoder' else 'encoder_input_tokens'
   assert batch[side].shape == (2, 256) and np.count_nonzero(batch[side]) > 256
+
+
+# Rows as Hugging Face's files or the original ones have them.
+ROWS = {
+    'glue_cola': ({'sentence': 's', 'label': 1, 'idx': 0}, {'a': 's', 'label': 'acceptable'}),
+    'glue_mnli': ({'premise': 'p', 'hypothesis': 'h', 'label': 2},
+                  {'a': 'p', 'b': 'h', 'label': 'contradiction'}),
+    'glue_stsb': ({'sentence1': 'x', 'sentence2': 'y', 'label': 2.5},
+                  {'a': 'x', 'b': 'y', 'score': 2.5}),
+    'superglue_copa': (
+        {'premise': 'It fell.', 'choice1': 'He hit it.', 'choice2': 'It sang.', 'question': 'cause',
+         'label': 0},
+        {'contexts': ['It fell because'] * 2, 'continuations': ['he hit it.', 'it sang.'],
+         'label': 0}),
+    'superglue_wic': ({'word': 'place', 'sentence1': 's', 'sentence2': 't', 'label': 0},
+                      {'a': 'place: s', 'b': 't', 'label': 'False'}),
+    'conll2003': ({'tokens': ['EU'], 'ner_tags': [3]}, {'words': ['EU'], 'tags': ['B-ORG']}),
+    'wmt_de_en': ({'translation': {'de': 'ja', 'en': 'yes'}}, {'source': 'ja', 'targets': ['yes']}),
+    'xsum': ({'document': 'd', 'summary': 's'}, {'source': 'd', 'targets': ['s']}),
+    'hellaswag': (
+        {'ctx_a': 'A man sits.', 'ctx_b': 'he', 'activity_label': 'Roof', 'label': '1',
+         'endings': ['is [substeps] up.', 'falls  off.']},
+        {'contexts': ['Roof: A man sits. He'] * 2, 'continuations': ['is up.', 'falls off.'],
+         'label': 1}),
+    'arc_easy': (
+        {'id': 'A1', 'question': 'q', 'choices': {'text': ['x', 'y'], 'label': ['A', 'B']},
+         'answerKey': 'B'},
+        {'contexts': ['q', 'q'], 'continuations': ['x', 'y'], 'label': 1}),
+    'winogrande': (
+        {'sentence': 'Ann saw Eve so _ left.', 'option1': 'Ann', 'option2': 'Eve', 'answer': '2'},
+        {'contexts': ['Ann saw Eve so Ann', 'Ann saw Eve so Eve'],
+         'continuations': ['left.', 'left.'], 'label': 1}),
+}
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_a_set_of_tfds_is_read_by_path_too(name, tmp_path):
+  row, expected = ROWS[name]
+  (tmp_path / 'train.jsonl').write_text(json.dumps(row) + '\n')
+  task = task_of(name, tmp_path, TRAIN_FILES=str(tmp_path / '*.jsonl'), VALIDATION_FILES=None,
+                 SOURCE=None)
+  (_, record), = task.source.records('train')
+  assert task.kind.canonical(record) == expected
+
+
+def test_columns_of_hugging_face_are_read(tmp_path):
+  arrow = pytest.importorskip('pyarrow')
+  import pyarrow.parquet
+  row, expected = ROWS['glue_cola']
+  table = arrow.Table.from_pylist([row] * 3)
+  pyarrow.parquet.write_table(table, tmp_path / 'a.parquet')
+  with arrow.ipc.new_stream(tmp_path / 'b.arrow', table.schema) as writer:
+    writer.write_table(table)
+  task = task_of('glue_cola', tmp_path, SOURCE=None, VALIDATION_FILES=None,
+                 TRAIN_FILES=(str(tmp_path / '*.parquet'), str(tmp_path / '*.arrow')))
+  assert canonical(task, 'train') == [expected] * 6

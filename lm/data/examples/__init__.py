@@ -2,6 +2,7 @@
 
     sources.py   where the splits lie and how they are read: records, one dict each
     formats.py   what stands in a file
+    tfds.py      sets of TensorFlow Datasets, read in a child process
     convert.py   records of well-known sets
     kinds.py     what an example is: classification, similarity, tagging, ... checked and canonical
     template.py  prompts and targets of models that read and write text
@@ -23,3 +24,4 @@ from lm.data.examples.sources import Files
 from lm.data.examples.task import ExampleTask
 from lm.data.examples.task import PreparedExamples
 from lm.data.examples.template import Template
+from lm.data.examples.tfds import TFDS

@@ -91,7 +91,7 @@ def winogrande(record: Record) -> Iterator[Record]:
   """A sentence of WinoGrande, each name put in: what follows is scored given what comes before.
 
   Of llm-foundry's form {'context_options', 'continuation', 'gold'}, or of the original's
-  {'sentence', 'option1', 'option2', 'answer'}. Partial scoring: Trinh and Le 2018,
+  {'sentence', 'option1', 'option2', 'answer'}, where 'label' may stand for 'answer'. Partial scoring: Trinh and Le 2018,
   arXiv:1806.02847, section 3.2.
   """
   if 'context_options' in record:
@@ -99,7 +99,7 @@ def winogrande(record: Record) -> Iterator[Record]:
   else:
     before, _, rest = record['sentence'].partition('_')
     contexts = [before + record['option1'], before + record['option2']]
-    label = record['label'] if 'label' in record else int(record['answer']) - 1
+    label = int(record['answer'] if 'answer' in record else record['label']) - 1
   yield {'contexts': list(contexts), 'continuations': [rest.strip()] * 2, 'label': int(label)}
 
 
@@ -115,3 +115,77 @@ def blimp(record: Record) -> Iterator[Record]:
   """A minimal pair of BLiMP, the good sentence first (arXiv:1912.00582)."""
   yield {'id': f'{record["UID"]}-{record["pairID"]}', 'context': '', 'label': 0,
          'continuations': [record['sentence_good'], record['sentence_bad']]}
+
+
+def similar(record: Record) -> Iterator[Record]:
+  """A pair of STS Benchmark that says the same, a score of 4 or more, as a query and its document."""
+  if float(record['score']) >= 4:
+    yield {'query': record['a'], 'documents': [record['b']]}
+
+
+def triple(record: Record) -> Iterator[Record]:
+  """A premise, what it entails and what it contradicts, as supervised SimCSE has them
+  (arXiv:2104.08821, section 4.2)."""
+  yield {'query': record['sent0'], 'documents': [record['sent1'], record['hard_neg']]}
+
+
+def hellaswag(record: Record) -> Iterator[Record]:
+  """A beginning of HellaSwag and four ends (arXiv:1905.07830), cleaned as lm-evaluation-harness
+  does it; of the original's names or of TensorFlow Datasets'."""
+  if 'ctx_a' in record:
+    context = f'{record["ctx_a"]} {record["ctx_b"].capitalize()}'
+  else:
+    context = record['context']
+  clean = lambda text: re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')
+                              ).replace('  ', ' ')
+  yield {'context': clean(f'{record["activity_label"]}: {context}'), 'label': int(record['label']),
+         'continuations': [clean(ending) for ending in record['endings']]}
+
+
+def arc(record: Record) -> Iterator[Record]:
+  """A question of ARC and its answers (arXiv:1803.05457)."""
+  labels = list(record['choices']['label'])
+  yield {'id': record['id'], 'context': record['question'],
+         'continuations': list(record['choices']['text']),
+         'label': labels.index(record['answerKey'])}
+
+
+def copa(record: Record) -> Iterator[Record]:
+  """A premise of COPA and two causes or effects, as a sentence that goes on (SuperGLUE,
+  arXiv:1905.00537)."""
+  link = {'cause': 'because', 'effect': 'so'}[record['question']]
+  small = lambda text: text[:1].lower() + text[1:]
+  label = {'choice1': 0, 'choice2': 1}.get(record['label'], record['label'])
+  yield {'context': f'{record["premise"].strip().removesuffix(".")} {link}', 'label': int(label),
+         'continuations': [small(record['choice1']), small(record['choice2'])]}
+
+
+def multirc(record: Record) -> Iterator[Record]:
+  """An answer to a question of MultiRC about a paragraph: right or wrong, one at a time."""
+  yield {'a': f'{record["question"]} {record["answer"]}', 'b': record['paragraph'],
+         'label': record['label']}
+
+
+def wic(record: Record) -> Iterator[Record]:
+  """Two sentences of WiC: has the word one meaning in both?"""
+  yield {'a': f'{record["word"]}: {record["sentence1"]}', 'b': record['sentence2'],
+         'label': record['label']}
+
+
+def wsc(record: Record) -> Iterator[Record]:
+  """A sentence of WSC: does the pronoun mean the noun?"""
+  yield {'a': record['text'], 'b': f'{record["span2_text"]} means {record["span1_text"]}',
+         'label': record['label']}
+
+
+def conll2003(record: Record) -> Iterator[Record]:
+  """A sentence of CoNLL-2003 with its named entities, of either name of their column."""
+  yield {'words': record['tokens'], 'tags': record['ner' if 'ner' in record else 'ner_tags']}
+
+
+def translation(record: Record) -> Iterator[Record]:
+  """A pair of WMT into English, of rows {'de', 'en'} or {'translation': {'de', 'en'}}."""
+  pair = dict(record.get('translation', record))
+  target = pair.pop('en')
+  source, = pair.values()
+  yield {'source': source, 'target': target}
