@@ -11,8 +11,10 @@ from lm.commands import harness
 from lm.data import vocabularies
 from lm.data.examples import ExampleTask, PreparedExamples
 from lm.errors import UserError
-from lm.evaluation import predictions, task_compare, task_report
+from lm.evaluation import predictions, report, task_compare, task_report
 from lm.parallel.distributed import Hosts
+
+SIGNED = 'bleu', 'chrf', 'ter'  # are cited with sacrebleu's signature (Post 2018)
 
 
 def execute(experiment: run.Experiment, args: argparse.Namespace, hosts: Hosts) -> dict[str, Any]:
@@ -103,6 +105,11 @@ def tell(result: dict[str, Any], run_dir: str):
   told = [page for page in pages if page.stem.rpartition('-')[0] in result]
   if told:
     print('pages: ' + ' '.join(map(str, told)))
+  for page in told:
+    notes = (report.read_json(page.with_suffix('.json')) or {}).get('notes', {})
+    for name in SIGNED:
+      if name in notes:
+        print(f'{page.stem}: {name} is {notes[name]}')
 
 
 def tell_standing(run_dir: str):

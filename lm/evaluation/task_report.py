@@ -25,7 +25,7 @@ FEW = 8  # examples of a slice below which there are fewer slices
 Header, Rows = Mapping[str, Any], Sequence[Mapping[str, Any]]
 
 
-def write(header: Header, rows: Rows, path: pathlib.Path,
+def write(header: Header, rows: Rows, path: pathlib.Path, scorer: metrics.Scorer | None = None,
           intervals: Mapping[str, significance.Interval] | None = None, seed: int = 0,
           progress: bool = False) -> pathlib.Path:
   """Writes the page of predictions; see `page`.
@@ -33,19 +33,20 @@ def write(header: Header, rows: Rows, path: pathlib.Path,
   Raises:
     UserError: the predictions are not as `metrics.contract` says, or the disk is full.
   """
-  return report.write(path, page(header, rows, intervals, seed, progress))
+  return report.write(path, page(header, rows, scorer, intervals, seed, progress))
 
 
-def page(header: Header, rows: Rows,
+def page(header: Header, rows: Rows, scorer: metrics.Scorer | None = None,
          intervals: Mapping[str, significance.Interval] | None = None, seed: int = 0,
          progress: bool = False) -> str:
   """HTML that loads nothing and runs nothing.
 
   Args:
+    scorer: of these rows, for who has one.
     intervals: of `significance.bootstrap`, for who has them; by default they are computed with
       `seed`.
   """
-  scorer = metrics.scorer(header, rows)
+  scorer = scorer or metrics.scorer(header, rows)
   if intervals is None:
     intervals = significance.bootstrap(scorer, seed, progress=progress)
   values = scorer.metrics()

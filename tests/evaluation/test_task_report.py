@@ -29,7 +29,7 @@ def intervals(snips):
 
 @pytest.fixture(scope='module')
 def text(snips, intervals):
-  return task_report.page(*snips, intervals)
+  return task_report.page(*snips, intervals=intervals)
 
 
 @pytest.mark.supports('evaluation', 'a page of a task: confusion, calibration, worst errors, '
@@ -100,7 +100,7 @@ OTHERS = {
 def test_every_kind_has_a_page(kind, tmp_path):
   rows = [{'id': str(i), **OTHERS[kind]} for i in range(3)]
   about = {'task': f'<{kind}>', 'kind': kind, 'labels': None, 'split': 's', 'step': 1}
-  path = task_report.write(about, rows, tmp_path / 'page.html', {})
+  path = task_report.write(about, rows, tmp_path / 'page.html', intervals={})
   page = Page(path.read_text('utf-8'))
   assert page.of('h1') == [f'<{kind}>'] and 'Worst examples' in page.of('h2') or (
       kind == 'multiple_choice')
@@ -109,7 +109,7 @@ def test_every_kind_has_a_page(kind, tmp_path):
 
 def test_many_classes_are_colours_and_the_most_confused():
   about, rows = real.classified(real.banking()[::20])
-  page = Page(task_report.page(about, rows, {}))
+  page = Page(task_report.page(about, rows, intervals={}))
   assert 'number of the target' in page.of('text') and 'taken for' in page.of('th')
 
 

@@ -114,6 +114,7 @@ def _header(model: Model, prepared: PreparedExamples, split: str, key: str) -> d
   labels = getattr(prepared.kind, 'labels', None)
   return {'task': prepared.task.name, 'kind': prepared.kind.name,
           'labels': list(labels) if labels else None, 'split': split, 'step': model.step,
+          'language': getattr(prepared.kind, 'language', None),
           'key': key, 'warnings': _warnings(model, prepared, split), 'metrics': {}}
 
 
@@ -133,11 +134,11 @@ def _metrics(path: pathlib.Path) -> dict[str, float]:
   """Computes the metrics of predictions, and writes them into the header and onto the page."""
   header, rows = metrics.read(path)
   scorer = metrics.scorer(header, rows)
-  header['metrics'] = scorer.metrics()
+  header['metrics'], header['notes'] = scorer.metrics(), dict(scorer.notes)
   store.write_header(path, header)
   page = path.with_suffix('.html')
   if not page.exists():
-    task_report.write(header, rows, page)
+    task_report.write(header, rows, page, scorer)
   return header['metrics']
 
 
