@@ -1,9 +1,9 @@
-"""How sure a metric is: intervals over examples, tests between two runs, spread over seeds.
+"""How sure a metric is: intervals over examples, and tests between two runs.
 
 Intervals are percentile bootstraps: examples are drawn with replacement, as many as there are, and
 the metric of each draw is computed anew from what its examples add to it, of corpus metrics (BLEU,
 F1) too (Efron and Tibshirani 1993, chapter 13; for BLEU Koehn 2004). SciPy draws. Intervals say how
-a metric would vary over other examples, not over other seeds.
+a metric would vary over other examples, not over other seeds (`compare.py` says that).
 
 Two runs on the same examples are compared by tests of pairs, of two sides:
 
@@ -17,14 +17,12 @@ Two runs on the same examples are compared by tests of pairs, of two sides:
 """
 from collections.abc import Mapping, Sequence
 import dataclasses
-import statistics
 from typing import Any
 import warnings
 
 import numpy as np
 import tqdm
 
-from lm.errors import UserError
 from lm.evaluation import metrics
 
 REPEATS = 1000  # resamples; a p value cannot be less than 1 / (REPEATS + 1)
@@ -158,33 +156,3 @@ def _sacrebleu(header, first, second) -> dict[str, tuple[float, str]]:
   found = [scores[name][1] for name in scores if name != 'System']
   return {name: (float(result.p_value), f"sacrebleu's paired approximate randomisation, "
                  f'{tested.n_samples} trials') for name, result in zip(scorers, found)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Seeds:
-  """A metric over k seeds: its mean, the sample deviation, and Student's interval of the mean; of
-  one seed there is neither."""
-  values: tuple[float, ...]
-  mean: float
-  deviation: float | None
-  low: float | None
-  high: float | None
-
-
-def of_seeds(values: Sequence[float], confidence: float = CONFIDENCE) -> Seeds:
-  """Sums up one metric of runs that differ in the seed alone.
-
-  Raises:
-    UserError: there is no value.
-  """
-  from scipy import stats
-  values = tuple(map(float, values))
-  if not values:
-    raise UserError('there is no value to take the mean of; give the metric of one seed or more')
-  mean = statistics.fmean(values)
-  if len(values) < 2:
-    return Seeds(values, mean, None, None, None)
-  deviation = statistics.stdev(values)
-  low, high = stats.t.interval(confidence, len(values) - 1, mean, stats.sem(values)) if (
-      deviation) else (mean, mean)
-  return Seeds(values, mean, deviation, float(low), float(high))

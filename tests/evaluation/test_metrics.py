@@ -1,5 +1,7 @@
 """Metrics are the reference libraries' own, to the last digit, on real data."""
+import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from seqeval.scheme import IOB2
 import sklearn.metrics as sk
 from sklearn import calibration
 
+from lm.errors import UserError
 from lm.evaluation import metrics
 
 
@@ -219,6 +222,37 @@ def test_what_is_not_defined_is_absent_and_said():
   assert scorer.metrics()['precision/b'] == 0 and 'f1/c' not in scorer.metrics()
   constant = metrics.scorer(header('similarity'), [{'id': '', 'targets': 1, 'prediction': 2}] * 3)
   assert constant.metrics() == {} and 'all targets are equal' in constant.notes['pearson']
+
+
+def test_files_give_what_memory_gives_whatever_the_texts_hold(tmp_path):
+  about, rows = real.classified(real.snips('validate')[::20])
+  rows[0]['inputs'] = 'a line\nand\u2028another\x85one\x0cmore'
+  (tmp_path / 'a-b.json').write_text(json.dumps(about))
+  lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
+  (tmp_path / 'a-b.jsonl').write_text(''.join(lines), 'utf-8')
+  for name in ('a-b.json', 'a-b.jsonl'):
+    assert metrics.read(tmp_path / name) == (about, rows)
+    assert metrics.of_file(tmp_path / name) == metrics.compute(about, rows)
+  (tmp_path / 'a-b.jsonl').write_text('')
+  with pytest.raises(UserError, match='there are no predictions of real, split validation'):
+    metrics.of_file(tmp_path / 'a-b.json')
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'targets': 'x'}, "target 'x' of row 2 .* is none of the 7 labels"),
+    ({'scores': [-1.0, float('nan')] + [-2.0] * 5}, 'row 2 .* not finite'),
+    ({'scores': [-1.0]}, 'row 2 .* must be 7 numbers')])
+def test_bad_rows_are_one_sentence(change, message):
+  about, rows = real.classified(real.snips('validate')[::20])
+  rows[2].update(change)
+  with pytest.raises(UserError, match=message):
+    metrics.compute(about, rows)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'seqeval.scheme', None)
+  with pytest.raises(UserError, match=r'need the package seqeval.*pip install "lm\[eval\]"'):
+    metrics.compute(*real.tagged(real.wnut()[:3]))
 
 
 def test_a_resample_is_scored_as_its_rows_are():

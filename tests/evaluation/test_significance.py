@@ -6,7 +6,6 @@ from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 from scipy import stats
 
-from lm.errors import UserError
 from lm.evaluation import metrics
 from lm.evaluation import significance
 
@@ -134,13 +133,3 @@ def test_translations_are_tested_by_sacrebleu():
   assert found['bleu'].second == theirs['BLEU'][1].score and 'sacrebleu' in found['bleu'].test
   assert found['rougeL'].test == 'approximate randomisation, 50 trials'
   assert found['distinct_1'].p is None and found['distinct_1'].low is None
-
-
-def test_seeds_have_students_interval():
-  found = significance.of_seeds([0.80, 0.82, 0.84])
-  assert found.mean == pytest.approx(0.82) and found.deviation == pytest.approx(0.02)
-  assert found.high - found.mean == pytest.approx(4.302653 * 0.02 / 3**0.5, rel=1e-6)
-  assert significance.of_seeds([0.5]).deviation is None
-  assert significance.of_seeds([0.5, 0.5]).low == 0.5
-  with pytest.raises(UserError, match='no value'):
-    significance.of_seeds([])

@@ -80,7 +80,8 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]
   place = path.with_suffix('.jsonl')
   try:
     header = json.loads(path.with_suffix('.json').read_text('utf-8'))
-    lines = place.read_text('utf-8').splitlines()
+    # Not by splitlines, which also cuts at separators within a text.
+    lines = place.read_text('utf-8').removesuffix('\n').split('\n')
   except OSError as error:
     raise UserError(f'{error.filename} cannot be read ({error.strerror}); predictions are a .jsonl '
                     'and a .json beside it, which `lm evaluate --tasks` writes') from error
@@ -88,7 +89,7 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]
     raise UserError(f'{path.with_suffix(".json")} or its .jsonl is not what its name says '
                     f'({error}); delete both and evaluate again') from error
   rows = []
-  for number, line in enumerate(lines, 1):
+  for number, line in enumerate(lines if lines != [''] else [], 1):
     try:
       rows.append(json.loads(line))
     except ValueError as error:
