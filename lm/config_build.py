@@ -227,10 +227,12 @@ class Bindings:
     The fields that nothing binds are bound to the result's, so that what is saved needs no file.
     """
     used, calls, source = set(self.used), dict(self.calls), self.bindings[key].source
+    retired = self._retired()  # by this reference itself, if it took another's place
     result = self._call(leaf.target, leaf.scope or scope, source)
-    self.spent |= self.used - used
+    self.spent |= self.used - used | retired
     self.used, self.calls = used, calls
-    reference = self._bind_fields(result, source, {}, frozenset(self.bindings))
+    given = frozenset(self.bindings) - retired
+    reference = self._bind_fields(result, source, {}, given)
     binding = self.bindings[key]
     self.bindings[key] = dataclasses.replace(binding, value=transform(
         binding.value, lambda other: reference if other == leaf else other))
@@ -245,7 +247,8 @@ class Bindings:
     for field in dataclasses.fields(result):
       value, key = getattr(result, field.name), Key('/'.join(scope), target, field.name)
       is_given = key in given or key._replace(scope='') in given
-      if not field.init or is_given or not scope and value == field.default:
+      is_default = not scope and value == field.default and key not in self.bindings
+      if not field.init or is_given or is_default:
         continue
       if dataclasses.is_dataclass(value):
         value = self._bind_fields(value, source, seen, given, (*scope, field.name))

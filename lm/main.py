@@ -53,8 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     if name == 'evaluate':
       _evaluate_flags(command)
     if name == 'train':
-      command.add_argument('--seeds', type=int, metavar='K', help='train with SEED = 0 to K - 1, in '
-                           'RUN_DIR/seed-N each; mean, deviation and interval of every metric')
+      command.add_argument('--seeds', type=int, metavar='K', help='train with SEED = 0 to K - 1, '
+                           'in RUN_DIR/seed-N; mean, deviation and interval of every metric')
     if name == 'generate':
       command.add_argument('--prompt', action='append', required=True, help='repeatable')
       command.add_argument('--max_new_tokens', type=int)
@@ -248,8 +248,8 @@ def _train(experiment: Any, args: argparse.Namespace) -> dict[str, Any]:
 def _train_seeds(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[str, Any]:
   from lm.commands import seeds
   if args.run_dir is None or args.compiled:
-    raise UserError('`lm train --seeds` needs --run_dir=DIR, where the runs are or shall be, and no '
-                    '--compiled')
+    raise UserError('`lm train --seeds` needs --run_dir=DIR, where the runs are or shall be, and '
+                    'no --compiled')
   result, is_main = _together(args, lambda hosts: seeds.train(args, bindings, hosts))
   if is_main:
     seeds.tell(result, args.run_dir)

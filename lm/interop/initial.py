@@ -331,4 +331,5 @@ def _check_vocabulary(weights, digest):
     raise UserError(
         f'the vocabulary of this run ({digest[:8]}) is not that of {weights.run_dir} '
         f'({there[:8]}), so its embeddings would mean other texts; take the vocabulary of that '
-        'run, as gin/runs/finetune.gin does, or bind initial.Weights.resize_vocabulary=True to take them by id')
+        'run, as gin/runs/finetune.gin does, or bind initial.Weights.resize_vocabulary=True to '
+        'take them by id')

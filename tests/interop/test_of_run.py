@@ -124,6 +124,27 @@ heads.ClassifierConfig.head_dropout_rate = 0.125
   assert again == dataclasses.replace(first, model=dataclasses.replace(first.model, trunk=trunk))
 
 
+def test_what_it_takes_the_place_of_binds_it_no_more(tmp_path):
+  """As where a run file binds one vocabulary, and an experiment takes that of a run instead."""
+  path = write(tmp_path, BERT)
+  first = tmp_path / 'first.gin'
+  first.write_text("""
+from __gin__ import dynamic_registration
+from lm.data import tasks
+from lm.data import vocabularies
+SIZE = 777
+tasks.TextTask.vocabulary = @vocabularies.VocabularyConfig()
+vocabularies.VocabularyConfig.kind = 'bpe'
+vocabularies.VocabularyConfig.size = %SIZE
+""")
+  config.parse([str(first), str(path)])
+  assert config.build(run.Experiment).task.vocabulary == VocabularyConfig('byte', extra_ids=44)
+  config.save(tmp_path / 'config.gin')
+  assert '777' not in (tmp_path / 'config.gin').read_text()
+  config.parse([str(tmp_path / 'config.gin')])
+  assert config.build(run.Experiment).task.vocabulary == VocabularyConfig('byte', extra_ids=44)
+
+
 def test_two_trunks_of_one_class_keep_their_own_fields(tmp_path):
   path, saved = write(tmp_path, DualEncoderConfig(APART.query)), tmp_path / 'source' / 'config.gin'
   saved.write_text(saved.read_text() + """

@@ -15,7 +15,7 @@ def from_run(folder, tmp_path_factory):
   """The bindings of a run that goes on from one of 20 steps, its directory, and that run's."""
   source = tmp_path_factory.mktemp('source') / 'run'
   runs.train(folder, source, NUM_STEPS=20, CHECKPOINT_EVERY=20, EVAL_EVERY=20)
-  bindings = LENGTH | {'INITIAL': '@initial.Weights()',
+  bindings = LENGTH | {'run__Experiment__initial': '@initial.Weights()',
                        'initial__Weights__run_dir': repr(str(source)), 'LEARNING_RATE': 0.001}
   directory = tmp_path_factory.mktemp('continued') / 'run'
   runs.train(folder, directory, **bindings)
