@@ -18,8 +18,8 @@ ONLY = {
     'gin': ['lm/config.py'],
     # Those who receive a model may name its type and no more: see the test of `nn.Module`.
     'flax': ['lm/layers/*', 'lm/models/*', 'lm/training/state.py', *RECEIVE_A_MODEL],
-    'tensorflow': ['lm/corpus/*', 'lm/data/tasks.py', 'lm/data/seqio_tasks.py'],
-    'seqio': ['lm/corpus/*', 'lm/data/tasks.py', 'lm/data/seqio_tasks.py'],
+    'tensorflow': ['lm/corpus/*', 'lm/data/tasks.py', 'lm/data/seqio_*.py'],
+    'seqio': ['lm/corpus/*', 'lm/data/tasks.py', 'lm/data/seqio_*.py'],
     'apache_beam': ['lm/corpus/*', 'lm/data/*'],
     'optax': ['lm/training/*', 'lm/run.py', 'lm/doctor*.py'],
     'orbax': ['lm/training/*'],
@@ -59,7 +59,7 @@ LAZY = ['tensorflow', 'apache_beam', 'tensorboard', 'sentencepiece', 'zstandard'
         'pyarrow', 'msgpack', 'ftfy', 'fasttext', 'sklearn', 'scipy', 'fastwarc', 'trafilatura',
         'resiliparse', 'lxml', 'tensorflow_datasets', 'charset_normalizer',
         'phonenumbers', 'stdnum', 'seqeval', 'sacrebleu', 'rouge_score', 'nltk', 'lm_eval']
-EAGER = {'lm/data/seqio_tasks.py'}  # itself imported lazily
+EAGER = {'lm/data/seqio_tasks.py', 'lm/data/seqio_examples.py'}  # itself imported lazily
 
 
 def names(nodes, file):

@@ -138,3 +138,16 @@ def test_a_label_may_be_its_place_and_a_number_may_be_formatted():
   assert examples.Template('', '{score:.1f}').target({'score': 3.26}) == '3.3'
   question = {'answers': [], 'question': 'q', 'context': 'c'}
   assert examples.Template('', '{answer}').target(question) == 'unanswerable'
+
+
+@pytest.mark.parametrize('example, prompt, target', [
+    ({'a': 'x', 'label': 'l'}, 'x', 'l'), ({'a': 'x', 'b': 'y', 'label': 'l'}, 'x y', 'l'),
+    ({'a': 'x', 'b': 'y', 'score': 2.5}, 'x y', '2.5'),
+    ({'words': ['v', 'w'], 'tags': ['O', 'B']}, 'v w', 'O B'),
+    ({'question': 'q', 'context': 'c', 'answers': ['p'], 'starts': [0]}, 'q c', 'p'),
+    ({'source': 's', 'targets': ['t', 'u']}, 's', 't'), ({'text': 'w'}, '', 'w'),
+    ({'contexts': ['c', 'd'], 'continuations': ['e', 'f'], 'label': 1}, 'd', 'f'),
+    ({'query': 'q', 'documents': ['d', 'e']}, 'q', 'd')])
+def test_a_kind_has_a_bare_prompt_and_target(example, prompt, target):
+  template = examples.Template()
+  assert (template.prompt(example), template.target(example)) == (prompt, target)

@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 F = tfds.features
 
 def make(name, features, splits):
-  class Builder(tfds.core.GeneratorBasedBuilder):
+  class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version('1.0.0')
     def _info(self):
       return tfds.core.DatasetInfo(builder=self, features=F.FeaturesDict(features),
@@ -27,7 +27,7 @@ def make(name, features, splits):
       return {split: self._generate_examples(rows) for split, rows in splits.items()}
     def _generate_examples(self, rows):
       yield from enumerate(rows)
-  builder = type(name, (Builder,), {'__module__': __name__})
+  builder = type(name, (Made,), {'__module__': __name__})
   builder(data_dir=sys.argv[1]).download_and_prepare()
 
 rows = [{'sentence': f'Is \\u00fc {n}?', 'label': 'yes' if n % 2 else 'no'} for n in range(6)]

@@ -105,6 +105,12 @@ class ExampleTask:
     info = json.loads((directory / 'info.json').read_text('utf-8'))
     return PreparedExamples(self, directory, vocabularies.load(directory / 'vocabulary'), info)
 
+  def register(self) -> Any:
+    """Returns the `seqio.Task` in SeqIO's registry (imports TensorFlow; builds what is missing)."""
+    from lm.data import seqio_examples
+
+    return seqio_examples.register(self.prepare(progress=False))
+
 
 @dataclasses.dataclass(frozen=True)
 class PreparedExamples:

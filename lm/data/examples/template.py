@@ -9,6 +9,13 @@ from typing import Any, Mapping, Optional, Sequence, Tuple
 from lm.data.examples.kinds import Example
 from lm.errors import UserError
 
+# A field that only one kind has, and its bare prompt and target.
+_BARE = (
+    ('continuations', '{context}', '{continuation}'), ('query', '{query}', '{document}'),
+    ('question', '{question} {context}', '{answer}'), ('words', '{words}', '{tags}'),
+    ('source', '{source}', '{target}'), ('text', '', '{text}'), ('score', '{a} {b}', '{score}'),
+    ('b', '{a} {b}', '{label}'), ('a', '{a}', '{label}'))
+
 
 @dataclasses.dataclass(frozen=True)
 class Template:
@@ -20,8 +27,9 @@ class Template:
   learns, those of all what it is scored on, as are the targets of all classes.
 
   Attributes:
-    inputs: the prompt.
-    targets: what shall follow it; a decoder's begins with the blank that parts it from the prompt.
+    inputs: the prompt; None for the bare text of the kind.
+    targets: what shall follow it; a decoder's begins with the blank that parts it from the prompt;
+      None for the bare target of the kind.
     words: (label, word) pairs, where a label's name is no good word for it.
     no_answer: the {answer} of a question without one.
     shots: training examples that stand before the prompt, with their targets: the same before all
@@ -30,8 +38,8 @@ class Template:
     shown: the choice, one more than `shots`, which a task that is prepared fills in.
   """
 
-  inputs: str = '{a}'
-  targets: str = '{label}'
+  inputs: Optional[str] = None
+  targets: Optional[str] = None
   words: Tuple[Tuple[str, str], ...] = ()
   no_answer: str = 'unanswerable'
   shots: int = 0
@@ -42,7 +50,7 @@ class Template:
   def __post_init__(self) -> None:
     if self.shots < 0:
       raise UserError(f'shots={self.shots} must not be negative.')
-    for text in (self.inputs, self.targets):
+    for text in filter(None, (self.inputs, self.targets)):
       try:
         list(string.Formatter().parse(text))
       except ValueError as error:
@@ -52,17 +60,18 @@ class Template:
   def prompt(self, example: Example) -> str:
     """Returns the input text, behind the examples that are shown."""
     shown = [shot for shot in self.shown if not _same(shot, example)]
-    before = [self._filled(self.inputs, shot) + self._behind_prompt(shot) + self.between
+    before = [self._filled(0, shot) + self._behind_prompt(shot) + self.between
               for shot in shown[:self.shots]]
-    return ''.join(before) + self._filled(self.inputs, example)
+    return ''.join(before) + self._filled(0, example)
 
   def _behind_prompt(self, example: Example) -> str:
     target = self.target(example)
-    return target if not self.inputs or target[:1].isspace() else f' {target}'
+    is_apart = self.inputs == '' or target[:1].isspace()
+    return target if is_apart else f' {target}'
 
   def target(self, example: Example, label: Optional[str] = None) -> str:
     """Returns the target text, of another label if one is given."""
-    return self._filled(self.targets, example if label is None else {**example, 'label': label})
+    return self._filled(1, example if label is None else {**example, 'label': label})
 
   def choices(self, example: Example, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Returns prompt and target of each choice of an example, or of each of the labels."""
@@ -75,7 +84,10 @@ class Template:
     """Returns what stands for a label."""
     return dict(self.words).get(label, label)
 
-  def _filled(self, text: str, example: Mapping[str, Any]) -> str:
+  def _filled(self, which: int, example: Mapping[str, Any]) -> str:
+    text = (self.inputs, self.targets)[which]
+    if text is None:
+      text = next(texts for field, *texts in _BARE if field in example)[which]
     fields = {name: _written(value) for name, value in example.items()}
     if 'continuations' in example:
       fields['context'] = example['contexts'][example['label']]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.examples import PreparedExamples
+from lm.data.examples import PreparedExamples, Template
 from lm.data.examples.kinds import Example
 from lm.evaluation import likelihood
 from lm.evaluation.predictions.contract import Batches, chunks, Model, refuse, Row
@@ -59,18 +59,15 @@ class Scored:
       return vocabulary.encode_batch([example['text'] for example in self._examples])
     if kind == 'classification' and self._model.is_tuned:
       return self._examples
-    pairs = [list(self._pairs(example)) for example in self._examples]
+    pairs = [self._pairs(example) for example in self._examples]
     tokens = iter(likelihood.tokenize(vocabulary, [pair for some in pairs for pair in some],
                                       self._encodes))
     return [[next(tokens) for _ in some] for some in pairs]
 
-  def _pairs(self, example: Example) -> Iterator[tuple[str, str]]:
+  def _pairs(self, example: Example) -> list[tuple[str, str]]:
     """(context, continuation) of each answer that there is."""
-    template = self._prepared.form.template
-    if self._kind.name == 'multiple_choice':
-      return zip(example['contexts'], example['continuations'])
-    return ((template.prompt(example), template.target(example, label))
-            for label in self._kind.labels)
+    labels = getattr(self._kind, 'labels', ())
+    return self._prepared.form.template.choices(example, labels)
 
   def _requests(self, found: Any) -> list[tuple[Any, Any]]:
     """(context, continuation) in ids."""
@@ -165,23 +162,27 @@ class Generated:
     """See `Predictor`."""
     for index, text in enumerate(answers):
       example = self._cache.example(index)
-      yield {'id': example['id'], **self._row(example, text), 'scores': None}
+      row = answer_row(self._kind, self._prepared.form.template, example, text)
+      yield {'id': example['id'], **row, 'scores': None}
 
-  def _row(self, example: Example, text: str) -> Row:
-    kind, prompt = self._kind, self._prepared.form.template.prompt(example)
-    if kind.name == 'classification':
-      words = {self._prepared.form.template.target(example, label).strip().casefold(): label
-               for label in kind.labels}
-      prediction = words.get(text.casefold(), text)  # What is no label is wrong.
-      return {'inputs': prompt, 'targets': example['label'], 'prediction': prediction}
-    if kind.name == 'similarity':
-      return {'inputs': prompt, 'targets': example['score'],
-              'prediction': number(text, kind.low, kind.high)}
-    if kind.name == 'tagging':
-      return {'inputs': example['words'], 'targets': example['tags'],
-              'prediction': tags(text, len(example['words']), kind.labels)}
-    targets = example['answers'] if kind.name == 'span_extraction' else example['targets']
-    return {'inputs': prompt, 'targets': targets, 'prediction': text}
+
+def answer_row(kind: Any, template: Template, example: Example, text: str) -> Row:
+  """The fields of a row of predictions that follow from what a model wrote for an example."""
+  prompt = template.prompt(example)
+  if kind.name == 'classification':
+    words = {template.target(example, label).strip().casefold(): label for label in kind.labels}
+    prediction = words.get(text.casefold(), text)  # What is no label is wrong.
+    return {'inputs': prompt, 'targets': example['label'], 'prediction': prediction}
+  if kind.name == 'similarity':
+    return {'inputs': prompt, 'targets': example['score'],
+            'prediction': number(text, kind.low, kind.high)}
+  if kind.name == 'tagging':
+    return {'inputs': example['words'], 'targets': example['tags'],
+            'prediction': tags(text, len(example['words']), kind.labels)}
+  if kind.name == 'span_extraction':
+    answer = '' if text == template.no_answer else text
+    return {'inputs': prompt, 'targets': example['answers'], 'prediction': answer}
+  return {'inputs': prompt, 'targets': example['targets'], 'prediction': text}
 
 
 def number(text: str, low: float, high: float) -> float:
