@@ -160,6 +160,36 @@ def pool_segments(hidden_BTD: Float[Array, 'B T D'], segment_ids_BT: Int[Array, 
                     weights_BKT.astype(jnp.float32), precision='highest')
 
 
+def mixup(pooled_BKD: Float[Array, 'B K D'], is_there_BK: Bool[Array, 'B K'], alpha: float,
+          draws: Draws
+          ) -> tuple[Float[Array, 'B K D'], tuple[Int[Array, 'B K'], Float[Array, 'B K']]]:
+  """Each vector mixed with that of another example of its row: share x + (1 - share) x[partner],
+  share ~ Beta(alpha, alpha) of its own (mixup, arXiv:1710.09412; of sentence embeddings
+  arXiv:1905.08941, section 3.2, and of a pretrained transformer's arXiv:2010.02394, section 3.2).
+
+  The partners of a row are its examples moved on by a random number of places, so that they, as all
+  that is drawn for a row, depend on no other row. An example alone in its row stays as it is.
+
+  Args:
+    is_there: which examples the row has, the first ones.
+
+  Returns:
+    The mixed vectors, and (partner, share) for the loss.
+  """
+  B, K = is_there_BK.shape
+  count_B1 = is_there_BK.sum(1, keepdims=True).astype(jnp.uint32)
+  streams = draws.each(K + 1)
+  step_B1 = 1 + streams[:, K:] % (jnp.maximum(count_B1, 2) - 1)
+  place_BK = jnp.broadcast_to(jnp.arange(K, dtype=jnp.uint32), (B, K))
+  partner_BK = jnp.where(is_there_BK, (place_BK + step_B1) % jnp.maximum(count_B1, 1), place_BK)
+  partner_BK = partner_BK.astype(jnp.int32)
+  beta = lambda word: jax.random.beta(jax.random.key(word), alpha, alpha, dtype=jnp.float32)
+  share_BK = jax.vmap(jax.vmap(beta))(streams[:, :K])
+  others_BKD = jnp.take_along_axis(pooled_BKD, partner_BK[..., None], axis=1)
+  share = share_BK[..., None].astype(pooled_BKD.dtype)
+  return share * pooled_BKD + (1 - share) * others_BKD, (partner_BK, share_BK)
+
+
 def normalize(x: Float[Array, '*rows D']) -> Float[Array, '*rows D']:
   """x / max(|x|, 1e-12), with a gradient at 0 too."""
   return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from lm.errors import UserError
 from lm.layers import heads, linear
 from lm.layers.heads import Pooling
 from lm.parallel.rules import Rules
@@ -66,12 +67,20 @@ class ClassifierConfig(_OnTrunk):
 
   pooling: 'pooler' is BERT's tanh(dense(first token)), 'cls' the first token, 'last' the last.
   head_dropout_rate: on what is pooled.
+  mixup_alpha: in training, what is pooled of the examples packed into a row, and their targets, are
+    mixed by shares of Beta(alpha, alpha); see `layers.heads.mixup`. 0 mixes nothing.
   """
   trunk: Any
   num_classes: int = 2
   pooling: Literal['pooler', 'cls', 'mean', 'last'] = 'cls'
   head_dropout_rate: float = 0.0
   init_std: float = 0.02
+  mixup_alpha: float = 0.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not 0 <= self.mixup_alpha < math.inf:
+      raise ValueError(f'mixup_alpha={self.mixup_alpha} must be 0, for none, or positive')
 
   def build(self, rules: Rules = Rules()) -> 'Classifier':
     """The module of this config, sharded by `rules`."""
@@ -189,18 +198,29 @@ class Classifier(_Head):
   def outputs(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None,
               carry: None = None) -> tuple[dict[str, Any], None]:
     """What a loss scores: 'classes', float32 logits for `class_labels`: [B, C], or [B, K, C] where
-    the batch has `class_weights` [B, K] of segments 1..K."""
+    the batch has `class_weights` [B, K] of segments 1..K; and after mixup 'mixed', the partner and
+    the share of each."""
     hidden_BTD, segment_ids_BT, draws = self.hidden(batch, draws)
     pooling = self.config.pooling
     kind = 'cls' if pooling == 'pooler' else pooling
-    if batch.get('class_weights', segment_ids_BT[:, 0]).ndim == 2:
+    is_packed = batch.get('class_weights', segment_ids_BT[:, 0]).ndim == 2
+    if is_packed:
       pooled = heads.pool_segments(hidden_BTD, segment_ids_BT, batch['class_weights'].shape[1],
                                    kind)
     else:
       pooled = heads.pool(hidden_BTD, segment_ids_BT > 0, kind)
     if pooling == 'pooler':
       pooled = self.trunk.pooled(pooled.astype(hidden_BTD.dtype))
-    return {'classes': self.head(pooled, draws)}, carry
+    outputs = {}
+    if self.config.mixup_alpha and draws is not None:
+      if not is_packed or pooled.shape[1] < 2:
+        raise UserError(f'mixup_alpha={self.config.mixup_alpha} mixes the examples of a row, and '
+                        'here each row has one; set packed=True and a longer sequence_length, or '
+                        'mixup_alpha=0')
+      draws, of_mixup = linear.split(draws, 2)
+      pooled, outputs['mixed'] = heads.mixup(pooled, batch['class_weights'] > 0,
+                                             self.config.mixup_alpha, of_mixup)
+    return outputs | {'classes': self.head(pooled, draws)}, carry
 
 
 class Tagger(_Head):

@@ -5,6 +5,7 @@ computed, and accumulated, sharded and whole batches agree.
 """
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, Optional
 
@@ -148,13 +149,17 @@ class Prediction(_Loss):
                                label_smoothing=self.label_smoothing)
           for scores, targets, takes_part in outputs['tokens'].split(targets_BT))
     for name in filter(outputs.__contains__, _LABELS):
-      sums[name] = self.class_weight * self._label_losses(name, outputs, batch).sum()
+      losses = functools.partial(self._label_losses, name, outputs)
+      sums[name] = self.class_weight * _mixed(losses, outputs, batch).sum()
     if outputs.get('penalties'):
       sums['penalties'] = sum(total for total, _ in outputs['penalties'].values())
     return sums | self._divergences(outputs, batch) if self.r_drop else sums
 
   def _divergences(self, outputs, batch):
     """Between the predictions of the first half of the rows and those of the second."""
+    if 'mixed' in outputs:
+      raise UserError(f'r_drop={self.r_drop} compares two predictions of an example, which mixup '
+                      'mixes differently; set r_drop=0 or mixup_alpha=0')
     found = {}
     if 'tokens' in outputs:
       found['tokens'] = _divergence(outputs['tokens'].log_probs(), _targets(batch)[1])
@@ -266,6 +271,18 @@ def _label_losses(name, outputs, batch):
   labels = batch[_LABELS[name][0]][..., None]
   chosen = jnp.take_along_axis(jax.nn.log_softmax(outputs[name]), labels, axis=-1)[..., 0]
   return -chosen * _label_weights(name, batch)
+
+
+def _mixed(losses, outputs, batch):
+  """`losses(batch)` [B, K], after mixup those of the mixed targets: being linear in the target,
+  share times that of an example's own and (1 - share) times that of its partner's. (The squared
+  error of a number is so but for a constant.)"""
+  if 'mixed' not in outputs:
+    return losses(batch)
+  partner_BK, share_BK = outputs['mixed']
+  others = {name: jnp.take_along_axis(batch[name], partner_BK, axis=1)
+            for name in ('class_labels', 'class_values') if name in batch}
+  return share_BK * losses(batch) + (1 - share_BK) * losses(batch | others)
 
 
 def _exact_spans(right_BT, span_ids_BT):

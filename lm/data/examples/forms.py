@@ -27,6 +27,8 @@ Name = Literal['encoder', 'text_to_text', 'decoder', 'embedder']
 class Encoded(NamedTuple):
   """Tokens of an example, int32 each, not framed.
 
+  An encoder's token -1 is one that is cut off: its place is kept and nobody sees it.
+
   Attributes:
     a: the first text, or the prompt, or the words; or the contexts of all choices.
     b: the second text, or None; or all continuations, or all documents.
@@ -214,6 +216,7 @@ class EncoderForm(Form):
           labels[first:first + kept] = np.maximum(tags, 0)
           weights[first:first + kept] = tags >= 0
         place = end
+    weights *= _hide(tokens, segments)
     features = {'encoder_input_tokens': tokens, 'encoder_segment_ids': segments,
                 'encoder_positions': positions, 'encoder_token_types': types}
     if self.kind.name == 'tagging':
@@ -278,6 +281,7 @@ class TextToText(Form):
     """Returns the features above."""
     inputs = [self._ended(e.a, lengths.inputs) for e in examples]
     encoder = pack(inputs, lengths.inputs)
+    _hide(encoder.tokens, encoder.segment_ids)
     decoder = pack([self._ended(e.targets, lengths.targets) for e in examples], lengths.targets)
     return {'encoder_input_tokens': encoder.tokens, 'encoder_segment_ids': encoder.segment_ids,
             'encoder_positions': encoder.positions, **decoder_features(decoder, self.bos_id)}
@@ -371,6 +375,14 @@ def pack(pieces: Sequence[np.ndarray], length: int) -> Packed:
       pad(np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes), length),
       pad(np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]), length),
       np.int32(-1))
+
+
+def _hide(tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
+  """Makes padding of the tokens that are cut off, in place; returns which are left, [length]."""
+  seen = tokens >= 0
+  tokens *= seen
+  segments *= seen
+  return seen
 
 
 def word_tokens(vocabulary: Vocabulary, words: Sequence[str]) -> list[np.ndarray]:

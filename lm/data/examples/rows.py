@@ -44,7 +44,8 @@ class ExampleRows:
     lengths: of a row.
     seed: of the order, and of what is random in an example.
     augment: an example by its number, changed at random; None leaves all as they are.
-    growth: how many times longer `augment` may make an example; what it makes longer still is cut.
+    growth: how many times longer `augment` may make an example; one that it makes longer still
+      stays as it was.
 
   Raises:
     UserError: there is no example.
@@ -56,9 +57,10 @@ class ExampleRows:
       raise UserError('The split holds no example; name files with some.')
     self._examples, self._form, self._lengths, self._seed = examples, form, lengths, seed
     self._augment = augment
-    sizes = form.size(*np.ceil(examples.sizes.T * np.array([[growth], [growth], [1]])).astype(int))
-    limits = lengths.inputs, max(lengths.targets, 1)
-    self._sizes = [np.minimum(size, limit) for size, limit in zip(sizes, limits)]
+    of_targets = growth if form.kind.name == 'tagging' else 1  # A tag a word, in text too.
+    grown = np.array([[growth], [growth], [of_targets]])
+    sizes = form.size(*np.ceil(examples.sizes.T * grown).astype(int))
+    self._sizes = [np.minimum(size, limit) for size, limit in zip(sizes, self._limits)]
     self._parts = form.parts(examples.sizes)
     self._windows = form.windows(examples.sizes, lengths)
     self._key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
@@ -86,12 +88,25 @@ class ExampleRows:
   def __getitem__(self, row: int) -> Features:
     rng = loader.generator(self._key, row)
     members, first = self.members(row), self.first(row)
-    encoded = self._examples.encoded
-    found = [encoded(int(i)) if self._augment is None else self._augment(int(i), rng)
-             for i in members]
+    found = [self._encoded(int(i), rng) for i in members]
     if first is not None:
       found = [self._form.window(example, first, self._lengths) for example in found]
     return self._form.features(found, self._lengths)
+
+  @property
+  def _limits(self) -> tuple[int, int]:
+    """Tokens of a row on both sides."""
+    return self._lengths.inputs, max(self._lengths.targets, 1)
+
+  def _encoded(self, index: int, rng: np.random.Generator) -> Encoded:
+    """Returns an example, changed if it fits into the place that its row keeps for it."""
+    if self._augment is None:
+      return self._examples.encoded(index)
+    changed = self._augment(index, rng)
+    sizes = self._form.size(*(np.array([-1 if ids is None else len(ids)]) for ids in changed[:3]))
+    fits = all(min(size[0], limit) <= planned[index]
+               for size, limit, planned in zip(sizes, self._limits, self._sizes))
+    return changed if fits else self._examples.encoded(index)
 
   def members(self, row: int) -> np.ndarray:
     """Returns the numbers of the examples in a row, in their order."""

@@ -36,6 +36,8 @@ class Source:
       where no `validation` is given.
     held_out_by: field that is hashed, so that examples that share its value stay together; None
       hashes all fields.
+    limit: takes so many of the training examples, chosen by a hash: those of a smaller limit are
+      among those of a larger one, and the other splits stay whole.
   """
 
   train: Patterns = None
@@ -45,8 +47,11 @@ class Source:
   convert: Optional[Callable[[formats.Record], Iterator[formats.Record]]] = None
   held_out: float = 0.0
   held_out_by: Optional[str] = None
+  limit: Optional[int] = None
 
   def __post_init__(self) -> None:
+    if self.limit is not None and self.limit < 1:
+      raise UserError(f'limit={self.limit} must be at least 1, or None for all examples.')
     if not 0 <= self.held_out < 1:
       raise UserError(f'held_out={self.held_out} must be at least 0 and below 1.')
     if self.held_out and self.validation:
@@ -76,6 +81,14 @@ class Source:
     """
     if split not in self.splits():
       raise UserError(f'The task has no split {split!r}; it has {self.splits()}.')
+    if split != TRAIN or self.limit is None:
+      yield from self._all(split)
+      return
+    found = list(self._all(TRAIN))  # By another hash than `held_out`, which took the smallest.
+    order = sorted(range(len(found)), key=lambda i: _place(found[i][1], 'limit'))
+    yield from (found[i] for i in sorted(order[:self.limit]))
+
+  def _all(self, split: str) -> Located:
     if not self.held_out or split == TEST:
       yield from self._converted(split)
       return
@@ -84,9 +97,7 @@ class Source:
         raise UserError(f'{where} has no field held_out_by={self.held_out_by!r}; it has'
                         f' {sorted(record)}.')
       held = record if self.held_out_by is None else record[self.held_out_by]
-      text = json.dumps(held, sort_keys=True, default=str).encode()
-      place = int.from_bytes(hashlib.sha256(text).digest()[:8], 'big') / 2**64
-      if (place < self.held_out) == (split == VALIDATION):
+      if (_place(held) < self.held_out) == (split == VALIDATION):
         yield where, record
 
   def hint(self, record: formats.Record) -> str:
@@ -175,6 +186,12 @@ class Files(Source):
           records = _joined(part, records, beside)
         for number, record in records:
           yield f'{part.name}:{number}', record
+
+
+def _place(value: Any, salt: str = '') -> float:
+  """Returns where a JSON-able value stands between 0 and 1, by its hash."""
+  text = salt + json.dumps(value, sort_keys=True, default=str)
+  return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') / 2**64
 
 
 def _joined(part: formats.Part, records: Iterator[tuple[int, formats.Record]],

@@ -57,7 +57,7 @@ class ExampleTask:
     packed: puts as many examples into a row as it holds.
     scored: evaluates a classification by a model that writes by the likelihood of each label's
       target; False lets it write the label.
-    augmentations: change training examples anew in each epoch, in this order.
+    augmentations: change training examples anew in each epoch, in this order; see `augment`.
     cache_dir: where vocabularies and caches are kept; safe to delete, safe to share.
     name: in predictions and in the cache directory's name.
   """
@@ -82,6 +82,8 @@ class ExampleTask:
       raise UserError(f'name={self.name!r} must be letters, digits and underscores.')
     if self.target_length < 1:
       raise UserError(f'target_length={self.target_length} must be at least 1.')
+    for augmentation in self.augmentations:
+      augmentation.check(self.kind.name, self.form)
 
   def prepare(self, progress: bool = True, vocabulary: Optional[vocabularies.Vocabulary] = None
               ) -> PreparedExamples:
@@ -172,17 +174,13 @@ class PreparedExamples:
 
   def rows(self, split: str, sequence_length: int, seed: int) -> ExampleRows:
     """Returns the stream of rows of a split; see `rows`. Training rows are augmented."""
-    examples, form, augment, growth = self.cache(split), self.form, None, 1.0
-    augmentations = self.task.augmentations if split == sources.TRAIN else ()
-    if augmentations:
-      growth = float(np.prod([augmentation.growth for augmentation in augmentations]))
-
-      def augment(index: int, rng: np.random.Generator) -> forms.Encoded:
-        example = examples.example(index)
-        for augmentation in augmentations:
-          example = augmentation(example, rng)
-        return form.encode(example)
-
+    examples, form = self.cache(split), self.form
+    used = self.task.augmentations if split == sources.TRAIN else ()
+    augmentations = [each for each in used if each.rate]
+    growth = max([each.growth for each in augmentations], default=1.0)
+    augment = _Augmented(examples, form, augmentations) if augmentations else None
+    for each in augmentations:
+      each.open(text for i in range(len(examples)) for text in self.kind.texts(examples.example(i)))
     return ExampleRows(examples, form, self.lengths(sequence_length, split), seed, augment, growth)
 
   def loader(self, split: str, sequence_length: int, batch_size: int, seed: int) -> loader.Loader:
@@ -233,6 +231,24 @@ class ExampleCache:
     size_a, size_b, _ = self.sizes[index]
     b = None if size_b < 0 else tokens[size_a:]  # Of several texts, all; size_b is the longest.
     return forms.Encoded(tokens[:size_a], b, np.array(rest['targets'], np.int32), rest['value'])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Augmented:
+  """Makes changed tokens of an example, given its number."""
+
+  examples: ExampleCache
+  form: forms.Form
+  augmentations: list[Any]
+
+  def __call__(self, index: int, rng: np.random.Generator) -> forms.Encoded:
+    example = self.examples.example(index)
+    for augmentation in self.augmentations:
+      example = augmentation(example, rng)
+    encoded = self.form.encode(example)
+    for augmentation in self.augmentations:
+      encoded = augmentation.tokens(encoded, rng)
+    return encoded
 
 
 def _resolved(kind: kinds.Kind, labels: Optional[list[str]]) -> kinds.Kind:
