@@ -1,4 +1,4 @@
-"""MiniLM fine-tuned beside transformers and PyTorch: the same examples, order, recipe, first values.
+"""MiniLM fine-tuned beside transformers and PyTorch: the same examples, order, recipe and head.
 
   python scripts/benchmark_finetune.py                            # all tasks
   python scripts/benchmark_finetune.py --tasks banking77,wnut17 --examples 2000 --epochs 3

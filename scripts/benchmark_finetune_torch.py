@@ -3,8 +3,8 @@
   python scripts/benchmark_finetune_torch.py DIRECTORY
 
 DIRECTORY holds plan.json (recipe, learning rates, examples, which of them are in each step), the
-model in `huggingface/` and the head's first values in head.npz. Lines on standard input: 'train N' takes N
-steps, 'evaluate' writes predictions.json; each is answered by a line 'DONE seconds loss'.
+model in `huggingface/` and the head's first values in head.npz. Lines on standard input: 'train N'
+takes N steps, 'evaluate' writes predictions.json; each is answered by a line 'DONE seconds loss'.
 """
 import json
 import pathlib

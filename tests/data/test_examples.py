@@ -156,7 +156,8 @@ def vocabulary_of(folder):
 
 
 @pytest.mark.supports('fine-tuning', 'sequence labelling: a tag on the first token of each word')
-@pytest.mark.parametrize('folder', ['bert-base-uncased', 'sentencepiece-test/test_model.model', None])
+@pytest.mark.parametrize('folder', ['bert-base-uncased', 'sentencepiece-test/test_model.model',
+                                    None])
 def test_the_first_token_of_a_word_has_its_tag(tmp_path, folder):
   vocabulary = vocabulary_of(folder) if folder else BYTES
   prepared = prepare(tmp_path, TAGS, examples.Tagging(), vocabulary=vocabulary)
