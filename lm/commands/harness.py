@@ -13,6 +13,7 @@ from typing import Any
 from lm import run
 from lm.data import vocabularies
 from lm.evaluation import harness
+from lm.evaluation.predictions import store
 from lm.parallel.distributed import Hosts
 
 
@@ -34,16 +35,11 @@ def execute(experiment: run.Experiment, args: argparse.Namespace, hosts: Hosts) 
     text = json.dumps({'step': step, 'limit': args.limit, 'num_fewshot': args.num_fewshot,
                        'tasks': result.metrics}, indent=1)
     (directory / 'harness.json').write_text(text + '\n')
+    (directory / 'predictions').mkdir(exist_ok=True)
     for header, rows in result.predictions:
-      _write(directory / 'predictions', {**header, 'step': step}, rows)
+      name = f'{header["task"]}-{header["split"]}.jsonl'
+      store.write(directory / 'predictions' / name, {**header, 'step': step}, rows)
   return result.metrics
-
-
-def _write(directory: pathlib.Path, header: dict[str, Any], rows: list[dict[str, Any]]):
-  directory.mkdir(exist_ok=True)
-  path = directory / f'{header["task"]}-{header["split"]}.jsonl'
-  path.write_text(''.join(json.dumps(row) + '\n' for row in rows), 'utf-8')
-  path.with_suffix('.json').write_text(json.dumps(header, indent=1) + '\n')
 
 
 def register():

@@ -36,7 +36,8 @@ def examples(number=NUMBER):
 
 
 def requests(task, row):
-  """The (context, continuation) pairs of an example, with the registry's prompts."""
+  """The (context, continuation) pairs of an example, with the registry's prompts; of BLiMP without
+  the space that it puts first, of which transformers makes other ids than sentencepiece."""
   if task == 'piqa':
     return [(f'Question: {row["goal"]}\nAnswer:', f' {row[key]}') for key in ('sol1', 'sol2')]
   if task == 'winogrande':
