@@ -20,7 +20,7 @@ import pytest
 
 from lm.data.examples.forms import Encoded, Lengths
 from lm.errors import UserError
-from lm.evaluation import likelihood, metrics, predictions
+from lm.evaluation import likelihood, metrics, predictions, task_report
 from lm.evaluation.predictions import heads, texts
 from lm.inference.generate import complete
 from lm.inference.sampling import SamplingConfig
@@ -28,6 +28,14 @@ from lm.training.losses import Prediction
 
 CHILD = pathlib.Path(predicting.__file__)
 ON_MESHES = 'intents', 'tags', 'found', 'named', 'written_by_t5'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def pages():
+  """Pages have tests of their own."""
+  write, task_report.write = task_report.write, predicting.no_page
+  yield
+  task_report.write = write
 
 
 @pytest.fixture(scope='session')
