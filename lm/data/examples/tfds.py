@@ -124,7 +124,8 @@ def _library() -> Any:
 
 def _prepare(name: str, data_dir: str) -> Iterator[Any]:
   library = _library()
-  name, _, version = name.rpartition('/') if name.rpartition('/')[2][:1].isdigit() else (name, '', '')
+  before, _, last = name.rpartition('/')
+  name, version = (before, last) if last[:1].isdigit() else (name, '')
   try:
     library.builder(f'{name}:{version}' if version else name, data_dir=data_dir
                     ).download_and_prepare()
