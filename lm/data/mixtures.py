@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from lm.data import loader
 from lm.data import objectives
 from lm.data import tasks
 from lm.data import vocabularies
+from lm.data.examples import ExampleTask
+from lm.data.examples import PreparedExamples
 from lm.errors import UserError
 
 
@@ -31,13 +33,13 @@ class Component:
   """One task of a mixture.
 
   Attributes:
-    task: gives the text.
-    objective: what is asked of it.
+    task: gives the text; or labelled examples, of the form 'text_to_text' or 'decoder'.
+    objective: what is asked of a text; labelled examples ask for themselves.
     rate: relative to the other components'; None for one proportional to the task's examples.
     loss_weight: multiplies the task's loss weights.
   """
 
-  task: tasks.TextTask
+  task: Union[tasks.TextTask, ExampleTask]
   objective: objectives.Objective = objectives.CausalLM()
   rate: Optional[float] = None
   loss_weight: float = 1.0
@@ -47,6 +49,9 @@ class Component:
       value = getattr(self, name)
       if value is not None and not 0 <= value < math.inf:
         raise UserError(f'{name}={value} of task {self.task.name!r} must not be negative.')
+    if isinstance(self.task, ExampleTask) and self.task.form not in ('text_to_text', 'decoder'):
+      raise UserError(f'form={self.task.form!r} of task {self.task.name!r} does not go into a'
+                      " mixture; bind 'text_to_text' or 'decoder'.")
     if self.objective.contiguous:
       raise UserError(f'The objective of task {self.task.name!r} has contiguous=True, but rows of a'
                       ' mixture do not go on from step to step; use a single task, or False.')
@@ -103,10 +108,19 @@ class Mixture:
   def prepare(self, workers: Optional[int] = None, progress: bool = True) -> PreparedMixture:
     """Returns the caches of all tasks, building what is missing; see `TextTask.prepare`.
 
+    Labelled examples take the vocabulary of the text that stands beside them.
+
     Raises:
       UserError: the tasks do not share one vocabulary.
     """
-    prepared = tuple(c.task.prepare(workers, progress) for c in self.components)
+    found: dict[int, Any] = {
+        i: c.task.prepare(workers, progress) for i, c in enumerate(self.components)
+        if isinstance(c.task, tasks.TextTask)}
+    given = next(iter(found.values())).vocabulary if found else None
+    for i, component in enumerate(self.components):
+      if i not in found:
+        found[i] = component.task.prepare(progress, given)
+    prepared = tuple(found[i] for i in range(len(found)))
     first = prepared[0].vocabulary
     for component, other in zip(self.components, prepared):
       if other.vocabulary.digest != first.digest:
@@ -117,8 +131,15 @@ class Mixture:
     return PreparedMixture(self, prepared)
 
   def register(self) -> Any:
-    """Returns the `seqio.Mixture` in SeqIO's registry, which imports TensorFlow."""
-    rates: dict[tasks.TextTask, float] = {}
+    """Returns the `seqio.Mixture` in SeqIO's registry, which imports TensorFlow.
+
+    Raises:
+      UserError: texts, which have targets alone there, are mixed with labelled examples.
+    """
+    if len({isinstance(component.task, ExampleTask) for component in self.components}) > 1:
+      raise UserError(f'The mixture {self.name!r} is of texts and of labelled examples, whose'
+                      ' features SeqIO does not mix; register the tasks of each alone.')
+    rates: dict[Any, float] = {}
     for component, rate in zip(self.components, self.prepare(progress=False).rates):
       rates[component.task] = rates.get(component.task, 0.0) + rate
     return tasks.register_mixture(self.name, rates)
@@ -129,7 +150,7 @@ class PreparedMixture:
   """Standing caches of a mixture: what training needs of it."""
 
   mixture: Mixture
-  prepared: tuple[tasks.Prepared, ...]
+  prepared: tuple[Union[tasks.Prepared, PreparedExamples], ...]
 
   @property
   def vocabulary(self) -> vocabularies.Vocabulary:
@@ -152,7 +173,11 @@ class PreparedMixture:
   @property
   def bound_objectives(self) -> list[objectives.Objective]:
     """The components' objectives, bound to the vocabulary, with the same ids at its top."""
-    unbound = [component.objective for component in self.mixture.components]
+    unbound = [
+        dataclasses.replace(prepared.form, vocab_size=None)
+        if isinstance(prepared, PreparedExamples) else component.objective
+        for component, prepared in zip(self.mixture.components, self.prepared)
+    ]
     size = max(objective.bind(self.vocabulary).vocab_size for objective in unbound)
     sized = [dataclasses.replace(o, vocab_size=o.vocab_size or size) for o in unbound]
     return [objective.bind(self.vocabulary) for objective in sized]
@@ -161,16 +186,46 @@ class PreparedMixture:
       self, split: str, sequence_length: int, batch_size: int, seed: int
   ) -> loader.Loader:
     """Returns the batches of 'train' or 'validation'; the arguments are `Loader`'s."""
-    rows = [
+    seeds = component_seeds(seed, len(self.prepared))
+    rows: list[Any] = [
+        None if isinstance(prepared, PreparedExamples) else
         loader.ObjectiveRows(prepared.cache(split), sequence_length, batch_size, own, objective)
-        for prepared, objective, own in zip(
-            self.prepared, self.bound_objectives, component_seeds(seed, len(self.prepared))
-        )
+        for prepared, objective, own in zip(self.prepared, self.bound_objectives, seeds)
     ]
+    like = next((each[0] for each in rows if each is not None), {})
+    for i, (prepared, own) in enumerate(zip(self.prepared, seeds)):
+      if rows[i] is None:
+        rows[i] = _examples_like(like, prepared, split, sequence_length, own)
     components = self.mixture.components
-    names = [f'{c.task.name}, {type(c.objective).__name__}' for c in components]
+    names = [f'{c.task.name}, {type(o).__name__}'
+             for c, o in zip(components, self.bound_objectives)]
     weights = [component.loss_weight for component in components]
     return loader.Loader.of_rows(MixedRows(rows, self.rates, weights, names), batch_size)
+
+
+def _examples_like(like: objectives.Features, prepared: PreparedExamples, split: str,
+                   sequence_length: int, seed: int) -> Any:
+  """Returns the rows of labelled examples with targets as long as a row of text has them."""
+  if 'encoder_input_tokens' in like:
+    length = len(like['decoder_target_tokens'])
+    task = dataclasses.replace(prepared.task, target_length=length)
+    prepared = dataclasses.replace(prepared, task=task)
+  rows = prepared.rows(split, sequence_length, seed)
+  return _WithoutSpans(rows) if 'decoder_span_ids' in like else rows
+
+
+class _WithoutSpans:
+  """Rows whose targets belong to no span of noise."""
+
+  def __init__(self, rows: loader.Rows):
+    self._rows, self.examples = rows, rows.examples
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, row: int) -> objectives.Features:
+    features = self._rows[row]
+    return features | {'decoder_span_ids': np.zeros_like(features['decoder_target_tokens'])}
 
 
 class MixedRows:

@@ -1,4 +1,4 @@
-"""The SeqIO side of a task of labelled examples: prompts and targets, and metrics of what is written.
+"""The SeqIO side of a task of labelled examples: prompts, targets, metrics of what is written.
 
 As `seqio_tasks`, imported only where somebody registers a task, since it imports TensorFlow.
 
@@ -36,8 +36,8 @@ def register(prepared: Any) -> seqio.Task:
   """
   task = prepared.task
   if task.form not in ('text_to_text', 'decoder'):
-    raise UserError(f'form={task.form!r} of {task.name!r} has no prompts and targets for SeqIO; bind'
-                    " FORM to 'text_to_text' or 'decoder'.")
+    raise UserError(f'form={task.form!r} of {task.name!r} has no prompts and targets for SeqIO;'
+                    " bind FORM to 'text_to_text' or 'decoder'.")
   splits = [name for name in (TRAIN, VALIDATION, TEST) if name in prepared.info['splits']]
   strings = tf.TensorSpec([], tf.string)
 

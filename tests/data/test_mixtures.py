@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 
 from hypothesis import given
 from hypothesis import settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
+from lm.data import examples
 from lm.data import loader
 from lm.data import mixtures
 from lm.data import objectives
@@ -175,3 +177,44 @@ def test_seqio_knows_the_mixture_and_gives_the_same_rates(mixture):
 def test_mistakes_in_mixtures_are_refused_in_one_sentence(make, match):
   with pytest.raises(UserError, match=match):
     make()
+
+
+def labelled(folder, form, **changes):
+  (folder / 'some.jsonl').write_text(''.join(
+      json.dumps({'a': f'the text {i}', 'label': 'odd' if i % 2 else 'even'}) + '\n'
+      for i in range(20)))
+  source = examples.Files(str(folder / 'some.jsonl'), str(folder / 'some.jsonl'))
+  return examples.ExampleTask(source, examples.Classification(), form, name='parity',
+                              cache_dir=str(folder / 'cache'), **changes)
+
+
+@pytest.mark.supports('data', 'mixtures of texts and labelled examples')
+@pytest.mark.parametrize('form, objective', [('text_to_text', objectives.SpanCorruption()),
+                                             ('decoder', objectives.CausalLM())])
+def test_labelled_examples_stand_beside_texts(task, prepared, tmp_path, form, objective):
+  mixture = mixtures.Mixture((mixtures.Component(task, objective, 3.0),
+                              mixtures.Component(labelled(tmp_path, form), rate=1.0)))
+  assert prepared.vocabulary.digest == mixture.prepare().prepared[1].vocabulary.digest
+  prepared = mixture.prepare()
+  stream = prepared.loader('train', 64, 4, 0)
+  batch, decode = stream.batch(0), prepared.vocabulary.decode
+  is_labelled = [found.stream == 1 for row in range(4) for found in stream.examples(row)[:1]]
+  assert sum(is_labelled) == 1
+  row = {name: values[is_labelled.index(True)] for name, values in batch.items()}
+  targets = decode(row['decoder_target_tokens'])
+  if form == 'text_to_text':
+    assert 'the text' in decode(row['encoder_input_tokens'])
+    assert set(targets.replace('even', 'odd').split('odd')) == {''}
+    assert not row['decoder_span_ids'].any() and batch['decoder_span_ids'].any()
+  else:
+    assert 'the text' in targets and 0 < row['decoder_loss_weights'].sum() < 64
+  again = prepared.loader('train', 64, 4, 0).batch(0)
+  assert all((again[name] == batch[name]).all() for name in batch)
+
+
+def test_forms_that_do_not_mix_are_refused(tmp_path):
+  with pytest.raises(UserError, match="form='encoder' of task 'parity' does not go into a mixture"):
+    mixtures.Component(labelled(tmp_path, 'encoder'))
+  both = mixtures.Mixture((component(), mixtures.Component(labelled(tmp_path, 'decoder'))))
+  with pytest.raises(UserError, match='register the tasks of each alone'):
+    both.register()

@@ -104,7 +104,8 @@ def test_gold_answers_come_back_from_their_labels(tmp_path, language, inexact):
   assert len(wrong) == inexact
 
 
-QUESTION = {'id': 'q', 'question': 'where?', 'context': 'In a hole in the ground, near Ulm it lived.',
+QUESTION = {'id': 'q', 'question': 'where?',
+            'context': 'In a hole in the ground, near Ulm it lived.',
             'answers': {'text': ['Ulm'], 'answer_start': [30]}}
 
 

@@ -14,6 +14,7 @@ from lm.errors import UserError
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 MAKE = '''
 import sys
+import numpy as np
 import tensorflow_datasets as tfds
 F = tfds.features
 
@@ -36,7 +37,7 @@ make('Toy', {'sentence': F.Text(), 'label': F.ClassLabel(names=['no', 'yes'])},
 make('Marks', {'tokens': F.Sequence(F.Text()), 'ner': F.Sequence(F.ClassLabel(names=['O', 'B']))},
      {'train': [{'tokens': ['a', 'b'], 'ner': ['O', 'B']}]})
 make('Asked', {'id': F.Text(), 'question': F.Text(), 'context': F.Text(),
-               'answers': F.Sequence({'text': F.Text(), 'answer_start': 'int32'})},
+               'answers': F.Sequence({'text': F.Text(), 'answer_start': np.int32})},
      {'train': [{'id': 'q1', 'question': 'who?', 'context': 'Ann is.',
                  'answers': {'text': ['Ann'], 'answer_start': [0]}},
                 {'id': 'q2', 'question': 'why?', 'context': 'Ann is.',
@@ -94,8 +95,10 @@ def test_what_is_not_there_is_one_sentence(data_dir, tmp_path):
     read(wrong, 'train')
   with pytest.raises(UserError, match="'glue/col' must be|glue/col lies not prepared in"):
     examples.TFDS('train', name='glue/col', data_dir=str(tmp_path)).digest()
-  with pytest.raises(UserError, match="name='' must be one data set"):
-    examples.TFDS('train', data_dir=data_dir)._directory()
+  with pytest.raises(UserError, match="name='' must be a data set"):
+    examples.TFDS('train')
+  with pytest.raises(UserError, match="'.' must be one data set below .* asked/1.0.0, .*marks"):
+    read(examples.TFDS('train', name='.', data_dir=data_dir), 'train')
   hidden = examples.TFDS(None, None, 'hidden', name='toy', data_dir=data_dir,
                          fields=(('a', 'sentence'),))
   with pytest.raises(Exception, match="has no 'label'"):

@@ -91,8 +91,8 @@ def winogrande(record: Record) -> Iterator[Record]:
   """A sentence of WinoGrande, each name put in: what follows is scored given what comes before.
 
   Of llm-foundry's form {'context_options', 'continuation', 'gold'}, or of the original's
-  {'sentence', 'option1', 'option2', 'answer'}, where 'label' may stand for 'answer'. Partial scoring: Trinh and Le 2018,
-  arXiv:1806.02847, section 3.2.
+  {'sentence', 'option1', 'option2', 'answer'}, where 'label' may stand for 'answer'. Partial
+  scoring: Trinh and Le 2018, arXiv:1806.02847, section 3.2.
   """
   if 'context_options' in record:
     contexts, rest, label = record['context_options'], record['continuation'], record['gold']
@@ -118,7 +118,7 @@ def blimp(record: Record) -> Iterator[Record]:
 
 
 def similar(record: Record) -> Iterator[Record]:
-  """A pair of STS Benchmark that says the same, a score of 4 or more, as a query and its document."""
+  """A pair of STS Benchmark that says the same, of a score of 4 or more: query and document."""
   if float(record['score']) >= 4:
     yield {'query': record['a'], 'documents': [record['b']]}
 

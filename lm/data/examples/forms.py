@@ -132,7 +132,7 @@ class EncoderForm(Form):
 
       encoder_input_tokens, encoder_segment_ids, encoder_positions, encoder_token_types [length]
       classification    class_labels, class_weights [examples]
-      multiple_choice   the same: each choice is a segment, of class 1 if it is the right one, else 0
+      multiple_choice   the same: each choice is a segment, of class 1 if it is right, else 0
       similarity        class_values, class_weights [examples]
       tagging           tag_labels, tag_weights [length]; the first token of a word has its tag
 

@@ -36,7 +36,8 @@ from lm.data.examples.rows import ExampleRows
 from lm.data.examples.template import Template
 from lm.errors import UserError
 
-_SOURCES = ('formats.py', 'forms.py', 'kinds.py', 'sources.py', 'spans.py', 'task.py', 'template.py')
+_SOURCES = ('formats.py', 'forms.py', 'kinds.py', 'sources.py', 'spans.py', 'task.py',
+            'template.py')
 _FORMAT = 1
 _SHOWN = 3  # Bad records that an error names.
 

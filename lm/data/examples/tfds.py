@@ -39,6 +39,11 @@ class TFDS(sources.Source):
   name: str = ''
   data_dir: str = '~/tensorflow_datasets'
 
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not self.name:
+      raise UserError("name='' must be a data set, such as 'glue/cola'.")
+
   def _digest(self) -> Any:
     info = Path(self._directory(), 'dataset_info.json').read_bytes()
     return [hashlib.sha256(info).hexdigest(), self.train, self.validation, self.test]
@@ -66,7 +71,7 @@ class TFDS(sources.Source):
   def _prepared(self) -> list[str]:
     root = os.path.join(os.path.expanduser(self.data_dir), self.name)
     pattern = os.path.join(glob.escape(root), '**', 'dataset_info.json')
-    return sorted(map(os.path.dirname, glob.glob(pattern, recursive=True))) if self.name else []
+    return sorted(map(os.path.dirname, glob.glob(pattern, recursive=True)))
 
 
 def _child(wish: dict[str, str]) -> Iterator[str]:
@@ -119,7 +124,8 @@ def _library() -> Any:
 
 def _prepare(name: str, data_dir: str) -> Iterator[Any]:
   library = _library()
-  name, _, version = name.rpartition('/') if name.rpartition('/')[2][:1].isdigit() else (name, '', '')
+  before, _, last = name.rpartition('/')
+  name, version = (before, last) if last[:1].isdigit() else (name, '')
   try:
     library.builder(f'{name}:{version}' if version else name, data_dir=data_dir
                     ).download_and_prepare()
