@@ -19,7 +19,7 @@ Sums = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loss:
+class Base:
   """What every loss has.
 
   l1, l2: times the sum of |w| and of w^2 over all matrices, added to the loss of each update
@@ -45,7 +45,7 @@ class _Loss:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction(_Loss):
+class Prediction(Base):
   """Cross entropy of whatever a model puts out and a batch has, in nats.
 
   Tokens are `masked_target_tokens` in a batch that has them, else `decoder_target_tokens`, each
@@ -279,7 +279,7 @@ def _exact_spans(right_BT, span_ids_BT):
 
 
 @dataclasses.dataclass(frozen=True)
-class Contrastive(_Loss):
+class Contrastive(Base):
   """InfoNCE with in-batch negatives (arXiv:1807.03748, section 2.3; SimCSE, arXiv:2104.08821).
 
   Each query shall find its own document among all documents of the whole batch, over all devices
