@@ -1,4 +1,4 @@
-"""The reference model of preferences: what the parameters that a run begins with say of the answers.
+"""The reference of preferences: what the parameters that a run begins with say of the answers.
 
 It is asked once, before the first step, so that training holds one model alone. R/reference.npz has
 for each split the nats [examples, 2] of the chosen and the rejected answer, float64, and what they

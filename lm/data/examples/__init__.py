@@ -5,7 +5,7 @@
     tfds.py      sets of TensorFlow Datasets, read in a child process
     convert.py   records of well-known sets
     kinds.py     what an example is: classification, similarity, tagging, ... checked and canonical
-    conversations.py  kinds of conversations; chat.py, chat_forms.py  chat templates, and their forms
+    conversations.py, chat.py, chat_forms.py   kinds of conversations, chat templates, their forms
     template.py  prompts and targets of models that read and write text
     forms.py     from an example to tokens, for an encoder, a text-to-text model or a decoder
     spans.py     answers that stand in a text, from characters to tokens and back

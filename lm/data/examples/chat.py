@@ -2,8 +2,8 @@
 
 A template is Jinja, as in the `chat_template` of a tokenizer_config.json, and sees what
 `transformers` shows it: `messages`, `add_generation_prompt`, `bos_token` and its like, and
-`raise_exception`. There are no `tools`, and no `strftime_now`: a template that asks for the date has
-the one that it falls back on, so that the same conversation is the same text tomorrow.
+`raise_exception`. There are no `tools`, and no `strftime_now`: a template that asks for the date
+has the one that it falls back on, so that the same conversation is the same text tomorrow.
 
 The ids are those of `transformers`' `apply_chat_template`, but where somebody wrote a special token
 into a message: `<|im_end|>` in a message is text here, and the end of the message there.

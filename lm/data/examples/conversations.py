@@ -17,7 +17,7 @@ class Conversation(Kind):
   """Messages, of which the assistant's are what a model learns. A record has one of
 
       messages: [{'role': 'user', 'content': ...}, {'role': 'assistant', 'content': ...}, ...]
-      conversations: [{'from': 'human', 'value': ...}, {'from': 'gpt', 'value': ...}, ...] (ShareGPT)
+      conversations: [{'from': 'human', 'value': ...}, {'from': 'gpt', ...}, ...] (ShareGPT)
       instruction, output, and maybe input, which goes behind the instruction, and system (Alpaca)
   """
 
