@@ -332,7 +332,7 @@ class Contrastive(Base):
 
 
 @dataclasses.dataclass(frozen=True)
-class CosineSimilarity(_Loss):
+class CosineSimilarity(Base):
   """(cosine of the two embeddings - `pair_values`)^2, as sentence-transformers trains them
   (Sentence-BERT, arXiv:1908.10084, section 3)."""
   whole_batch, passes = False, 1

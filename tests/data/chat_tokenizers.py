@@ -39,7 +39,8 @@ def conversations(name):
   made = lambda *contents: [{'role': ('user', 'assistant')[i % 2], 'content': content}
                             for i, content in enumerate(contents)]
   found = [made('Who wrote Faust?', 'Goethe.'),
-           made('  Add 1 and 2\n', '\n1 + 2 = 3\n\n', 'And 中文, 🙂?', ' Yes!  ', 'é\n\nok', 'So be it'),
+           made('  Add 1 and 2\n', '\n1 + 2 = 3\n\n', 'And 中文, 🙂?', ' Yes!  ', 'é\n\nok',
+                'So be it'),
            made('x' * 30 + '\t"quoted"', '"quoted" back')]
   if name not in ('mistral', 'gemma'):
     found.append([{'role': 'system', 'content': ' Be brief.\n'}, *found[1]])

@@ -2,8 +2,8 @@
 
     python tests/data/make_chat_references.py PUBLISHED.json [SmolLM2.gguf]
 
-PUBLISHED.json maps the names of `chat_tokenizers.FAMILIES` to the `chat_template` of models that are
-published with them: OpenHermes 2.5 (chatml), Meta-Llama-3-8B-Instruct, Llama-2-7b-chat-hf,
+PUBLISHED.json maps the names of `chat_tokenizers.FAMILIES` to the `chat_template` of models that
+are published with them: OpenHermes 2.5 (chatml), Meta-Llama-3-8B-Instruct, Llama-2-7b-chat-hf,
 Mistral-7B-Instruct-v0.1, gemma-2b-it. Needs the extra `parity`.
 """
 import json

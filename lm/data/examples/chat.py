@@ -168,8 +168,8 @@ class ChatTemplate:
       if message['role'] == 'assistant':
         before, behind = self.render(guarded[:i], True), self.render(guarded[:i + 1])
         if not (text.startswith(behind) and behind.startswith(before)):
-          raise BadConversation(f'has an answer, message {i}, whose text the messages behind it change'
-                                f' in the chat template {self.name}')
+          raise BadConversation(f'has an answer, message {i}, whose text the messages behind it'
+                                f' change in the chat template {self.name}')
         end = len(before) + self._answer_end(behind[len(before):])
         start, stop = (self._place(ids, text, place, guard) for place in (len(before), end))
         is_answer[start:stop] = True

@@ -105,7 +105,7 @@ def checked(messages: Any) -> Messages:
     role = message.get('role', message.get('from'))
     content = message.get('content', message.get('value'))
     if role not in _ROLES:
-      raise BadExample(f'has the role {role!r} in message {i}, which is none of {", ".join(_ROLES)}')
+      raise BadExample(f'has the role {role!r} in message {i}, none of {", ".join(_ROLES)}')
     if not isinstance(content, str) or not content.strip():
       raise BadExample(f'has an empty message {i}, of the role {role!r}')
     found.append({'role': _ROLES[role], 'content': content})

@@ -89,8 +89,8 @@ class ExampleTask:
       raise UserError('The reference model sees the answers of a preference once, before training;'
                       ' bind augmentations=().')
     if self.chat_template and self.form not in ('chat', 'preference'):
-      raise UserError(f"chat_template={self.chat_template!r} goes with form='chat' and 'preference',"
-                      f' and not with form={self.form!r}; bind one alone.')
+      raise UserError(f"chat_template={self.chat_template!r} goes with form='chat' or 'preference',"
+                      f' not with form={self.form!r}; bind one alone.')
     if not self.name or not self.name.replace('_', '').isalnum():
       raise UserError(f'name={self.name!r} must be letters, digits and underscores.')
     if self.target_length < 1:
