@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
                            'in RUN_DIR/seed-N; mean, deviation and interval of every metric')
     if name == 'generate':
       command.add_argument('--prompt', action='append', required=True, help='repeatable')
+      command.add_argument('--chat', action='store_true', help="a prompt is a user's message, put "
+                           "into the run's chat template, and the assistant answers")
       command.add_argument('--max_new_tokens', type=int)
       command.add_argument('--temperature', type=float, help='0 takes the most probable token')
       command.add_argument('--top_k', type=int)
@@ -206,9 +208,10 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
   if args.command == 'evaluate':
     return _evaluate(experiment, args)
   result = run.generate(experiment, args.run_dir, args.prompt, _sampling(args, experiment.sampling),
-                        args.seed)
+                        args.seed, args.chat)
   for completion in result['completions']:
-    print(f'{completion["prompt"]}{completion["text"]}\n')
+    between = '\n' if args.chat else ''
+    print(f'{completion["prompt"]}{between}{completion["text"]}\n')
   return result
 
 

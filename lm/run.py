@@ -1,12 +1,11 @@
 """A run: what it is made of, and what each command does with it; see also `run_directory`."""
-import contextlib
 import dataclasses
 import functools
 import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import flax.linen as nn
@@ -22,7 +21,7 @@ from lm.data.loader import Example, Loader
 from lm.data.mixtures import Mixture, PreparedMixture
 from lm.data.tasks import Prepared, TextTask
 from lm.errors import UserError
-from lm.evaluation import evaluator, live, predictions, report
+from lm.evaluation import evaluator, live, predictions, reference, report
 from lm.inference.generate import complete
 from lm.inference.sampling import SamplingConfig
 from lm.interop import initial as initial_weights
@@ -36,11 +35,10 @@ from lm.parallel.distributed import Hosts, digest, program_facts
 from lm.parallel.mesh import MeshConfig
 from lm.parallel.rules import Rules, axes_of
 from lm.training import checkpoint, losses, meters, monitor, precision
-from lm.training.alerts import Alerts
-from lm.training.goodput import Goodput
 from lm.training.loop import TrainConfig, Trainer
 from lm.training.optimizers import Optimizer
 from lm.training.position import Position
+from lm.training.preference import DPO
 from lm.training.state import abstract_params
 
 
@@ -64,7 +62,8 @@ class Experiment:
   optimizer: Optimizer
   train: TrainConfig
   objective: objectives.Objective = objectives.CausalLM()
-  loss: losses.Prediction | losses.Contrastive | losses.CosineSimilarity = losses.Prediction()
+  loss: (losses.Prediction | losses.Contrastive | losses.CosineSimilarity
+         | DPO) = losses.Prediction()
   mesh: MeshConfig = MeshConfig()
   rules: Rules = Rules()
   sampling: SamplingConfig = SamplingConfig()
@@ -80,6 +79,9 @@ class Experiment:
       raise ValueError(f'batch_ramp={self.train.batch_ramp} does not go with contiguous=True, '
                        'where each row of a batch goes on with that of the batch before; bind one '
                        'alone')
+    if (getattr(self.task, 'form', None) == 'preference') != isinstance(self.loss, DPO):
+      raise ValueError("form='preference' of examples and the loss preference.DPO belong together; "
+                       'bind both, or neither')
     own = getattr(self.task, 'vocabulary', None)  # A mixture has its tasks'.
     if own is not None and own.kind in vocabularies.TRAINED:
       size = self.task.vocabulary.size
@@ -151,7 +153,8 @@ def train(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(),
   directory = pathlib.Path(run_dir)
   if compiled and not pathlib.Path(compiled).is_file():
     raise UserError(f'--compiled={compiled} is no file; make one with `lm compile --save`')
-  with run_directory.claim(directory, hosts), _watched(experiment, directory, hosts) as watched:
+  with run_directory.claim(directory, hosts), run_directory.watched(
+      experiment.train.alert_command, directory, hosts) as watched:
     experiment, prepared, result = _fit(experiment, directory, hosts, watched, compiled)
     if result['stopped_by'] is None:
       with watched.goodput.spent('evaluation'):
@@ -173,51 +176,16 @@ def fit(experiment: Experiment, run_dir: str, hosts: Hosts = Hosts(), **watchers
   `watchers` are those of the Trainer: `on_validation`.
   """
   directory = pathlib.Path(run_dir)
-  with run_directory.claim(directory, hosts), _watched(experiment, directory, hosts) as watched:
+  with run_directory.claim(directory, hosts), run_directory.watched(
+      experiment.train.alert_command, directory, hosts) as watched:
     _, _, result = _fit(experiment, directory, hosts, watched, **watchers)
     result['goodput'] = watched.close(result)
     watched.tell(result)
     return result
 
 
-@dataclasses.dataclass(frozen=True)
-class _Watched:
-  """What counts the seconds of a run, and what tells a person about it."""
-  goodput: Goodput
-  alerts: Alerts
-
-  def close(self, result: dict[str, Any]) -> dict[str, float]:
-    """Ends the account of a run that ended well; returns the share of each category."""
-    self.goodput.close(finished=result['stopped_by'] is None)
-    return self.goodput.shares()
-
-  def tell(self, result: dict[str, Any]):
-    """Tells a person of the end."""
-    stopped_by, text = result['stopped_by'], f'after step {result["steps"]}'
-    if stopped_by:
-      self.alerts.send('stopped', f'stopped by {stopped_by} {text}', result['steps'])
-    else:
-      self.alerts.send('finished', f'finished {text}', result['steps'])
-
-
-@contextlib.contextmanager
-def _watched(experiment: Experiment, directory: pathlib.Path, hosts: Hosts) -> Iterator[_Watched]:
-  """Open until the run ends, well or not; of several hosts, host 0 keeps and tells."""
-  goodput = Goodput(directory if hosts.is_main else None)
-  alerts = Alerts(experiment.train.alert_command if hosts.is_main else None, directory,
-                  lambda text: print(text, file=sys.stderr))
-  if hosts.line is not None:
-    hosts.line.before_end = functools.partial(alerts.send, 'failed')
-  with alerts.until_the_end():
-    try:
-      yield _Watched(goodput, alerts)
-    except BaseException:
-      goodput.close(finished=False)
-      raise
-
-
-def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts, watched: _Watched,
-         compiled: str | None = None, **watchers: Any
+def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts,
+         watched: run_directory.Watched, compiled: str | None = None, **watchers: Any
          ) -> tuple[Experiment, Data, dict[str, Any]]:
   hosts.prove_same({'the digest of the configuration': digest(config.text()), **program_facts()})
   if hosts.is_main:
@@ -229,8 +197,8 @@ def _fit(experiment: Experiment, directory: pathlib.Path, hosts: Hosts, watched:
             for split in prepared.info['splits']]
     print(*(f'{sentence}\n' for sentence in told if sentence), sep='', end='', file=sys.stderr)
   hosts.prove_same({'the digest of the data': _data_digest(prepared.info)})
-  if hosts.is_main and not (directory / 'vocabulary').exists():
-    prepared.vocabulary.save(directory / 'vocabulary')
+  if hosts.is_main:
+    run_directory.save_vocabulary(directory, prepared.vocabulary, _chat(experiment, prepared))
   trainer = _trainer(experiment, prepared, directory, hosts, watched, **watchers)
   result = trainer.run(compiled and pathlib.Path(compiled))
   if hosts.is_main:  # whose file it is, with the losses of the steps before this start
@@ -280,6 +248,11 @@ def _objective(experiment: Experiment, prepared: Data) -> Any:
   return objective
 
 
+def _chat(experiment: Experiment, prepared: Data) -> Any:
+  """The chat template of examples that are conversations; None of others."""
+  return getattr(_objective(experiment, prepared), 'chat', None)
+
+
 def _loader(experiment: Experiment, prepared: Data, split: str, seed: int) -> Loader:
   """Batches of a split under the run's objective."""
   objective, settings = _objective(experiment, prepared), experiment.train
@@ -290,27 +263,27 @@ def _loader(experiment: Experiment, prepared: Data, split: str, seed: int) -> Lo
 
 
 def _trainer(experiment: Experiment, prepared: Data, directory: pathlib.Path, hosts: Hosts,
-             watched: _Watched, **watchers: Any) -> Trainer:
+             watched: run_directory.Watched, **watchers: Any) -> Trainer:
   settings, rules = experiment.train, experiment.bound_rules()
-  loader = functools.partial(_loader, experiment, prepared)
+  loader, module = functools.partial(_loader, experiment, prepared), experiment.model.build(rules)
   log = lambda text: print(text, file=sys.stderr) if hosts.is_main else None
   initial = experiment.initial and initial_weights.open_weights(
       experiment.initial, directory, hosts, log, prepared.vocabulary.digest,
       experiment.optimizer.is_frozen)
   return Trainer(
-      settings, experiment.model.build(rules), experiment.loss,
+      settings, module, experiment.loss,
       experiment.build_optimizer(),
       experiment.optimizer.schedule.build(settings.num_steps), rules,
       loader('train', settings.seed), loader('validation', 0), _data_digest(prepared.info),
       directory, experiment.model.flops_per_token(settings.sequence_length),
       meters.peak_flops(experiment.model.dtype),
       log=log, goodput=watched.goodput, alerts=watched.alerts,
-      sample=functools.partial(_sample, experiment, prepared.vocabulary, hosts), hosts=hosts,
+      sample=functools.partial(_sample, experiment, prepared, hosts), hosts=hosts,
       writers=(live.LiveReport(settings.num_steps), *experiment.writers), initial=initial,
-      **watchers)
+      on_start=reference.of_run(prepared, directory, module, settings, hosts), **watchers)
 
 
-def _sample(experiment: Experiment, vocabulary: Any, hosts: Hosts, params: Any
+def _sample(experiment: Experiment, prepared: Data, hosts: Hosts, params: Any
             ) -> Sequence[Mapping[str, Any]]:
   """Completes the prompts with parameters that lie over the devices of all hosts, who all call it;
   host 0 does it, on one device."""
@@ -319,8 +292,9 @@ def _sample(experiment: Experiment, vocabulary: Any, hosts: Hosts, params: Any
   module, params = _alone(experiment, hosts, params)
   if not hosts.is_main:
     return ()
-  return complete(module, params, vocabulary, list(experiment.prompts), experiment.sampling, 0,
-                  experiment.model.max_length)
+  return complete(module, params, prepared.vocabulary, list(experiment.prompts),
+                  experiment.sampling, 0, experiment.model.max_length,
+                  _chat(experiment, prepared))
 
 
 def _alone(experiment: Experiment, hosts: Hosts, params: Any) -> tuple[nn.Module, Any]:
@@ -359,7 +333,8 @@ def _finish(experiment: Experiment, directory: pathlib.Path, prepared: Data, hos
   else:
     evaluate(experiment, str(directory), prepared, hosts)
   if experiment.prompts and hosts.is_main:
-    completions = generate(experiment, str(directory), experiment.prompts, experiment.sampling)
+    completions = generate(experiment, str(directory), experiment.prompts, experiment.sampling,
+                           chat=_chat(experiment, prepared) is not None)
     run_directory.write_json(directory / 'samples.json', completions['completions'])
 
 
@@ -381,6 +356,7 @@ def evaluate(experiment: Experiment, run_dir: str, prepared: Data | None = None,
                                 experiment.train.sequence_length, experiment.train.batch_size,
                                 hosts=hosts)
   else:
+    reference.load(prepared, pathlib.Path(run_dir), experiment.train)
     loader = _loader(experiment, prepared, 'validation', seed=0)
     result = evaluator.held_out(module, experiment.loss, params, loader, hosts=hosts)
   if hosts.is_main:
@@ -421,12 +397,13 @@ def evaluate_examples(experiment: Experiment, run_dir: str, wanted: Sequence[Pre
 
 
 def generate(experiment: Experiment, run_dir: str, prompts: Sequence[str], sampling: SamplingConfig,
-             seed: int = 0) -> dict[str, Any]:
-  """Continues each prompt with a run's last good checkpoint; under early stopping, its best."""
+             seed: int = 0, chat: bool = False) -> dict[str, Any]:
+  """Continues each prompt with a run's last good checkpoint; under early stopping, its best. In a
+  `chat` a prompt is a user's message, and the assistant answers."""
   _, module, params = load(experiment, run_dir)
-  vocabulary = vocabularies.load(pathlib.Path(run_dir) / 'vocabulary')
+  vocabulary, template = run_directory.load_vocabulary(pathlib.Path(run_dir), chat)
   return {'completions': complete(module, params, vocabulary, list(prompts), sampling, seed,
-                                  experiment.model.max_length)}
+                                  experiment.model.max_length, template)}
 
 
 def check_invariants(experiment: Experiment) -> dict[str, Any]:

@@ -7,11 +7,14 @@
   predictions/      of labelled examples, a page a task
   report.html       all of it, written anew while the run goes   csv/  with writers.CSV()
   goodput.json      where the time went, over all starts         samples.jsonl  while training
+  reference.npz     of preferences, what the model said at first
   stacks/           of each host, when a step was stuck          profile/    traces of steps
 """
 import contextlib
+import dataclasses
 import difflib
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -22,8 +25,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from lm import config
+from lm.data import vocabularies
+from lm.data.examples import chat
+from lm.data.vocabularies import Vocabulary
 from lm.errors import UserError
 from lm.parallel.distributed import Hosts
+from lm.training.alerts import Alerts
+from lm.training.goodput import Goodput
 
 
 @contextlib.contextmanager
@@ -88,3 +96,54 @@ def write_json(path: pathlib.Path, value: Any):
     temporary.unlink(missing_ok=True)
     raise UserError(f'{path} cannot be written ({error.strerror}); free some space or choose '
                     'another directory') from error
+
+
+def save_vocabulary(directory: pathlib.Path, vocabulary: Vocabulary, template: Any):
+  """Keeps the vocabulary, and the chat template if there is one, where none are."""
+  path = directory / 'vocabulary'
+  if not path.exists():
+    vocabulary.save(path)
+    if template is not None:
+      chat.save(template, path)
+
+
+def load_vocabulary(directory: pathlib.Path, in_chat: bool) -> tuple[Vocabulary, Any]:
+  """The vocabulary of a run, and its chat template where it is asked for."""
+  vocabulary = vocabularies.load(directory / 'vocabulary')
+  return vocabulary, chat.load(directory / 'vocabulary', vocabulary) if in_chat else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+  """What counts the seconds of a run, and what tells a person about it."""
+  goodput: Goodput
+  alerts: Alerts
+
+  def close(self, result: dict[str, Any]) -> dict[str, float]:
+    """Ends the account of a run that ended well; returns the share of each category."""
+    self.goodput.close(finished=result['stopped_by'] is None)
+    return self.goodput.shares()
+
+  def tell(self, result: dict[str, Any]):
+    """Tells a person of the end."""
+    stopped_by, text = result['stopped_by'], f'after step {result["steps"]}'
+    if stopped_by:
+      self.alerts.send('stopped', f'stopped by {stopped_by} {text}', result['steps'])
+    else:
+      self.alerts.send('finished', f'finished {text}', result['steps'])
+
+
+@contextlib.contextmanager
+def watched(alert_command: str | None, directory: pathlib.Path, hosts: Hosts) -> Iterator[Watched]:
+  """Open until the run ends, well or not; of several hosts, host 0 keeps and tells."""
+  goodput = Goodput(directory if hosts.is_main else None)
+  alerts = Alerts(alert_command if hosts.is_main else None, directory,
+                  lambda text: print(text, file=sys.stderr))
+  if hosts.line is not None:
+    hosts.line.before_end = functools.partial(alerts.send, 'failed')
+  with alerts.until_the_end():
+    try:
+      yield Watched(goodput, alerts)
+    except BaseException:
+      goodput.close(finished=False)
+      raise

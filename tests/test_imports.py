@@ -58,7 +58,8 @@ LAZY = ['tensorflow', 'apache_beam', 'tensorboard', 'sentencepiece', 'zstandard'
         'array_record', 'torch', 'transformers', 'tensorstore', 'gguf', 'tokenizers', 'optuna',
         'pyarrow', 'msgpack', 'ftfy', 'fasttext', 'sklearn', 'scipy', 'fastwarc', 'trafilatura',
         'resiliparse', 'lxml', 'tensorflow_datasets', 'charset_normalizer',
-        'phonenumbers', 'stdnum', 'seqeval', 'sacrebleu', 'rouge_score', 'nltk', 'lm_eval']
+        'phonenumbers', 'stdnum', 'seqeval', 'sacrebleu', 'rouge_score', 'nltk', 'lm_eval',
+        'jinja2']
 EAGER = {'lm/data/seqio_tasks.py', 'lm/data/seqio_examples.py'}  # itself imported lazily
 
 

@@ -42,6 +42,7 @@ class _Pretrained:
     sentinel_ids: those of them that are not some other token, counted down; or None.
     bos_id, cls_id, sep_id, mask_id: special ids, None where there is none. `eos_id` falls back to
       `sep_id`, `unk_id` and `pad_id` to `eos_id`.
+    special_tokens: name to id of the tokens that are no text.
     digest: of the files and `extra_ids`.
   """
 
@@ -106,6 +107,10 @@ class TokenizerVocabulary(_Pretrained):
     self._tokenizer = tokenizer_config.build(files)
     tokens = self._tokenizer.get_vocab(with_added_tokens=True)
     super().__init__(files, extra_ids, tokens, max(tokens.values()) + 1)
+    added = self._tokenizer.get_added_tokens_decoder()
+    roles = tokenizer_config.special_ids(files, tokens).values()
+    self.special_tokens = {token.content: id_ for id_, token in added.items() if token.special} | {
+        self._tokenizer.id_to_token(id_): id_ for id_ in roles if id_ is not None}
 
   def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[np.ndarray]:
     """Returns the ids of each text; more than one thread means all cores."""
@@ -166,6 +171,9 @@ class PlainSentencePieceVocabulary(_Pretrained):
     listed = any(map(_EXTRA_ID.fullmatch, added))
     above = max(max(own.values()) + 1 - size, 0 if listed else _num_sentinels(config))
     super().__init__(files, max(extra_ids, above), own, size)
+    control = map(self._processor.is_control, range(size))
+    self.special_tokens = added | {
+        self._processor.id_to_piece(id_): id_ for id_, is_one in enumerate(control) if is_one}
     t5 = self.bos_id is None or str(config.get('tokenizer_class')).startswith(('T5', 'MT5'))
     bos = self.bos_id is not None and config.get('add_bos_token', not t5)
     self._before = [self.bos_id] if bos else []

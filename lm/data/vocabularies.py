@@ -123,6 +123,7 @@ class Vocabulary(Protocol):
     extra_ids: how many at the top no text yields.
     sentinel_ids: these, counted down from the top; None where there are none.
     pad_id, eos_id, unk_id: special ids.
+    special_tokens: name to id of what frames texts and conversations, and is no text.
     digest: of all that decides on ids.
   """
 
@@ -132,6 +133,7 @@ class Vocabulary(Protocol):
   pad_id: int
   eos_id: int
   unk_id: int
+  special_tokens: dict[str, int]
   digest: str
 
   def encode(self, text: str) -> np.ndarray:
@@ -163,6 +165,7 @@ class ByteVocabulary:
   """
 
   pad_id, eos_id, unk_id = PAD_ID, EOS_ID, UNK_ID
+  special_tokens = dict(zip(SPECIAL, range(NUM_SPECIAL)))
 
   def __init__(self, extra_ids: int = 0):
     self.extra_ids = extra_ids
@@ -211,6 +214,7 @@ class SentencePieceVocabulary:
   """
 
   pad_id, eos_id, unk_id = PAD_ID, EOS_ID, UNK_ID
+  special_tokens = dict(zip(SPECIAL, range(NUM_SPECIAL)))
 
   def __init__(self, model: bytes, extra_ids: int = 0):
     import sentencepiece  # Not for those who only look at bytes.

@@ -6,7 +6,7 @@ on that request alone, so its neighbours in the batch do not change its text. Wh
 the number of rows, which may change how a product is rounded: two tokens that tie to the last digit
 may then change places.
 """
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple, Protocol, TypedDict
@@ -36,6 +36,14 @@ class Vocabulary(Protocol):
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of the ids."""
+
+
+class Chat(Protocol):
+  """What completing a conversation needs of a chat template."""
+  end_id: int
+
+  def prompt(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
+    """Returns all int32 ids up to where the assistant's answer begins."""
 
 
 class Completion(NamedTuple):
@@ -105,12 +113,17 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray], config: Sa
 
 
 def complete(module: Any, params: Any, vocabulary: Vocabulary, prompts: Sequence[str],
-             config: SamplingConfig, seed: int | Sequence[int], max_length: int
-             ) -> list[CompletedText]:
-  """`generate` from text to text; `tokens` and `text` are of the completion alone."""
-  ids = [vocabulary.encode(prompt) for prompt in prompts]
-  completions = generate(module, params, ids, config, seed, max_length, vocabulary.eos_id,
-                         begin_id(vocabulary))
+             config: SamplingConfig, seed: int | Sequence[int], max_length: int,
+             chat: Chat | None = None) -> list[CompletedText]:
+  """`generate` from text to text; `tokens` and `text` are of the completion alone. In a `chat` a
+  prompt is a user's message, and the completion the assistant's."""
+  if chat is None:
+    ids = [vocabulary.encode(prompt) for prompt in prompts]
+    end, begin = vocabulary.eos_id, begin_id(vocabulary)
+  else:
+    ids = [chat.prompt([{'role': 'user', 'content': prompt}]) for prompt in prompts]
+    end, begin = chat.end_id, None  # The template says what a conversation begins with.
+  completions = generate(module, params, ids, config, seed, max_length, end, begin)
   return [CompletedText(prompt=prompt, text=vocabulary.decode(without_eos(done)),
                         tokens=done.tokens.tolist(), stopped=done.stopped)
           for prompt, done in zip(prompts, completions)]

@@ -55,14 +55,15 @@ def model(run_dir: str, task: Optional[ExampleTask] = None, pooling: Optional[st
   changes = {name: value for name, value in changes.items() if value is not None}
   if task is None or isinstance(own, WHOLE.get(task.form, ())):
     return _changed(own, changes)
-  if task.form in ('text_to_text', 'decoder'):
+  if task.form in ('text_to_text', 'decoder', 'chat', 'preference'):
     raise UserError(f'form={task.form!r} is not what a {type(own).__name__} reads, which {run_dir} '
                     "has; bind FORM='encoder', or INITIAL to another run")
   return _changed(_with_head(own, task, pooling or _pooling(own)), changes)
 
 
 # The models that take a form as they are; any trunk with a head takes the others.
-WHOLE = {'text_to_text': T5Config, 'decoder': GPTConfig, 'embedder': DualEncoderConfig}
+WHOLE = {'text_to_text': T5Config, 'decoder': GPTConfig, 'embedder': DualEncoderConfig,
+         'chat': GPTConfig, 'preference': GPTConfig}
 
 
 def _pooling(own: Any) -> str:

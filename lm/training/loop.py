@@ -128,6 +128,8 @@ class Trainer:
   writers: who get the metrics too.
   on_validation: is called with the step and its held-out metrics; what it raises ends the run.
   initial: from the parameters of a new run, in their shardings, to those that it begins with.
+  on_start: is called with the step and the parameters from which this start goes on, before any
+    batch is read.
   """
   config: TrainConfig
   module: nn.Module
@@ -149,6 +151,7 @@ class Trainer:
   writers: Sequence[Writer] = ()
   on_validation: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
   initial: Optional[Callable[[Any], Any]] = None
+  on_start: Callable[[int, Any], None] = lambda step, params: None
 
   def run(self, compiled: pathlib.Path | None = None) -> dict[str, Any]:
     """Trains from the last good checkpoint to `num_steps`, or until a signal asks to stop.
@@ -177,6 +180,7 @@ class Trainer:
     profiler = profiling.Profiler(self.run_dir, config.profile, self.hosts, self.log)
     with contextlib.closing(checkpointer), profiler.on_signal():
       state, position = self.restore(checkpointer)
+      self.on_start(int(state.step), state.params)
       session = _Session(self, checkpointer, watch, profiler, state, position, compiled)
       with contextlib.closing(session), watch, stopping.signals() as received:
         return session.train(received)

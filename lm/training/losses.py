@@ -20,7 +20,7 @@ Sums = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loss:
+class Base:
   """What every loss has.
 
   l1, l2: times the sum of |w| and of w^2 over all matrices, added to the loss of each update
@@ -46,7 +46,7 @@ class _Loss:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction(_Loss):
+class Prediction(Base):
   """Cross entropy of whatever a model puts out and a batch has, in nats.
 
   Tokens are `masked_target_tokens` in a batch that has them, else `decoder_target_tokens`, each
@@ -296,7 +296,7 @@ def _exact_spans(right_BT, span_ids_BT):
 
 
 @dataclasses.dataclass(frozen=True)
-class Contrastive(_Loss):
+class Contrastive(Base):
   """InfoNCE with in-batch negatives (arXiv:1807.03748, section 2.3; SimCSE, arXiv:2104.08821).
 
   Each query shall find its own document among all documents of the whole batch, over all devices
@@ -349,7 +349,7 @@ class Contrastive(_Loss):
 
 
 @dataclasses.dataclass(frozen=True)
-class CosineSimilarity(_Loss):
+class CosineSimilarity(Base):
   """(cosine of the two embeddings - `pair_values`)^2, as sentence-transformers trains them
   (Sentence-BERT, arXiv:1908.10084, section 3)."""
   whole_batch, passes = False, 1

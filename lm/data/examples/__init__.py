@@ -5,6 +5,7 @@
     tfds.py      sets of TensorFlow Datasets, read in a child process
     convert.py   records of well-known sets
     kinds.py     what an example is: classification, similarity, tagging, ... checked and canonical
+    conversations.py, chat.py, chat_forms.py   kinds of conversations, chat templates, their forms
     template.py  prompts and targets of models that read and write text
     forms.py     from an example to tokens, for an encoder, a text-to-text model or a decoder
     spans.py     answers that stand in a text, from characters to tokens and back
@@ -12,6 +13,8 @@
     task.py      `ExampleTask`, which gin binds, and its cache
 """
 
+from lm.data.examples.conversations import Conversation
+from lm.data.examples.conversations import Preference
 from lm.data.examples.kinds import Classification
 from lm.data.examples.kinds import Generation
 from lm.data.examples.kinds import LanguageModelling

@@ -21,7 +21,7 @@ from lm.data.packing import Packed
 from lm.data.vocabularies import Vocabulary
 from lm.errors import UserError
 
-Name = Literal['encoder', 'text_to_text', 'decoder', 'embedder']
+Name = Literal['encoder', 'text_to_text', 'decoder', 'embedder', 'chat', 'preference']
 
 
 class Encoded(NamedTuple):
@@ -36,12 +36,16 @@ class Encoded(NamedTuple):
       choices the right one, then the lengths of context and continuation of each; of documents
       their lengths; of an answer its first and last token in `b`, -1 if there is none.
     value: the number to be predicted.
+    reference: of two answers, the nats of each under the reference model.
+    example: what was encoded, for forms that cut more than tokens.
   """
 
   a: np.ndarray
   b: Optional[np.ndarray]
   targets: np.ndarray
   value: float = 0.0
+  reference: Tuple[float, float] = (0.0, 0.0)
+  example: Optional[kinds.Example] = None
 
 
 class Lengths(NamedTuple):

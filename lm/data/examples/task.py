@@ -28,6 +28,8 @@ from lm.data import loader
 from lm.data import tasks
 from lm.data import vocabularies
 from lm.data import vocabulary_training
+from lm.data.examples import chat
+from lm.data.examples import chat_forms
 from lm.data.examples import forms
 from lm.data.examples import kinds
 from lm.data.examples import sources
@@ -36,8 +38,9 @@ from lm.data.examples.rows import ExampleRows
 from lm.data.examples.template import Template
 from lm.errors import UserError
 
-_SOURCES = ('formats.py', 'forms.py', 'kinds.py', 'sources.py', 'spans.py', 'task.py',
-            'template.py')
+FORMS = forms.FORMS | {'chat': chat_forms.Chat, 'preference': chat_forms.Preference}
+_SOURCES = ('chat.py', 'chat_forms.py', 'conversations.py', 'formats.py', 'forms.py', 'kinds.py',
+            'sources.py', 'spans.py', 'task.py', 'template.py')
 _FORMAT = 1
 _SHOWN = 3  # Bad records that an error names.
 
@@ -50,9 +53,11 @@ class ExampleTask:
     source: gives records of each split; see `sources`.
     kind: what a record means; see `kinds`.
     form: 'encoder' for a model with a head, 'text_to_text' for T5, 'decoder' for GPT, 'embedder'
-      for two texts compared.
+      for two texts compared, 'chat' for conversations, 'preference' for two answers compared.
     template: prompt and target of models that write text.
     decoder_template: those of a decoder; None for the same.
+    chat_template: of 'chat' and 'preference': a name of `chat.NAMED`, or a file of Jinja; None is
+      the tokenizer's own.
     vocabulary: one trained on the training split, or another project's.
     target_length: tokens of a row of the decoder's side, of 'text_to_text'.
     packed: puts as many examples into a row as it holds.
@@ -68,6 +73,7 @@ class ExampleTask:
   form: forms.Name = 'encoder'
   template: Template = Template()
   decoder_template: Optional[Template] = None
+  chat_template: Optional[str] = None
   vocabulary: vocabularies.VocabularyConfig = vocabularies.VocabularyConfig()
   target_length: int = 128
   packed: bool = True
@@ -77,8 +83,14 @@ class ExampleTask:
   name: str = 'examples'
 
   def __post_init__(self) -> None:
-    if self.form not in forms.FORMS:
-      raise UserError(f'form={self.form!r} must be one of {sorted(forms.FORMS)}.')
+    if self.form not in FORMS:
+      raise UserError(f'form={self.form!r} must be one of {sorted(FORMS)}.')
+    if self.form == 'preference' and self.augmentations:
+      raise UserError('The reference model sees the answers of a preference once, before training;'
+                      ' bind augmentations=().')
+    if self.chat_template and self.form not in ('chat', 'preference'):
+      raise UserError(f"chat_template={self.chat_template!r} goes with form='chat' or 'preference',"
+                      f' not with form={self.form!r}; bind one alone.')
     if not self.name or not self.name.replace('_', '').isalnum():
       raise UserError(f'name={self.name!r} must be letters, digits and underscores.')
     if self.target_length < 1:
@@ -106,7 +118,10 @@ class ExampleTask:
         if not (directory / 'info.json').exists():
           _build(self, directory, digest, progress, vocabulary)
     info = json.loads((directory / 'info.json').read_text('utf-8'))
-    return PreparedExamples(self, directory, vocabularies.load(directory / 'vocabulary'), info)
+    references = {} if self.form != 'preference' else {
+        split: np.zeros((found['documents'], 2)) for split, found in info['splits'].items()}
+    return PreparedExamples(self, directory, vocabularies.load(directory / 'vocabulary'), info,
+                            references)
 
   def register(self) -> Any:
     """Returns the `seqio.Task` in SeqIO's registry (imports TensorFlow; builds what is missing)."""
@@ -124,12 +139,15 @@ class PreparedExamples:
     directory: of the cache.
     vocabulary: made its ids.
     info: provenance, `info['splits'][split]['documents']` (examples), `info['labels']`.
+    references: of preferences, for each split the nats [examples, 2] of the chosen and the rejected
+      answer under the reference model, to be filled in before rows are read.
   """
 
   task: ExampleTask
   directory: Path
   vocabulary: vocabularies.Vocabulary
   info: dict[str, Any]
+  references: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   @property
   def kind(self) -> Any:
@@ -162,7 +180,7 @@ class PreparedExamples:
       raise UserError(f'The task {self.task.name!r} has no split {split!r}; it has'
                       f' {sorted(self.info["splits"])}; bind files to it, or held_out to a share'
                       ' of the training examples.')
-    return ExampleCache(self.directory, split)
+    return ExampleCache(self.directory, split, self.references.get(split))
 
   def lengths(self, sequence_length: int, split: str = sources.TRAIN) -> forms.Lengths:
     """Returns the lengths of a row of a split."""
@@ -210,12 +228,17 @@ class ExampleCache:
 
   Safe to share between threads and to pickle to other processes.
 
+  Args:
+    directory: of the cache.
+    split: of it.
+    references: [examples, 2]; see `PreparedExamples`.
+
   Attributes:
     sizes: int32 [examples, 3], tokens of a, of b (-1: none), and targets.
   """
 
-  def __init__(self, directory: Path, split: str):
-    self._cache = cache.TokenCache(directory, split)
+  def __init__(self, directory: Path, split: str, references: Optional[np.ndarray] = None):
+    self._cache, self._references = cache.TokenCache(directory, split), references
     self.sizes = np.load(directory / f'{split}.sizes.npy')
 
   def __len__(self) -> int:
@@ -231,7 +254,9 @@ class ExampleCache:
     tokens, rest = record['tokens'], json.loads(record['text'])
     size_a, size_b, _ = self.sizes[index]
     b = None if size_b < 0 else tokens[size_a:]  # Of several texts, all; size_b is the longest.
-    return forms.Encoded(tokens[:size_a], b, np.array(rest['targets'], np.int32), rest['value'])
+    reference = (0.0, 0.0) if self._references is None else tuple(self._references[index])
+    return forms.Encoded(tokens[:size_a], b, np.array(rest['targets'], np.int32), rest['value'],
+                         reference, rest['example'])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,10 +284,13 @@ def _resolved(kind: kinds.Kind, labels: Optional[list[str]]) -> kinds.Kind:
 def _bind(task: ExampleTask, kind: kinds.Kind, vocabulary: vocabularies.Vocabulary,
           shown: list[kinds.Example]) -> forms.Form:
   template = dataclasses.replace(_template(task), shown=tuple(shown))
-  form = forms.FORMS[task.form]
+  options: dict[str, Any] = {'kind': kind, 'vocabulary': vocabulary, 'template': template}
+  form = FORMS[task.form]
   if task.form == 'encoder' and kind.name == 'span_extraction':
     form = spans.SpanForm
-  return form(kind=kind, vocabulary=vocabulary, template=template).bind(vocabulary)
+  if issubclass(form, chat_forms.Chat):
+    options['chat'] = chat.open_template(vocabulary, task.chat_template)
+  return form(**options).bind(vocabulary)
 
 
 def _template(task: ExampleTask) -> Template:
@@ -277,7 +305,7 @@ def _digest(task: ExampleTask, given: Optional[vocabularies.Vocabulary] = None) 
   parts = [
       _FORMAT, task.source.digest(),
       type(task.kind).__name__, dataclasses.asdict(task.kind), task.form,
-      dataclasses.asdict(_template(task)),
+      dataclasses.asdict(_template(task)), chat.digest_source(task.chat_template),
       given.digest if given else [dataclasses.asdict(task.vocabulary),
                                   tasks.digests_of_vocabulary(task.vocabulary)],
       [hashlib.sha256((own / name).read_bytes()).hexdigest() for name in _SOURCES],
@@ -376,7 +404,7 @@ def _vocabulary(task: ExampleTask, found: dict[str, list[kinds.Example]]
   """Returns the vocabulary; one that is trained learns from prompts and targets of training."""
   def texts() -> Iterator[str]:
     for example in found.get(sources.TRAIN, ()):
-      if task.form in ('text_to_text', 'decoder'):
+      if task.form in ('text_to_text', 'decoder', 'chat') and task.kind.name != 'conversation':
         yield _template(task).prompt(example)
         yield _template(task).target(example)
       else:

@@ -70,7 +70,10 @@ def predictor_of(model: Model, prepared: PreparedExamples, split: str) -> Predic
 
 
 def is_answered(prepared: PreparedExamples) -> bool:
-  """Whether there are predictions of the task's kind in its form: vectors name no class."""
+  """Whether there are predictions of the task's kind in its form: vectors name no class, and what
+  is said of conversations and preferences is their loss."""
+  if prepared.task.form in ('chat', 'preference'):
+    return False
   return prepared.task.form != 'embedder' or prepared.kind.name != 'classification'
 
 
