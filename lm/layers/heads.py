@@ -165,7 +165,7 @@ def mixup(pooled_BKD: Float[Array, 'B K D'], is_there_BK: Bool[Array, 'B K'], al
           ) -> tuple[Float[Array, 'B K D'], tuple[Int[Array, 'B K'], Float[Array, 'B K']]]:
   """Each vector mixed with that of another example of its row: share x + (1 - share) x[partner],
   share ~ Beta(alpha, alpha) of its own (mixup, arXiv:1710.09412; of sentence embeddings
-  arXiv:1905.08941, section 3.2, and of a pretrained transformer's arXiv:2010.02394, section 3.2).
+  arXiv:1905.08941, senMixup, and of a pretrained transformer's arXiv:2010.02394).
 
   The partners of a row are its examples moved on by a random number of places, so that they, as all
   that is drawn for a row, depend on no other row. An example alone in its row stays as it is.

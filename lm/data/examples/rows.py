@@ -103,7 +103,7 @@ class ExampleRows:
     if self._augment is None:
       return self._examples.encoded(index)
     changed = self._augment(index, rng)
-    sizes = self._form.size(*(np.array([-1 if ids is None else len(ids)]) for ids in changed[:3]))
+    sizes = self._form.size(*np.array([self._form.measure(changed)]).T)
     fits = all(min(size[0], limit) <= planned[index]
                for size, limit, planned in zip(sizes, self._limits, self._sizes))
     return changed if fits else self._examples.encoded(index)

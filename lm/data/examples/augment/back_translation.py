@@ -24,7 +24,7 @@ class BackTranslation(Augmentation):
   not have stays as it is.
 
   Reference: Sennrich et al. 2016, arXiv:1511.06709; for classification Xie et al. 2020,
-  arXiv:1904.12848, section 2.2.
+  arXiv:1904.12848.
 
   Attributes:
     path: of the file.

@@ -20,7 +20,7 @@ class TokenCutoff(Augmentation):
   tokens loses one at least (and keeps one), and the paper's second loss, the divergence between the
   predictions of several views, is not part of it (`losses.Prediction.r_drop` is like it).
 
-  Reference: Shen et al. 2020, arXiv:2009.13818, section 3.
+  Reference: Shen et al. 2020, arXiv:2009.13818.
 
   Attributes:
     ratio: share of the tokens that is cut off.

@@ -4,8 +4,8 @@ Words are what stands between blanks; one that stands at a comma or in quotation
 Texts in scripts without blanks are one word and stay as they are. Where EDA's code makes text lower
 case without punctuation first, case and punctuation are kept here: models today have both.
 
-Reference: Wei and Zou 2019, arXiv:1901.11196, section 2. Its authors advise alpha = 0.05 for 500
-examples and 0.1 for more (section 3.4), with one of the four changes in each augmented text.
+Reference: Wei and Zou 2019, arXiv:1901.11196, section 2. Its authors advise alpha = 0.05 for up to
+2,000 examples and 0.1 for more (table 3), with one of the four changes in each augmented text.
 """
 
 from __future__ import annotations
