@@ -26,6 +26,7 @@ from lm.evaluation import evaluator, live, predictions, report
 from lm.inference.generate import complete
 from lm.inference.sampling import SamplingConfig
 from lm.interop import initial as initial_weights
+from lm.models import adapters
 from lm.models.bert import BERTConfig
 from lm.models.gpt import GPTConfig
 from lm.models.heads import ClassifierConfig, DualEncoderConfig, EmbedderConfig
@@ -58,6 +59,9 @@ class Experiment:
   prompts: texts that the trained model goes on with, for the report.
   writers: who get the metrics beside metrics.jsonl and TensorBoard; see `lm/training/writers.py`.
   initial: the parameters from which a new run begins; None draws them.
+  adapter: what is added to the model and trains in its place (`lm/models/adapters.py`).
+  frozen: regular expressions of whole paths of parameters that do not train, as blocks/layers/mlp/
+    .*, or of single layers, as blocks/layers/[0-3]/.*
   """
   task: TextTask | Mixture | ExampleTask
   model: ModelConfig
@@ -71,8 +75,11 @@ class Experiment:
   prompts: tuple[str, ...] = ()
   writers: tuple[Any, ...] = ()
   initial: Optional[initial_weights.Weights] = None
+  adapter: Optional[adapters.Tuning] = None
+  frozen: tuple[str, ...] = ()
 
   def __post_init__(self):
+    adapters.check_patterns(*self.frozen)
     if self.train.sequence_length > self.model.max_length:
       raise ValueError(f'sequence_length={self.train.sequence_length} is longer than the context '
                        f'max_length={self.model.max_length}; lower the one or raise the other')
@@ -92,6 +99,14 @@ class Experiment:
     optimizer = self.optimizer.build(self.train.num_steps, getattr(self.model, 'width', 1.0))
     return precision.prepare(optimizer, self.model.param_dtype, self.train.loss_scale,
                              self.train.guard)
+
+  def build_model(self, rules: Rules) -> nn.Module:
+    """The model, with its adapter, and which of its parameters train."""
+    return adapters.adapt(self.model.build(rules), self.adapter, self.frozen)
+
+  def trainable(self, path: str) -> bool:
+    """Whether the parameter of this path trains; see `frozen`."""
+    return adapters.trains(self.adapter, self.frozen, path) and not self.optimizer.is_frozen(path)
 
   def bound_rules(self) -> Rules:
     """The rules on this machine's mesh."""
@@ -296,9 +311,9 @@ def _trainer(experiment: Experiment, prepared: Data, directory: pathlib.Path, ho
   log = lambda text: print(text, file=sys.stderr) if hosts.is_main else None
   initial = experiment.initial and initial_weights.open_weights(
       experiment.initial, directory, hosts, log, prepared.vocabulary.digest,
-      experiment.optimizer.is_frozen)
+      lambda path: not experiment.trainable(path))
   return Trainer(
-      settings, experiment.model.build(rules), experiment.loss,
+      settings, experiment.build_model(rules), experiment.loss,
       experiment.build_optimizer(),
       experiment.optimizer.schedule.build(settings.num_steps), rules,
       loader('train', settings.seed), loader('validation', 0), _data_digest(prepared.info),
@@ -468,7 +483,7 @@ def load(experiment: Experiment, run_dir: str, rules: Rules | None = None
           ) -> tuple[int, nn.Module, Any]:
   """The step, the module, and the parameters of a run's last good checkpoint (under early stopping,
   its best), sharded by `rules` or on one device."""
-  module = experiment.model.build(rules or Rules())
+  module = experiment.build_model(rules or Rules())
   abstract = abstract_params(module, rules or jax.local_devices()[0])
   step, params = checkpoint.restore_params(pathlib.Path(run_dir) / 'checkpoints', abstract,
                                            _chosen(experiment),
@@ -485,7 +500,7 @@ def load_on_mesh(experiment: Experiment, run_dir: str, hosts: Hosts) -> tuple[in
   """`load` on the run's mesh or, where a process alone has not its devices, on one device."""
   try:
     rules = experiment.bound_rules()
-    abstract_params(experiment.model.build(rules), rules)
+    abstract_params(experiment.build_model(rules), rules)
   except UserError as error:
     if hosts.count > 1:
       raise

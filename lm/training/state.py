@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lm.errors import UserError
 from lm.parallel.rules import Rules, axes_of
-from lm.training import precision
+from lm.training import precision, trainable
 from lm.training.optimizers.paths import names_of
 
 
@@ -34,7 +34,10 @@ def _init(module: nn.Module, optimizer: optax.GradientTransformation, batch_size
   params_rng, rng = jax.random.split(jax.random.key(seed))
   boxed = _init_params(module, params_rng)
   params = nn.meta.unbox(boxed)
-  return boxed, TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(rng),
+  parts = trainable.split(module, params)
+  opt_state = optimizer.init(parts.own)
+  trainable.check(parts, opt_state)
+  return boxed, TrainState(jnp.int32(0), params, opt_state, jax.random.key_data(rng),
                            module.config.init_carry(batch_size))
 
 
