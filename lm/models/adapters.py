@@ -30,7 +30,7 @@ class Tuning:
 
   trainable: patterns of the model's own parameters that train too.
   """
-  trainable: tuple[str, ...] = HEADS
+  trainable: tuple[str, ...] = dataclasses.field(default=HEADS, kw_only=True)
 
   def __post_init__(self):
     check_patterns(*self.trainable, *getattr(self, 'targets', ()))
@@ -155,7 +155,7 @@ class Adapter(Tuning):
 @dataclasses.dataclass(frozen=True)
 class BitFit(Tuning):
   """Trains biases alone (arXiv:2106.10199), of norms too, with the head; adds nothing."""
-  trainable: tuple[str, ...] = ('(.*/)?bias', *HEADS)
+  trainable: tuple[str, ...] = dataclasses.field(default=('(.*/)?bias', *HEADS), kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
