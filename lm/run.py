@@ -344,7 +344,7 @@ def _alone(experiment: Experiment, hosts: Hosts, params: Any) -> tuple[nn.Module
   if hosts.count > 1:
     params = multihost_utils.process_allgather(params, tiled=True)
   params = jax.device_put(jax.device_get(params), jax.local_devices()[0])
-  return experiment.model.build(Rules()), params
+  return experiment.build_model(Rules()), params
 
 
 def _data_digest(info: dict[str, Any]) -> str:

@@ -56,3 +56,31 @@ def bottleneck(y: Float[Array, '*rows N'], leaves: Mapping[str, jax.Array], rule
   multiply = products.product(None, rules)
   hidden = jax.nn.relu(multiply(y, down_NR) + down_bias_R.astype(y.dtype))
   return y + multiply(hidden, up_RN) + up_bias_N.astype(y.dtype)
+
+
+def attend_also(out_BTNH: Float[Array, 'B T N H'], lse_BNT: Float[Array, 'B N T'],
+                query_BTNH: Float[Array, 'B T N H'], key_PKH: Float[Array, 'P K H'],
+                value_PKH: Float[Array, 'P K H'], scale: float | None, softcap: float | None
+                ) -> Float[Array, 'B T N H']:
+  """Attention to P more keys, which every query sees whatever its segment and place.
+
+  out_BTNH, lse_BNT: of attention to the others, as `flash_attention` returns them; the two are
+    merged by their log-sum-exp, so that it is one softmax.
+  scale, softcap: of the scores.
+  """
+  B, T, N, H = query_BTNH.shape
+  K = key_PKH.shape[1]
+  query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
+  scores_BKGTP = jnp.einsum('btkgh,pkh->bkgtp', query_BTKGH, key_PKH.astype(query_BTNH.dtype),
+                            preferred_element_type=jnp.float32)
+  scores_BKGTP *= H**-0.5 if scale is None else scale
+  if softcap is not None:
+    scores_BKGTP = softcap * jnp.tanh(scores_BKGTP / softcap)
+  lse_BKGT = lse_BNT.reshape(B, K, N // K, T)
+  total_BKGT = jnp.logaddexp(lse_BKGT, jax.nn.logsumexp(scores_BKGTP, -1))
+  weights_BKGTP = jnp.exp(scores_BKGTP - total_BKGT[..., None])
+  more_BTKGH = jnp.einsum('bkgtp,pkh->btkgh', weights_BKGTP, value_PKH.astype(jnp.float32))
+  kept_BTKG = jnp.moveaxis(jnp.exp(lse_BKGT - total_BKGT), 3, 1)
+  out_BTKGH = out_BTNH.astype(jnp.float32).reshape(query_BTKGH.shape)
+  merged = out_BTKGH * kept_BTKG[..., None] + more_BTKGH
+  return merged.reshape(B, T, N, H).astype(out_BTNH.dtype)  # rounded once

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.errors import UserError
+from lm.models.gpt import GPTConfig
 
 HEADS = '(.*/)?head/.*',  # what stands on a trunk, and is new
 Names = tuple[str | None, ...]
@@ -153,6 +154,61 @@ class Adapter(Tuning):
 
 
 @dataclasses.dataclass(frozen=True)
+class PrefixTuning(Tuning):
+  """Adds keys and values to each layer's attention, which all tokens see (arXiv:2101.00190, section
+  4). They take no places: positions stay what they were in pretraining.
+
+  length: P, keys a layer.
+  init_std: of both; they are learnt as they are, without the reference code's network.
+  targets: kernels of the keys of the attentions that are meant.
+  """
+  length: int = 16
+  init_std: float = 0.02
+  targets: tuple[str, ...] = ('.*/key/kernel',)
+
+  def leaves(self, boxed):
+    """`prefix_key` and `prefix_value` [P, K, H] beside the projections of each attention."""
+    normal = lambda key, shape: self.init_std * jax.random.normal(key, shape)
+    for path in kernels(boxed, self.targets):
+      if (*path[:-2], 'position', 'kernel') in boxed:
+        raise UserError('PrefixTuning does not go with the relative attention of Transformer-XL, '
+                        'whose keys have distances; take LoRA')
+      stack = boxed[path].value.shape[:1] if boxed[path].names[0] == 'layers' else ()
+      K, H = boxed[path].value.shape[-2:]
+      for name in ('prefix_key', 'prefix_value'):
+        yield (*path[:-2], name), _leaf(stack, (self.length, K, H),
+                                        (None, *boxed[path].names[-2:]), normal)
+
+  def is_own(self, name):
+    """Both."""
+    return name in ('prefix_key', 'prefix_value')
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTuning(Tuning):
+  """Learnt tokens before every document (arXiv:2104.08691, section 2), of a decoder: what it makes
+  of them does not depend on the text, so that packed documents share them.
+
+  They take the first places of the context. They start as tokens of the vocabulary; `prompt` is
+  what is added to their embeddings.
+
+  length: P, tokens.
+  """
+  length: int = 16
+
+  def leaves(self, boxed):
+    """`prompt` [P, D] beside the embedding of the tokens."""
+    for path, box in boxed.items():
+      if path[-1] == 'token_embedding':
+        yield (*path[:-1], 'prompt'), _leaf((), (self.length, box.value.shape[1]),
+                                            (None, box.names[1]), _zeros)
+
+  def is_own(self, name):
+    """The change of the embeddings."""
+    return name == 'prompt'
+
+
+@dataclasses.dataclass(frozen=True)
 class BitFit(Tuning):
   """Trains biases alone (arXiv:2106.10199), of norms too, with the head; adds nothing."""
   trainable: tuple[str, ...] = dataclasses.field(default=('(.*/)?bias', *HEADS), kw_only=True)
@@ -201,7 +257,19 @@ def trains(adapter: Tuning | None, frozen: Sequence[str], path: str) -> bool:
 
 
 def adapt(module: nn.Module, adapter: Tuning | None, frozen: Sequence[str]) -> Any:
-  """The module with an adapter and frozen parameters; without either, the module itself."""
+  """The module with an adapter and frozen parameters; without either, the module itself.
+
+  Raises:
+    UserError: the adapter does not go with this model.
+  """
+  config = module.config
+  while hasattr(config, 'trunk'):
+    config = config.trunk
+  if isinstance(adapter, PromptTuning) and (
+      not isinstance(config, GPTConfig) or config.positions == 'alibi'):
+    raise UserError(f'PromptTuning goes with decoders such as GPT-2 and Llama, and not with '
+                    f'{type(config).__name__}, whose other tokens a prompt would see, or with '
+                    "positions='alibi'; take PrefixTuning or LoRA")
   return Adapted(module, adapter, tuple(frozen)) if adapter or frozen else module
 
 

@@ -163,3 +163,35 @@ def test_what_is_written_for_peft_is_what_came_from_it(name, tmp_path):
     elif key.endswith('vector'):
       np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
   assert written['use_dora'] == config['use_dora']
+
+
+def learned(name):
+  """A module with the prefix or prompt of a case, and its parameters of peft's numbers."""
+  family, _, method = name.partition('/')
+  made, leaves = planned(family)
+  numbers = case(name)[1]['prompt_embeddings']
+  P = len(numbers)
+  if method == 'prompt':
+    adapter = adapters.PromptTuning(length=P)
+    ids = np.linspace(0, made.model.vocab_size - 1, P).astype(int)
+    return adapters.adapt(made.model.build(), adapter, ()), leaves | {
+        'prompt': numbers - leaves['token_embedding'][ids]}
+  layers, heads = made.model.num_layers, made.model.kv_heads
+  pairs = numbers.reshape(P, layers, 2, heads, -1).transpose(2, 1, 0, 3, 4)
+  adapter = adapters.PrefixTuning(length=P)
+  return adapters.adapt(made.model.build(), adapter, ()), leaves | {
+      f'blocks/layers/attention/prefix_{part}': x for part, x in zip(('key', 'value'), pairs)}
+
+
+@pytest.mark.supports('fine-tuning', 'prefix and prompt tuning as in peft')
+@pytest.mark.parametrize('name', ['gpt2/prefix', 'gpt2/prompt', 'llama/prompt'])
+def test_learnt_keys_and_tokens_answer_as_in_peft(name):
+  module, leaves = learned(name)
+  shapes = checkpoint_io.flatten(state.abstract_params(module, jax.devices()[0]))
+  assert {path: x.shape for path, x in shapes.items()} == {p: x.shape for p, x in leaves.items()}
+  first = 5 if name.endswith('prefix') else 0  # peft's prefix takes places of the context
+  tokens = stored(name.partition('/')[0])['tokens']
+  places = np.broadcast_to(np.arange(first, first + tokens.shape[1], dtype=np.int32), tokens.shape)
+  found, mask = logits_of(module, leaves, name, decoder_positions=places)
+  wanted = case(name)[2]
+  assert np.abs(found - wanted)[mask].max() < 1e-5 * np.abs(wanted).max() + 5e-6
