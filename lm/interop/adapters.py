@@ -53,8 +53,8 @@ def merge(leaves: Mapping[str, RunLeaf]) -> dict[str, RunLeaf | Merged]:
   """
   for path in leaves:
     if path.rpartition('/')[2].startswith(OTHERS):
-      raise UserError(f'{path} of this run is no change of a kernel, so no plain model computes the '
-                      'same; only LoRA and DoRA can be merged')
+      raise UserError(f'{path} of this run is no change of a kernel, so no plain model computes '
+                      'the same; only LoRA and DoRA can be merged')
   plain = {path: leaf for path, leaf in leaves.items() if path.rpartition('/')[2] not in LOW_RANK}
   return plain | {path: Merged(plain[path], found) for path, found in _low_rank(leaves).items()}
 
