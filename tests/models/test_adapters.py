@@ -1,5 +1,6 @@
 """What must hold of a model with an adapter, and of one of which a part is frozen."""
 import dataclasses
+import pathlib
 import types
 
 import jax
@@ -31,7 +32,8 @@ SMALL = dict(vocab_size=V, max_length=32, d_model=16, num_layers=3, num_heads=4,
 BERT = BERTConfig(**SMALL, init_std=0.2)
 FAMILIES = {
     'bert': BERT, 't5': T5Config(**SMALL, num_buckets=4, max_distance=8, activation='geglu'),
-    'classifier': ClassifierConfig(dataclasses.replace(BERT, masked_lm=False), 3, 'pooler')}
+    'classifier': ClassifierConfig(
+        dataclasses.replace(BERT, masked_lm=False, sentence_classes=0), 3, 'pooler')}
 EVERYWHERE = '.*/kernel',
 METHODS = types.MappingProxyType({
     'lora': adapters.LoRA(rank=2, targets=EVERYWHERE),
@@ -253,3 +255,10 @@ def test_what_cannot_be_is_refused(configs, make, message):
 def test_bad_fields_are_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_gradients_on_eight_devices_are_those_of_one(child_with_devices):
+  found = child_with_devices(pathlib.Path(__file__).with_name('sharded_adapters.py'))
+  assert {name: x['leaves'] for name, x in found.items()} == {
+      'dora': 21, 'prefix': 2, 'adapter in stages': 8, 'frozen layer': 12}
+  assert max(x['difference'] for x in found.values()) < 1e-5
