@@ -51,7 +51,7 @@ ModelConfig = (GPTConfig | BERTConfig | T5Config | TransformerXLConfig | Classif
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Experiment(adapters.Tunable):
   """All that defines a run; `gin/runs/*.gin` binds it.
 
   task: a text, or a mixture of texts, each with an objective of its own; or labelled examples.
@@ -59,9 +59,7 @@ class Experiment:
   prompts: texts that the trained model goes on with, for the report.
   writers: who get the metrics beside metrics.jsonl and TensorBoard; see `lm/training/writers.py`.
   initial: the parameters from which a new run begins; None draws them.
-  adapter: what is added to the model and trains in its place (`lm/models/adapters.py`).
-  frozen: regular expressions of whole paths of parameters that do not train, as blocks/layers/mlp/
-    .*, or of single layers, as blocks/layers/[0-3]/.*
+  adapter, frozen: what trains; see `adapters.Tunable`.
   """
   task: TextTask | Mixture | ExampleTask
   model: ModelConfig
@@ -75,11 +73,8 @@ class Experiment:
   prompts: tuple[str, ...] = ()
   writers: tuple[Any, ...] = ()
   initial: Optional[initial_weights.Weights] = None
-  adapter: Optional[adapters.Tuning] = None
-  frozen: tuple[str, ...] = ()
 
   def __post_init__(self):
-    adapters.check_patterns(*self.frozen)
     if self.train.sequence_length > self.model.max_length:
       raise ValueError(f'sequence_length={self.train.sequence_length} is longer than the context '
                        f'max_length={self.model.max_length}; lower the one or raise the other')
@@ -99,14 +94,6 @@ class Experiment:
     optimizer = self.optimizer.build(self.train.num_steps, getattr(self.model, 'width', 1.0))
     return precision.prepare(optimizer, self.model.param_dtype, self.train.loss_scale,
                              self.train.guard)
-
-  def build_model(self, rules: Rules) -> nn.Module:
-    """The model, with its adapter, and which of its parameters train."""
-    return adapters.adapt(self.model.build(rules), self.adapter, self.frozen)
-
-  def trainable(self, path: str) -> bool:
-    """Whether the parameter of this path trains; see `frozen`."""
-    return adapters.trains(self.adapter, self.frozen, path) and not self.optimizer.is_frozen(path)
 
   def bound_rules(self) -> Rules:
     """The rules on this machine's mesh."""

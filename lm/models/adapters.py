@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from lm.errors import UserError
 from lm.models.gpt import GPTConfig
+from lm.parallel.rules import Rules
 
 HEADS = '(.*/)?head/.*',  # what stands on a trunk, and is new
 Names = tuple[str | None, ...]
@@ -247,6 +248,27 @@ class Adapted:
     return trains(self.adapter, self.frozen, path)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tunable:
+  """What an experiment says of the parameters that train.
+
+  adapter: what is added to the model and trains in its place.
+  frozen: patterns of parameters that do not train, whatever the adapter says: blocks/layers/mlp/.*
+    or, of single layers, blocks/layers/[0-3]/.*
+  """
+  adapter: Optional[Tuning] = None
+  frozen: tuple[str, ...] = ()
+
+  def build_model(self, rules: Rules) -> Any:
+    """The experiment's model with its adapter, which says what trains."""
+    return adapt(self.model.build(rules), self.adapter, self.frozen)
+
+  def trainable(self, path: str) -> bool:
+    """Whether the parameter of this path trains; it may name a layer: blocks/layers/3/mlp/wi/
+    kernel."""
+    return trains(self.adapter, self.frozen, path) and not self.optimizer.is_frozen(path)
+
+
 def trains(adapter: Tuning | None, frozen: Sequence[str], path: str) -> bool:
   """Whether a parameter trains under an adapter, or none, and with these patterns frozen; the path
   may name one layer: blocks/layers/3/mlp/wi/kernel."""
@@ -262,6 +284,7 @@ def adapt(module: nn.Module, adapter: Tuning | None, frozen: Sequence[str]) -> A
   Raises:
     UserError: the adapter does not go with this model.
   """
+  check_patterns(*frozen)
   config = module.config
   while hasattr(config, 'trunk'):
     config = config.trunk
