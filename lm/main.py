@@ -92,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
       command.add_argument('--from', dest='source', metavar='DIR_OR_FILE',
                            help='directory of Hugging Face, or .safetensors, .gguf, .bin file')
       command.add_argument('--to', metavar='DIR', help='directory to be made of the run')
-      command.add_argument('--format', choices=['hf'], default='hf', help='of --to')
+      command.add_argument('--format', choices=['hf', 'peft'], default='hf',
+                           help='of --to: plain weights, or the adapter alone')
       command.add_argument('--tokenizer', metavar='DIR_OR_FILE', help='if not with the weights')
       command.add_argument('--allow_pickle', action='store_true', help="read PyTorch's format too")
     if name == 'explain':

@@ -25,6 +25,7 @@ from lm.evaluation import evaluator, live, predictions, reference, report
 from lm.inference.generate import complete
 from lm.inference.sampling import SamplingConfig
 from lm.interop import initial as initial_weights
+from lm.models import adapters
 from lm.models.bert import BERTConfig
 from lm.models.gpt import GPTConfig
 from lm.models.heads import ClassifierConfig, DualEncoderConfig, EmbedderConfig
@@ -48,7 +49,7 @@ ModelConfig = (GPTConfig | BERTConfig | T5Config | TransformerXLConfig | Classif
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Experiment(adapters.Tunable):
   """All that defines a run; `gin/runs/*.gin` binds it.
 
   task: a text, or a mixture of texts, each with an objective of its own; or labelled examples.
@@ -56,6 +57,7 @@ class Experiment:
   prompts: texts that the trained model goes on with, for the report.
   writers: who get the metrics beside metrics.jsonl and TensorBoard; see `lm/training/writers.py`.
   initial: the parameters from which a new run begins; None draws them.
+  adapter, frozen: what trains; see `adapters.Tunable`.
   """
   task: TextTask | Mixture | ExampleTask
   model: ModelConfig
@@ -265,11 +267,11 @@ def _loader(experiment: Experiment, prepared: Data, split: str, seed: int) -> Lo
 def _trainer(experiment: Experiment, prepared: Data, directory: pathlib.Path, hosts: Hosts,
              watched: run_directory.Watched, **watchers: Any) -> Trainer:
   settings, rules = experiment.train, experiment.bound_rules()
-  loader, module = functools.partial(_loader, experiment, prepared), experiment.model.build(rules)
+  loader, module = functools.partial(_loader, experiment, prepared), experiment.build_model(rules)
   log = lambda text: print(text, file=sys.stderr) if hosts.is_main else None
   initial = experiment.initial and initial_weights.open_weights(
       experiment.initial, directory, hosts, log, prepared.vocabulary.digest,
-      experiment.optimizer.is_frozen)
+      lambda path: not experiment.trainable(path))
   return Trainer(
       settings, module, experiment.loss,
       experiment.build_optimizer(),
@@ -303,7 +305,7 @@ def _alone(experiment: Experiment, hosts: Hosts, params: Any) -> tuple[nn.Module
   if hosts.count > 1:
     params = multihost_utils.process_allgather(params, tiled=True)
   params = jax.device_put(jax.device_get(params), jax.local_devices()[0])
-  return experiment.model.build(Rules()), params
+  return experiment.build_model(Rules()), params
 
 
 def _data_digest(info: dict[str, Any]) -> str:
@@ -445,7 +447,7 @@ def load(experiment: Experiment, run_dir: str, rules: Rules | None = None
           ) -> tuple[int, nn.Module, Any]:
   """The step, the module, and the parameters of a run's last good checkpoint (under early stopping,
   its best), sharded by `rules` or on one device."""
-  module = experiment.model.build(rules or Rules())
+  module = experiment.build_model(rules or Rules())
   abstract = abstract_params(module, rules or jax.local_devices()[0])
   step, params = checkpoint.restore_params(pathlib.Path(run_dir) / 'checkpoints', abstract,
                                            _chosen(experiment),
@@ -462,7 +464,7 @@ def load_on_mesh(experiment: Experiment, run_dir: str, hosts: Hosts) -> tuple[in
   """`load` on the run's mesh or, where a process alone has not its devices, on one device."""
   try:
     rules = experiment.bound_rules()
-    abstract_params(experiment.model.build(rules), rules)
+    abstract_params(experiment.build_model(rules), rules)
   except UserError as error:
     if hosts.count > 1:
       raise

@@ -93,7 +93,7 @@ def main():
   args = parser.parse_args()
   experiment = run.open_experiment([args.gin_file], [], None)
   settings = experiment.train
-  module = experiment.model.build(experiment.bound_rules())
+  module = experiment.build_model(experiment.bound_rules())
   loader = Loader.of_rows(Rows(experiment.model.vocab_size, settings.sequence_length),
                           settings.batch_size)
   sessions = {name: Session(experiment, module, loader, name == 'on') for name in ('off', 'on')}

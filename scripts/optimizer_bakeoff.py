@@ -52,7 +52,7 @@ def experiment_of(optimizer: str, rate: float, seed: int, args) -> run.Experimen
 def trained(experiment: run.Experiment) -> dict:
   """Curve, validation loss, milliseconds a step and bytes of state a parameter of one run."""
   rules = experiment.bound_rules()
-  state = abstract_state(experiment.model.build(rules), experiment.build_optimizer(), rules)
+  state = abstract_state(experiment.build_model(rules), experiment.build_optimizer(), rules)
   size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
   with tempfile.TemporaryDirectory() as folder:
     start = time.perf_counter()

@@ -49,7 +49,7 @@ class Step:
     self.experiment, self.topology = experiment, topology
     self.mesh = experiment.mesh.build(topology.devices())
     self.rules = experiment.rules_on(self.mesh)
-    self.module = experiment.model.build(self.rules)
+    self.module = experiment.build_model(self.rules)
     self.optimizer = experiment.build_optimizer()
     self.state = abstract_state(self.module, self.optimizer, self.rules, settings.batch_size,
                                 settings.offload_optimizer)

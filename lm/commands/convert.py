@@ -7,7 +7,7 @@ from typing import Any
 from lm import config, run
 from lm.data import objectives
 from lm.errors import UserError
-from lm.interop import convert
+from lm.interop import adapters, convert
 from lm.models.bert import BERTConfig
 from lm.models.gpt import GPTConfig
 from lm.models.heads import DualEncoderConfig
@@ -68,6 +68,10 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
                     'run, or --to=DIR, to make a directory of it')
   if args.to is not None:
     experiment = run.open_experiment(args.gin_file, bindings, args.run_dir)
+    if args.format == 'peft':
+      result = adapters.write_peft(args.run_dir, experiment.model, args.to)
+      print(f'{result["parameters"]:,} parameters of {result["modules"]} modules, as peft has them')
+      return result
     result = convert.export_run(args.run_dir, experiment.model, args.to)
   else:
     write = lambda directory, model, path: _write_config(directory, model, path, bindings)

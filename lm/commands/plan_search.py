@@ -91,7 +91,7 @@ def trace(experiment: run.Experiment, topology: Topology) -> plan_program.Progra
   if settings.batch_size % rows:
     raise UserError(f'batch_size={settings.batch_size} does not divide into {rows} parts, of '
                     'devices and microbatches')
-  module = experiment.model.build(rules)
+  module = experiment.build_model(rules)
   optimizer = experiment.build_optimizer()
   state = abstract_state(module, optimizer, rules, settings.batch_size, settings.offload_optimizer)
   batch = abstract_batch(experiment, rules.sharding('batch'))

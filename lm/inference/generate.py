@@ -156,10 +156,11 @@ def cast_matrices(params: Any, dtype: str) -> Any:
   """Casts matrices and embeddings to the dtype in which layers compute, as each use of them would.
 
   A token reads every weight once, so their size is its time. Scales and biases stay as they are:
-  norms compute with them in float32.
+  norms compute with them in float32, as DoRA does with its magnitudes.
   """
   def cast(path, leaf):
-    return leaf if path[-1].key in ('scale', 'bias') else leaf.astype(dtype)
+    as_they_are = 'scale', 'bias', 'lora_scale', 'magnitude'
+    return leaf if path[-1].key in as_they_are else leaf.astype(dtype)
   return jax.tree_util.tree_map_with_path(cast, params)
 
 

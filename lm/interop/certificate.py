@@ -93,7 +93,7 @@ def _has_logits(config: Any) -> bool:
   return getattr(config, 'masked_lm', True) and getattr(config, 'decoder', True)
 
 
-def _auto_class(config: Any) -> str:
+def auto_class(config: Any) -> str:
   """The class of `transformers` that has our head."""
   if hasattr(config, 'masked_lm'):
     return 'AutoModelForMaskedLM' if config.masked_lm else 'AutoModel'
@@ -111,7 +111,7 @@ def reference(directory: pathlib.Path, config: Any) -> Callable[[Inputs], np.nda
   """
   import torch  # Here: an extra, large.
   import transformers
-  model = getattr(transformers, _auto_class(config)).from_pretrained(
+  model = getattr(transformers, auto_class(config)).from_pretrained(
       directory, dtype=torch.float32, attn_implementation='eager').eval()
   if model.config.model_type == 'umt5':  # version 5 says True of all, and rescales by it
     model.config.tie_word_embeddings = getattr(config, 'tie_embeddings', True)

@@ -20,12 +20,12 @@ import numpy as np
 
 from lm.data import pretrained_vocabularies, vocabularies
 from lm.errors import UserError
-from lm.interop import certificate, mapping, plan, sentence
+from lm.interop import adapters, certificate, mapping, plan, sentence
 from lm.interop.plan import Leaf, Plan
 from lm.interop.run_weights import read_run_params, write_run_params
 from lm.interop.tensors import Tensor, Tensors, new_directory, open_tensors, write_safetensors
 from lm.models.heads import DualEncoderConfig
-from lm.training import checkpoint
+from lm.training import checkpoint_io
 
 FOLDER, KEPT, MANIFEST = 'huggingface', 'kept.safetensors', 'tensors.json'
 SMALL_FILE = 64 << 20  # bytes; tokenizers are smaller
@@ -155,7 +155,7 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def _leaf(run_dir: pathlib.Path) -> Leaf:
-  leaves = read_run_params(run_dir)
+  leaves = adapters.merge(read_run_params(run_dir))
   return lambda path, layer: leaves[path].read(layer)
 
 
@@ -274,7 +274,8 @@ def _certify(made: Plan, theirs: Mapping[str, Tensor], run_dir: pathlib.Path,
     earlier = {}
 
   def load():
-    params = checkpoint.restore_params(run_dir / 'checkpoints', plan.abstract(made.model))[1]
+    leaves = adapters.merge(read_run_params(run_dir))
+    params = checkpoint_io.nest({path: leaf.read() for path, leaf in leaves.items()})
     return plan.trunk_params(made.model, params)
 
   logits = certificate.compare_logits(plan.trunk_of(made.model), load, directory,

@@ -78,25 +78,26 @@ class Matrix:
   inputs: int = 1
   out_first: bool = True
 
-  def _flat(self, shape):
+  def flat(self, shape: Shape) -> tuple[int, int]:
+    """Inputs and outputs of one of ours."""
     return math.prod(shape[:self.inputs]), math.prod(shape[self.inputs:])
 
   def shape(self, shapes):
     """Of theirs."""
-    sizes = [self._flat(shape) for shape in shapes]
+    sizes = [self.flat(shape) for shape in shapes]
     size_in, size_out = sizes[0][0], sum(out for _, out in sizes)
     return (size_out, size_in) if self.out_first else (size_in, size_out)
 
   def to_theirs(self, arrays):
     """Ours as theirs."""
-    parts = [array.reshape(self._flat(array.shape)) for array in arrays]
+    parts = [array.reshape(self.flat(array.shape)) for array in arrays]
     matrix = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     return matrix.T if self.out_first else matrix
 
   def to_ours(self, array, shapes):
     """Theirs as ours."""
     matrix = array.T if self.out_first else array
-    ends = np.cumsum([self._flat(shape)[1] for shape in shapes])[:-1]
+    ends = np.cumsum([self.flat(shape)[1] for shape in shapes])[:-1]
     return [part.reshape(shape) for part, shape in zip(np.split(matrix, ends, axis=1), shapes)]
 
 

@@ -56,6 +56,18 @@ def trunk_of(model: Any) -> Any:
   return model.trunk if isinstance(model, DualEncoderConfig) else model
 
 
+def of_trunk(model: Any) -> tuple[Any, str]:
+  """The config of the trunk of any model, and what stands before the paths of its parameters."""
+  if isinstance(model, DualEncoderConfig):
+    return model.trunk, 'query/trunk/'
+  return (model.trunk, 'trunk/') if hasattr(model, 'trunk') else (model, '')
+
+
+def trunk_name(made: Plan) -> str:
+  """What begins the names of a trunk's tensors."""
+  return architectures.ARCHITECTURES[made.hf['model_type']].trunk
+
+
 def trunk_params(model: Any, params: Any) -> Any:
   """The parameters of `trunk_of`."""
   return params['query']['trunk'] if isinstance(model, DualEncoderConfig) else params

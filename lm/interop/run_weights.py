@@ -284,11 +284,16 @@ def _leaves(chosen: pathlib.Path) -> Iterator[tuple[str, RunLeaf]]:
   place, base = checkpoint.evaluated_place(description['arrays'])
   opened = lambda path: _open(chosen / checkpoint.STATE, path.replace('/', '.'))
   for path, entry in description['arrays'].items():
-    if path.startswith(f'{place}/'):
-      name = path.removeprefix(f'{place}/')
-      yield name, RunLeaf(
-          name, tuple(entry['shape']), np.dtype(entry['dtype']), lambda path=path: opened(path),
-          base and (lambda name=name: (opened(f'{base}/z/{name}'), opened(f'{base}/b1'))))
+    if not path.startswith('params/'):
+      continue
+    name = path.removeprefix('params/')
+    if f'{place}/{name}' in description['arrays']:  # else it does not train, and has no average
+      path = f'{place}/{name}'
+    has_base = base and f'{base}/z/{name}' in description['arrays']
+    yield name, RunLeaf(
+        name, tuple(entry['shape']), np.dtype(entry['dtype']), lambda path=path: opened(path),
+        (lambda name=name: (opened(f'{base}/z/{name}'), opened(f'{base}/b1'))) if has_base
+        else None)
 
 
 def _open(state: pathlib.Path, name: str) -> Any:

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lm.layers import adapted
 from lm.layers.kernels import attend, attend_to_cache, dropout, Implementation
 from lm.layers.linear import Linear
 from lm.layers.positions import Rotation, rotary
@@ -108,7 +109,8 @@ class Attention(nn.Module):
                is_local: Bool[Array, ''] | None = None,
                memory: tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']] | None = None,
                memory_segment_ids: Int[Array, 'B S'] | None = None,
-               draws: Draws | None = None, zigzag: bool = False, paths: Paths | None = None
+               learned: KVCache | None = None, draws: Draws | None = None, zigzag: bool = False,
+               paths: Paths | None = None
                ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
     """Attends to itself, to a cache, or to a memory.
 
@@ -122,6 +124,8 @@ class Attention(nn.Module):
       is_local: whether this layer keeps to the window, in stacks where some do; None: if it has
         one.
       memory: keys and values of another sequence, from `keys_values`, and its segments.
+      learned: keys and values [1, K, P, H] that every query sees too; None: the `prefix_key` and
+        `prefix_value` [P, K, H] of an adapter, if there is one.
       zigzag: whether the tokens are in the order of `lm.parallel.ring.zigzag`.
       paths: of trees of tokens, in place of `segment_ids`: a token sees those before it on its
         path. Not with a cache, a memory or a prefix.
@@ -144,7 +148,9 @@ class Attention(nn.Module):
     if cache is not None:
       cache = KVCache(*(_write(old, new, cache_length) for old, new in zip(cache, memory)))
     options = {'query': query_BTNH, 'scale': self.scale, 'softcap': self.softcap}
-    if cache is not None and x_BTD.shape[1] == 1:
+    learned = self._learned() if learned is None else tuple(
+        jnp.swapaxes(x[0], 0, 1) for x in learned)
+    if cache is not None and x_BTD.shape[1] == 1 and learned is None:
       bias = distance_bias
       if bias is not None:
         bias = of_one_query(bias, cache_length, cache.key.shape[2])
@@ -157,14 +163,22 @@ class Attention(nn.Module):
           causal=self.causal, prefix=prefix, query_offset=cache_length,
           query_segment_ids=segment_ids, key_segment_ids=memory_segment_ids,
           distance_bias=distance_bias, **options,
+          **({} if learned is None else {'return_lse': True}),
           **dropout(self.dropout_rate, draws, query_BTNH))
     if is_local is None or self.window is None:
       out_BTNH = one(window=self.window)
     else:  # both windows are static, so that neither computes what it masks
       out_BTNH = jax.lax.cond(is_local, lambda: one(window=self.window), lambda: one(window=None))
+    if learned is not None:
+      out_BTNH = adapted.attend_also(*out_BTNH, query_BTNH, *learned, self.scale, self.softcap)
     if paths is not None:
       out_BTNH = _take(out_BTNH, paths.places)
     return checkpoint_name(jax.lax.optimization_barrier(self.out(out_BTNH)), 'attention_out'), cache
+
+  def _learned(self):
+    """An adapter's keys and values, if there are any."""
+    leaves = self.variables.get('params', {})
+    return (leaves['prefix_key'], leaves['prefix_value']) if 'prefix_key' in leaves else None
 
 
 def _take(x_BTNH, places_BS):

@@ -32,7 +32,7 @@ _SCORES = {'hidden': (*_ROWS, None), 'targets': _ROWS, 'loss_weights': _ROWS,
 
 
 def attend(rules: Rules, implementation: Implementation, zigzag: bool = False, **arguments: Any
-           ) -> jax.Array:
+           ) -> Any:
   """`flash_attention(**arguments)`; rows and heads are cut over the mesh and, where the devices
   divide them, lengths: then queries meet the keys of other devices as `rules.attention` says.
 
@@ -40,7 +40,8 @@ def attend(rules: Rules, implementation: Implementation, zigzag: bool = False, *
     zigzag: whether rows are in the order of `lm.parallel.ring.zigzag`.
 
   Raises:
-    UserError: an all-to-all of heads that do not divide over the devices.
+    UserError: an all-to-all of heads that do not divide over the devices, or the log-sum-exp is
+      wanted of rows that are cut.
   """
   lengths = arguments['query'].shape[1], arguments['key'].shape[1]
   shards, axes = rules.shards('length'), axes_of(rules.length)
@@ -50,6 +51,10 @@ def attend(rules: Rules, implementation: Implementation, zigzag: bool = False, *
   kernel = functools.partial(flash_attention, implementation=implementation)
   if not is_cut:
     return _call(kernel, rules, _TOKENS, arguments, cuts_length=False)
+  if arguments.get('return_lse'):
+    raise UserError(f'learnt keys (PrefixTuning, PromptTuning) need whole rows, and mesh axis '
+                    f'{", ".join(axes)} cuts them over {shards} devices; set Rules.length=None and '
+                    'Rules.act_length=None, or take LoRA')
   arrays, static = _split(arguments)
   if rules.attention == 'all_to_all':
     kernel = functools.partial(_all_to_all, axes, shards, functools.partial(kernel, **static))
@@ -170,4 +175,8 @@ def _call(kernel, rules, key_names, arguments, cuts_length=True):
     heads = arrays[name].shape[axis]
     if 1 < heads < shards and shards % heads == 0 and arrays['query'].shape[2] % shards == 0:
       arrays[name] = jnp.repeat(arrays[name], shards // heads, axis)
-  return per_device(kernel, rules, names['query'], names, **arrays)
+  out_names = names['query']
+  if arguments.get('return_lse'):
+    return per_device(lambda **arrays: list(kernel(**arrays)), rules,
+                      [out_names, ('batch', 'heads', None)], names, **arrays)
+  return per_device(kernel, rules, out_names, names, **arrays)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lm.layers import products
+from lm.layers import adapted, products
 from lm.layers.products import Products
 from lm.parallel import gather
 from lm.parallel.rules import Rules, axes_of, per_device
@@ -49,11 +49,17 @@ class Linear(nn.Module):
     if self.products == 'fp8_delayed':
       zeros = nn.with_partitioning(nn.initializers.zeros, (None, None))
       state = [self.param('history', zeros, (products.OPERANDS, products.HISTORY))]
-    y = multiply(x.reshape(*rows, size_in), kernel.reshape(size_in, size_out), *state)
+    x, kernel = x.reshape(*rows, size_in), kernel.reshape(size_in, size_out)
+    y = multiply(x, kernel, *state)
+    leaves = self.variables['params']  # an adapter's too, if there is one
+    if 'lora_a' in leaves:
+      y = adapted.low_rank(x, y, kernel, leaves, self.rules)
     if self.use_bias:
       zeros = nn.with_partitioning(nn.initializers.zeros, self.axes[len(self.inputs):])
       bias = self.param('bias', zeros, self.outputs)
       y = _add_bias(y, bias.reshape(size_out))
+    if 'adapter_down' in leaves:
+      y = adapted.bottleneck(y, leaves, self.rules)
     return y.reshape(*rows, *self.outputs)
 
   def _matrix_axes(self) -> tuple[str | None, str | None] | None:

@@ -220,7 +220,7 @@ class Block(nn.Module):
     """Returns x [B, T, D], and this layer's cache and penalties."""
     cfg = self.config
     rotations, segment_ids, prefix, cache_length, paths = rows
-    is_local, = per_layer
+    is_local, learned = per_layer
     of_attention, of_mlp, of_scores = linear.split(draws, 3)
     out_std = cfg.kernel_std / (2 * cfg.num_layers)**0.5  # GPT-2: L blocks add 2L branches
     norm = functools.partial(Norm, cfg.norm, cfg.norm_epsilon, cfg.use_bias, cfg.norm_unit_offset)
@@ -235,7 +235,8 @@ class Block(nn.Module):
                                   rotation=_choose(rotations, is_local),
                                   distance_bias=distance_bias, segment_ids=segment_ids,
                                   prefix=prefix, cache=cache, cache_length=cache_length,
-                                  is_local=is_local, draws=of_scores, paths=paths,
+                                  is_local=is_local, learned=learned, draws=of_scores,
+                                  paths=paths,
                                   zigzag=_is_zigzag(cfg, self.rules, x_BTD, prefix, cache, paths))
     if cfg.branch_norm:
       branch_BTD = norm(name='attention_branch_norm')(branch_BTD)
@@ -334,6 +335,10 @@ class GPT(nn.Module):
     if positions is None:
       positions = jnp.arange(T) + (0 if cache is None else length_B[:, None])
       positions = jnp.broadcast_to(positions, (B, T))
+    learned = None
+    if 'prompt' in self.variables['params']:  # an adapter's
+      learned, P = self._prompt(), len(self.get_variable('params', 'prompt'))
+      positions += P
     is_zigzag = _is_zigzag(cfg, self.rules, tokens_BT, prefix, cache, paths)
     if is_zigzag:
       tokens_BT, positions, segment_ids, noise_BTD = jax.tree.map(
@@ -354,7 +359,7 @@ class GPT(nn.Module):
     distance_bias = alibi(cfg.num_heads, num_keys) if cfg.positions == 'alibi' else None
     rows = self._rotations(positions), segment_ids, prefix, length_B, paths
     layers = None if cache is None else cache.layers
-    x_BTD, outputs = self.blocks(x_BTD, rows, distance_bias, layers, (cfg.local_layers,),
+    x_BTD, outputs = self.blocks(x_BTD, rows, distance_bias, layers, (cfg.local_layers, learned),
                                  of_layers)
     layers, penalties = outputs if cfg.scanned else map(list, zip(*outputs))
     if not cfg.scanned:
@@ -365,6 +370,26 @@ class GPT(nn.Module):
     if cfg.width != 1:  # for the head
       hidden_BTD /= jnp.asarray(cfg.width, hidden_BTD.dtype)
     return ring.unzigzag(hidden_BTD, self.rules) if is_zigzag else hidden_BTD, cache, penalties
+
+  def _prompt(self):
+    """Keys and values of learnt tokens that stand before every document, of each layer.
+
+    What comes later does not change them, so they are computed once for all rows. They begin as
+    the embeddings of ids spread over the first 5,000 (arXiv:2104.08691, section 3.2).
+    """
+    cfg, change_PD = self.config, self.get_variable('params', 'prompt')
+    P = len(change_PD)
+    ids = np.linspace(0, min(cfg.vocab_size, 5000) - 1, P).astype(int)
+    positions = jnp.arange(P)[None]
+    x_1PD = (self.token_embedding[ids] + change_PD).astype(cfg.dtype)[None]
+    if cfg.scale_embeddings:
+      x_1PD *= jnp.asarray(cfg.d_model**0.5, x_1PD.dtype)
+    if cfg.positions == 'learned':
+      x_1PD += linear.embed(self.position_embedding, positions, cfg.dtype)
+    cache = cfg.init_cache(1, P)
+    rows = self._rotations(positions), None, None, cache.length_B, None
+    _, outputs = self.blocks(x_1PD, rows, None, cache.layers, (cfg.local_layers, None))
+    return outputs[0] if cfg.scanned else [layer for layer, _ in outputs]
 
   def _rotations(self, positions):
     """Of global layers and, where theirs differs, of local ones."""

@@ -132,8 +132,9 @@ def constrain(x: jax.Array, rules: Rules, *names: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, NamedSharding(rules.mesh, spec))
 
 
-def per_device(function: Callable, rules: Rules, out_names: tuple[str | None, ...],
-               names: Mapping[str, tuple[str | None, ...]], **arrays: jax.Array) -> jax.Array:
+def per_device(function: Callable, rules: Rules,
+               out_names: tuple[str | None, ...] | list[tuple[str | None, ...]],
+               names: Mapping[str, tuple[str | None, ...]], **arrays: jax.Array) -> Any:
   """Calls `function(**arrays)` on each device's part of them, as kernels need it: the compiler does
   not cut a kernel.
 
@@ -142,7 +143,7 @@ def per_device(function: Callable, rules: Rules, out_names: tuple[str | None, ..
 
   Args:
     function: maps parts to the part of the result.
-    out_names: logical axes of the result.
+    out_names: logical axes of the result; a list of them where there are several.
     names: those of each array.
   """
   mesh = rules.mesh
@@ -159,7 +160,8 @@ def per_device(function: Callable, rules: Rules, out_names: tuple[str | None, ..
     return rules.spec(*(name if name in cut and (shape is None or shape[i] > 1) else None
                         for i, name in enumerate(axes)))
 
-  call = shard_map(lambda arrays: function(**arrays), rules, spec(out_names),
+  out = list(map(spec, out_names)) if isinstance(out_names, list) else spec(out_names)
+  call = shard_map(lambda arrays: function(**arrays), rules, out,
                    {key: spec(names[key], x.shape) for key, x in arrays.items()})
   return call(arrays)
 

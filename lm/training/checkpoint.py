@@ -329,13 +329,27 @@ def restore_params(directory: str | pathlib.Path, abstract_params: Any = None,
 
 
 def _evaluated(state: pathlib.Path, arrays: Mapping[str, Any], abstract_params: Any) -> Any:
-  """The parameters or, where the optimiser keeps an average of them, that."""
-  below = functools.partial(checkpoint_io.read, state, arrays, abstract_params)
+  """The parameters or, where the optimiser keeps an average of those that train, that."""
   place, base = evaluated_place(arrays)
-  if base is None:
-    return below(place)
-  b1 = checkpoint_io.read(state, {name: arrays[name] for name in [f'{base}/b1']})
-  return schedule_free_average(below(place), below(f'{base}/z'), jax.tree.leaves(b1)[0])
+  if place == 'params' and base is None:
+    return checkpoint_io.read(state, arrays, abstract_params, place)
+  kept = place if base is None else f'{base}/z'
+  averaged = {name.removeprefix(f'{kept}/') for name in arrays if name.startswith(f'{kept}/')}
+  abstract = None if abstract_params is None else checkpoint_io.flatten(abstract_params)
+
+  def read(below: str, is_averaged: bool) -> dict[str, Any]:
+    chosen = lambda name: (name in averaged) == is_averaged
+    saved = {name: entry for name, entry in arrays.items()
+             if name.startswith(f'{below}/') and chosen(name.removeprefix(f'{below}/'))}
+    wanted = abstract and checkpoint_io.nest({name: x for name, x in abstract.items()
+                                              if chosen(name)})
+    return checkpoint_io.flatten(checkpoint_io.read(state, saved, wanted, below)) if saved else {}
+
+  found = read(place, True)
+  if base is not None:
+    b1 = checkpoint_io.read(state, {name: arrays[name] for name in [f'{base}/b1']})
+    found = schedule_free_average(found, read(kept, True), jax.tree.leaves(b1)[0])
+  return checkpoint_io.nest(found | read('params', False))
 
 
 def evaluated_place(arrays: Iterable[str]) -> tuple[str, str | None]:

@@ -38,8 +38,8 @@ def write(directory: pathlib.Path, arrays: Mapping[str, Any]) -> Any:
   how = {name: by_layer if '/layers/' in name and x.nbytes > _CHUNK_BYTES else ocp.SaveArgs()
          for name, x in arrays.items()}
   writer.save(directory, args=ocp.args.PyTreeSave(
-      _nest({name: jax.random.key_data(x) if _is_key(x) else x for name, x in arrays.items()}),
-      save_args=_nest(how)))
+      nest({name: jax.random.key_data(x) if _is_key(x) else x for name, x in arrays.items()}),
+      save_args=nest(how)))
   return writer
 
 
@@ -69,9 +69,9 @@ def read(directory: pathlib.Path, described: Mapping[str, Any], abstract: Any = 
   reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(),
                             multiprocessing_options=_readers(ocp, how))
   loaded = flatten(reader.restore(directory, args=ocp.args.PyTreeRestore(
-      item=_nest(dict.fromkeys(how, 0)), restore_args=_nest(how), partial_restore=True)))
+      item=nest(dict.fromkeys(how, 0)), restore_args=nest(how), partial_restore=True)))
   if abstract is None:
-    return _nest({name.removeprefix(prefix): loaded[name] for name in how})
+    return nest({name.removeprefix(prefix): loaded[name] for name in how})
   leaves = [jax.random.wrap_key_data(loaded[name], impl=saved[name]['impl'])
             if _is_key(leaf) else loaded[name] for name, leaf in wanted.items()]
   return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
@@ -122,7 +122,7 @@ def flatten(tree: Any) -> dict[str, Any]:
   return flat
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
   """Turns path -> leaf into nested dicts, a form that any Orbax program can read."""
   tree: dict[str, Any] = {}
   for name, leaf in flat.items():

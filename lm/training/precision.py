@@ -96,7 +96,12 @@ def check(config: Any, loss: Any, rules: Rules) -> None:
 def is_history(path: tuple) -> bool:
   """Whether the leaf is no parameter, but what products saw (`fp8_delayed`): its gradient is its
   next value."""
-  return path[-1].key == 'history'
+  return is_history_name(path[-1].key)
+
+
+def is_history_name(name: str) -> bool:
+  """`is_history` by the last name of a path."""
+  return name == 'history'
 
 
 def add_gradients(a: Any, b: Any) -> Any:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lm.errors import UserError
 from lm.parallel.rules import Rules, axes_of
-from lm.training import precision
+from lm.training import precision, trainable
 from lm.training.optimizers.paths import names_of
 
 
@@ -34,8 +34,16 @@ def _init(module: nn.Module, optimizer: optax.GradientTransformation, batch_size
   params_rng, rng = jax.random.split(jax.random.key(seed))
   boxed = _init_params(module, params_rng)
   params = nn.meta.unbox(boxed)
-  return boxed, TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(rng),
-                           module.config.init_carry(batch_size))
+  return boxed, TrainState(jnp.int32(0), params, _init_optimizer(module, optimizer, params),
+                           jax.random.key_data(rng), module.config.init_carry(batch_size))
+
+
+def _init_optimizer(module, optimizer, params):
+  """The optimiser's state of those parameters that train."""
+  parts = trainable.split(module, params)
+  opt_state = optimizer.init(parts.own)
+  trainable.check(parts, opt_state)
+  return opt_state
 
 
 def _init_params(module, rng):
@@ -166,5 +174,6 @@ def init_state(module: nn.Module, optimizer: optax.GradientTransformation, rules
   without = lambda state: dataclasses.replace(state, opt_state=None)
   state = jax.jit(lambda seed: without(init(seed)), out_shardings=without(shardings))(seed)
   params = initial(state.params)
-  opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+  init_optimizer = functools.partial(_init_optimizer, module, optimizer)
+  opt_state = jax.jit(init_optimizer, out_shardings=shardings.opt_state)(params)
   return dataclasses.replace(state, params=params, opt_state=opt_state)

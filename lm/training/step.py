@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec
 import optax
 
 from lm.parallel.rules import axes_of, Rules
-from lm.training import adversarial, guards, norms, precision
+from lm.training import adversarial, guards, norms, precision, trainable
 from lm.training.optimizers import mixout, sophia
 from lm.training.state import TrainState
+from lm.training.trainable import Split
 from pallas_kernels.dropout import Draws
 
 Batch = Mapping[str, jax.Array]
@@ -87,10 +88,10 @@ def _join(tree: Any) -> Any:
 
 
 def _gradients(module, loss, num_microbatches, scale, params, weights, batch, draws, carry):
-  """Gradient, times `scale`, means of the loss and its parts, and carry; one microbatch in memory
-  at a time."""
-  def score(params, batch, draws, carry):
-    outputs, carry = _outputs(module, params, batch, draws, carry)
+  """Gradient of what trains of `params`, a `Split`, times `scale`; means of the loss and its parts;
+  and carry. One microbatch is in memory at a time."""
+  def score(own, batch, draws, carry):
+    outputs, carry = _outputs(module, params.whole(own), batch, draws, carry)
     total, means = _total(loss(outputs, batch), weights)
     scaled = total if scale is None else total * scale
     return scaled, ({'loss': total} | means, carry)
@@ -98,16 +99,16 @@ def _gradients(module, loss, num_microbatches, scale, params, weights, batch, dr
   gradient = jax.grad(score, has_aux=True) if not loss.adversarial else adversarial.gradient(
       score, loss.adversarial, module.config.d_model)
   if num_microbatches == 1:
-    grads, (means, carry) = gradient(params, batch, draws, carry)
+    grads, (means, carry) = gradient(params.own, batch, draws, carry)
     return grads, means, carry
 
   def add(sums, inputs):
-    grads, (means, carry) = gradient(params, *inputs)
+    grads, (means, carry) = gradient(params.own, *inputs)
     return (precision.add_gradients(sums[0], grads), jax.tree.map(jnp.add, sums[1], means)), carry
 
   inputs = (_cut(dict(batch), num_microbatches), _cut_draws(draws, num_microbatches),
             _cut(carry, num_microbatches))
-  shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], inputs))
+  shapes = jax.eval_shape(gradient, params.own, *jax.tree.map(lambda x: x[0], inputs))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (shapes[0], shapes[1][0]))
   (grads, means), carry = jax.lax.scan(add, zeros, inputs)
   return grads, means, _join(carry)
@@ -160,8 +161,8 @@ def _cached_gradients(module, loss, num_microbatches, scale, params, weights, ba
     return _gradients(module, loss, 1, scale, params, weights, batch, draws, carry)
   parts = _cut(dict(batch), num_microbatches)
   draws = _cut_draws(draws, num_microbatches)
-  one = lambda params, part, draws: _outputs(module, params, part, draws, None)[0]
-  _, outputs = jax.lax.scan(lambda _, x: (None, one(params, *x)), None, (parts, draws))
+  one = lambda own, part, draws: _outputs(module, params.whole(own), part, draws, None)[0]
+  _, outputs = jax.lax.scan(lambda _, x: (None, one(params.own, *x)), None, (parts, draws))
 
   def score(outputs):  # a leaf without rows, such as a temperature, is the same in every part
     whole = jax.tree.map(lambda x: _join(x) if x.ndim > 1 else x.mean(0), outputs)
@@ -173,10 +174,10 @@ def _cached_gradients(module, loss, num_microbatches, scale, params, weights, ba
 
   def add(grads, inputs):
     *part, cotangent = inputs
-    _, vjp = jax.vjp(lambda params: one(params, *part), params)
+    _, vjp = jax.vjp(lambda own: one(own, *part), params.own)
     return jax.tree.map(jnp.add, grads, vjp(cotangent)[0]), None
 
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params.own)
   return jax.lax.scan(add, zeros, (parts, draws, cotangents))[0], means, carry
 
 
@@ -214,8 +215,9 @@ def train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransform
   rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
   B = len(next(iter(batch.values())))
   scale = guards.loss_scale(state.opt_state)
-  mixed = mixout.find(state.opt_state)
-  used = state.params if mixed is None else mixout.mix(mixed, state.params, rng)
+  params, mixed = trainable.split(module, state.params), mixout.find(state.opt_state)
+  used = params if mixed is None else dataclasses.replace(
+      params, own=mixout.mix(mixed, params.own, rng))
   grads, means, carry = _all_gradients(module, loss, num_microbatches, scale, used, batch,
                                        Draws.of(rng, B), state.carry)
   grads = grads if mixed is None else mixout.unmix(mixed, grads, rng)
@@ -223,28 +225,28 @@ def train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransform
   if scale is not None:
     grads = jax.tree.map(lambda x: x / scale, grads)
   if loss.l1 or loss.l2:
-    value, more = jax.value_and_grad(loss.penalty)(state.params)
+    value, more = jax.value_and_grad(loss.penalty)(params.own)
     grads = jax.tree.map(jnp.add, grads, more)
     means |= {'loss': means['loss'] + value, 'parameters': value}
 
   def sampled_gradient():  # for an optimiser that asks for it
     sampled = sophia.SampledLoss(jax.random.fold_in(rng, sophia.STREAM))
-    found = _all_gradients(module, sampled, num_microbatches, None, state.params,
+    found = _all_gradients(module, sampled, num_microbatches, None, params,
                            sophia.with_rows(batch), Draws.of(rng, B), state.carry)[0]
     return found, sampled.weights(batch)['tokens']
 
   updates, opt_state = optax.with_extra_args_support(optimizer).update(
-      grads, state.opt_state, state.params, loss=means['loss'], sampled_gradient=sampled_gradient)
+      grads, state.opt_state, params.own, loss=means['loss'], sampled_gradient=sampled_gradient)
   # What the step saw must not outlive it where it is skipped.
   seen, carry = guards.unless_skipped(state.opt_state, opt_state, (seen, carry),
-                                      (state.params, state.carry))
-  params = precision.apply_updates(state.params, updates, state.step)
-  params = precision.put_histories(params, seen)
+                                      (params.own, state.carry))
+  own = precision.apply_updates(params.own, updates, state.step)
+  own = precision.put_histories(own, seen)
   means = means if len(means) > 2 else {'loss': means['loss']}
-  norm, by_group = norms.by_group(grads, params, updates)
+  norm, by_group = norms.by_group(*map(params.padded, (grads, own, updates)))
   metrics = {**means, 'grad_norm': norm, 'weight': next(iter(loss.weights(batch).values())),
              **guards.metrics(opt_state), 'norms': by_group}
-  return TrainState(state.step + 1, params, opt_state, state.rng, carry), metrics
+  return TrainState(state.step + 1, params.whole(own), opt_state, state.rng, carry), metrics
 
 
 def jit_train_step(module: nn.Module, loss: Loss, optimizer: optax.GradientTransformation,

@@ -57,7 +57,7 @@ def params_of(made, weights):
       assert np.isnan(leaves[path][index]).all()
       leaves[path][index] = part
   assert not any(np.isnan(leaf).any() for leaf in leaves.values())
-  return checkpoint_io._nest(leaves), leaves
+  return checkpoint_io.nest(leaves), leaves
 
 
 def scanned(config):

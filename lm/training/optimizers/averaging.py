@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lm.training.optimizers.paths import names_of
+
 
 class Average(NamedTuple):
   """average: of the parameters after each update, in their dtypes and shardings."""
@@ -30,13 +32,34 @@ def schedule_free_average(params: Any, z: Any, b1: Any) -> Any:
   return jax.tree.map(lambda y, z: (y - (1 - b1) * z) / b1, params, z)
 
 
+_KINDS = Average, optax.contrib.ScheduleFreeState
+
+
+def _kept(opt_state: Any) -> list[Any]:
+  """The states of optimisers that keep an average; there is one at most."""
+  is_average = lambda x: isinstance(x, _KINDS)
+  return list(filter(is_average, jax.tree.leaves(opt_state, is_leaf=is_average)))
+
+
+def is_kept(opt_state: Any) -> bool:
+  """Whether the state holds an average."""
+  return bool(_kept(opt_state))
+
+
 def evaluated(opt_state: Any, params: Any) -> Any:
-  """The average that the state holds, where the parameters lie; else the parameters."""
-  kinds = Average, optax.contrib.ScheduleFreeState
-  is_average = lambda x: isinstance(x, kinds)
-  place = lambda tree: jax.tree.map(lambda x, p: jax.device_put(x, p.sharding), tree, params)
-  for node in filter(is_average, jax.tree.leaves(opt_state, is_leaf=is_average)):
-    if isinstance(node, Average):
-      return place(node.average)
-    return schedule_free_average(params, place(node.z), node.b1)
-  return params
+  """The average that the state holds, where the parameters lie; else the parameters, as are those
+  that do not train."""
+  if not is_kept(opt_state):
+    return params
+  node, = _kept(opt_state)
+  tree = node.average if isinstance(node, Average) else node.z
+  kept = {names_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+  def one(path, param):
+    leaf = kept.get(names_of(path))
+    if leaf is None:
+      return param
+    leaf = jax.device_put(leaf, param.sharding)
+    return leaf if isinstance(node, Average) else schedule_free_average(param, leaf, node.b1)
+
+  return jax.tree_util.tree_map_with_path(one, params)
