@@ -185,8 +185,8 @@ class ChatTemplate:
     try:
       turns = self.encode([{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
     except BadConversation as error:
-      raise UserError(f'A user\'s message and an answer to it {error}; bind chat_template to another'
-                      f' of {", ".join(NAMED)}, or to a file.') from error
+      raise UserError(f'A user\'s message and an answer to it {error}; bind chat_template to'
+                      f' another of {", ".join(NAMED)}, or to a file.') from error
     return int(turns.ids[turns.is_answer][-1])
 
   def _answer_end(self, text: str) -> int:
