@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from lm.data import examples
+from lm.data.examples import forms
+from lm.data.examples import rows
 from lm.data.vocabularies import VocabularyConfig
 from lm.errors import UserError
 
@@ -151,3 +153,22 @@ def test_a_label_may_be_its_place_and_a_number_may_be_formatted():
 def test_a_kind_has_a_bare_prompt_and_target(example, prompt, target):
   template = examples.Template()
   assert (template.prompt(example), template.target(example)) == (prompt, target)
+
+
+def test_a_row_holds_no_more_parts_than_it_has_room_for():
+  sizes, parts = np.full(30, 3), np.random.default_rng(0).integers(1, 5, 30)
+  packed = rows.pack_first_fit(np.arange(30), [sizes, 0 * sizes], forms.Lengths(1000, 1, 6), parts)
+  counts = [parts[members].sum() for members in packed]
+  assert max(counts) == 6 and sum(counts) == parts.sum() and len(packed) > parts.sum() // 6 - 1
+
+
+def test_only_line_ends_end_lines(tmp_path):
+  texts = ['one\u2028line', 'one\x85more', 'and\x0cmore', 'last']
+  (tmp_path / 'a.txt').write_bytes('\r\n'.join(texts).encode())
+  (tmp_path / 'b.txt').write_bytes(b'0\n1\n2\n3\n')
+  source = examples.Files(str(tmp_path / 'a.txt'), aligned=(('label', 'a.', 'b.'),))
+  found = [(record['text'], record['label']) for _, record in source.records('train')]
+  assert found == list(zip(texts, '0123'))
+  (tmp_path / 'b.txt').write_bytes(b'0\n1\n2\n')
+  with pytest.raises(UserError, match='is not aligned with 3 lines of label'):
+    list(source.records('train'))
