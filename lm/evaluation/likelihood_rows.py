@@ -92,13 +92,14 @@ def _row_length(length: int) -> int:
   return max(SHORTEST, 1 << (min(2 * length, max(length, LONG)) - 1).bit_length())
 
 
-def _trees(texts: Sequence[Text], shares: bool) -> Iterator[_Tree]:
+def _trees(texts: Sequence[Text], shares: bool, longest: int) -> Iterator[_Tree]:
   """Trees of all texts; where the model does not share, only texts that go on with another do."""
   tree, last, room = None, None, 0
   for i in sorted(range(len(texts)), key=lambda i: texts[i].inputs.tolist()):
     text = texts[i]
     common = _common(last, text.inputs) if tree and text.encoder is None else 0
-    joins = tree and common and common == len(last)
+    joins = tree and common and common == len(last) and (
+        len(tree.tokens) + len(text.inputs) - common <= longest)
     if shares and tree and not joins and common >= SHARED * len(text.inputs):
       tokens, paths, *_ = tree.sizes
       joins = (tokens + len(text.inputs) - common <= room
@@ -108,7 +109,7 @@ def _trees(texts: Sequence[Text], shares: bool) -> Iterator[_Tree]:
         yield tree
       tree, common = _Tree(), 0
     tree.add(i, text, common)
-    last, room = text.inputs, _row_length(len(text.inputs))
+    last, room = text.inputs, min(_row_length(len(text.inputs)), longest)
   if tree:
     yield tree
 
@@ -154,7 +155,7 @@ def pack(texts: Sequence[Text], shares: bool, longest: int, batch_size: int) -> 
     longest: row of the model, in tokens.
     batch_size: rows of SHORTEST tokens at a time, or fewer longer ones.
   """
-  trees = list(_trees(texts, shares))
+  trees = list(_trees(texts, shares, longest))
   shapes = []
   for length, (rows, room) in sorted(_fill(trees, longest).items(), reverse=True):
     most = max(1, batch_size * SHORTEST // length)

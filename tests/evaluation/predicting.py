@@ -17,7 +17,8 @@ from lm.evaluation import predictions, task_report
 from lm.evaluation.predictions import store
 from lm.models.bert import BERTConfig
 from lm.models.gpt import GPTConfig
-from lm.models.heads import ClassifierConfig, DualEncoderConfig, EmbedderConfig, TaggerConfig
+from lm.models.heads import ClassifierConfig, DualEncoderConfig, EmbedderConfig, SpanConfig
+from lm.models.heads import TaggerConfig
 from lm.models.t5 import T5Config
 from lm.parallel import distributed
 from lm.parallel.mesh import MeshConfig
@@ -40,6 +41,8 @@ TASKS = {
               ClassifierConfig(BERT, 3)),
     'scores': (examples.Similarity(1.0, 3.0), 'encoder', {}, ClassifierConfig(BERT, 1)),
     'tags': (examples.Tagging(TAGS), 'encoder', {}, TaggerConfig(BERT, 3)),
+    'picked': (examples.MultipleChoice(), 'encoder', {}, ClassifierConfig(BERT, 2)),
+    'answered': (examples.SpanExtraction(stride=8), 'encoder', {}, SpanConfig(BERT)),
     'alike': (examples.Similarity(), 'embedder', {}, EmbedderConfig(BERT)),
     'found': (examples.Retrieval(), 'embedder', {},
               DualEncoderConfig(EmbedderConfig(BERT), EmbedderConfig(BERT, 'cls'))),
@@ -56,6 +59,9 @@ TASKS = {
              {'template': examples.Template('', '{text}')}, GPT)}
 
 
+UNTUNED = 'chosen', 'read'  # asked as lm-evaluation-harness asks
+
+
 def records(kind: str, count: int) -> list[dict]:
   """Examples of words of letters, the same each time; some are longer than a row."""
   rng = random.Random(kind)
@@ -70,7 +76,8 @@ def records(kind: str, count: int) -> list[dict]:
         'query': text(), 'documents': [text() for _ in range(1 + i % 2)], 'source': text(),
         'targets': [text()], 'contexts': [text(), text()], 'continuations': [f' {text(3)}' for _ in
                                                                              range(2)],
-        'text': text(60)})
+        'text': text(60), 'question': text(3), 'context': ' '.join(words),
+        'answers': words[:1], 'starts': [0]})
     made[-1]['label'] = i % 2 if kind == 'multiple_choice' else made[-1]['label']
   return made
 
@@ -87,13 +94,13 @@ def prepared(name: str, folder: pathlib.Path, count: int = 24) -> examples.Prepa
       **more).prepare(progress=False)
 
 
-def no_page(header, rows, path):
+def no_page(header, rows, path, scorer):
   """Takes the place of `task_report.write`, whose intervals are of 1,000 resamples."""
-  del header, rows
+  del header, rows, scorer
   path.write_text('a page\n')
 
 
-def model(name: str, run: pathlib.Path, mesh: MeshConfig | None = None, is_tuned: bool = True,
+def model(name: str, run: pathlib.Path, mesh: MeshConfig | None = None,
           hosts: distributed.Hosts = distributed.Hosts()) -> predictions.Model:
   """Random weights, the same on every mesh."""
   config, rules = TASKS[name][-1], Rules() if mesh is None else Rules().on(mesh.build())
@@ -106,8 +113,8 @@ def model(name: str, run: pathlib.Path, mesh: MeshConfig | None = None, is_tuned
     params = jax.tree.map(lambda x, to: jax.make_array_from_callback(
         x.shape, to, lambda index: jax.device_get(x)[index]), alone, where)
   return predictions.Model(
-      module, params, lambda: (config.build(), alone), 7, 'digest', LENGTH, ROWS, run, is_tuned,
-      None, hosts)
+      module, params, lambda: (config.build(), alone), 7, 'digest', LENGTH, ROWS, run,
+      name not in UNTUNED, None, hosts)
 
 
 def main(folder: str, run: str, names: str, mesh: str, kill_after: str, *address: str):

@@ -18,6 +18,7 @@ import predicting
 from predicting import LABELS, LENGTH, TAGS
 import pytest
 
+from lm.data.examples import spans
 from lm.data.examples.forms import Encoded, Lengths
 from lm.errors import UserError
 from lm.evaluation import likelihood, metrics, predictions, task_report
@@ -27,7 +28,7 @@ from lm.inference.sampling import SamplingConfig
 from lm.training.losses import Prediction
 
 CHILD = pathlib.Path(predicting.__file__)
-ON_MESHES = 'intents', 'tags', 'found', 'named', 'written_by_t5'
+ON_MESHES = 'tags', 'found', 'named', 'written_by_t5'
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -196,6 +197,30 @@ def test_a_ranking_is_that_of_all_documents_by_cosine(rows_of):
     assert row['prediction'] == [f'd{i}' for i in np.argsort(-scores)]
     np.testing.assert_allclose(row['scores'], np.sort(scores)[::-1], atol=1e-5)
     assert row['targets'] == [f'd{documents.index(example["documents"][0])}']
+
+
+@pytest.mark.supports('evaluation', 'multiple choice and spans by an encoder')
+def test_a_choice_is_that_of_its_example_alone(rows_of):
+  model, task, rows = rows_of('picked')
+  for example, row in list(zip(encoded(task), rows, strict=True))[::4]:
+    classes = outputs(model, task.form.features([example], Lengths(LENGTH, 1, 2, 2)))['classes'][0]
+    np.testing.assert_allclose(row['scores'], jax.nn.log_softmax(classes)[:, 1], atol=1e-5)
+    assert row['prediction'] == np.argmax(row['scores'])
+
+
+def test_an_answer_is_the_best_span_of_all_windows(rows_of):
+  model, task, rows = rows_of('answered')
+  cache, lengths, windows = task.cache('validation'), Lengths(LENGTH, 1, 1), 0
+  for i, (example, row) in enumerate(zip(encoded(task), rows, strict=True)):
+    context, found = cache.example(i)['context'], []
+    for window, part in spans.windows(task.form, example, lengths):
+      logits = outputs(model, task.form.features([part], lengths))
+      found.append((window, *(np.asarray(logits[name][0]) for name in ('starts', 'ends'))))
+    windows = max(windows, len(found))
+    offsets = task.vocabulary.encode_offsets(context)[1]
+    assert row['prediction'] == spans.best(found, context, offsets).text
+    assert row['prediction'] in context and row['targets'] == [context.split()[0]]
+  assert windows > 5
 
 
 def test_alike_texts_have_a_cosine(rows_of):

@@ -1,4 +1,4 @@
-"""Answers of an encoder's head: classes and numbers of texts, tags of words."""
+"""Answers of an encoder's head: classes and numbers of texts, tags of words, choices, spans."""
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -6,20 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.data.examples import PreparedExamples
+from lm.data.examples import PreparedExamples, spans
 from lm.data.examples.forms import Encoded, Lengths
 from lm.data.examples.rows import pack_first_fit
 from lm.errors import UserError
+from lm.evaluation import likelihood
 from lm.evaluation.predictions.contract import Batches, bucket, chunks, Model, refuse, Row
 from lm.parallel.batches import GlobalBatch
 
 # What a kind asks of which model: the config's name, and what of its outputs.
 HEADS = {'classification': ('ClassifierConfig', 'classes'),
-         'similarity': ('ClassifierConfig', 'classes'), 'tagging': ('TaggerConfig', 'tags')}
+         'similarity': ('ClassifierConfig', 'classes'),
+         'multiple_choice': ('ClassifierConfig', 'classes'), 'tagging': ('TaggerConfig', 'tags'),
+         'span_extraction': ('SpanConfig', 'spans')}
+CLASSES = {'similarity': 1, 'multiple_choice': 2}  # where they do not follow from labels
 
 
 class Item(NamedTuple):
-  """Tokens `start` to `end` of an example; of tags, which of its words are asked for here."""
+  """Tokens `start` to `end` of an example, or the window of its context that begins at `start`; of
+  tags, which of its words are asked for here."""
   example: int
   start: int = 0
   end: int | None = None
@@ -37,7 +42,8 @@ class Heads:
     self._model, self._prepared, self._form = model, prepared, prepared.form
     self._kind, self._cache = prepared.kind, prepared.cache(split)
     self._check()
-    self._lengths = prepared.lengths(model.sequence_length)
+    self._may_be_none = False
+    self._lengths = prepared.lengths(model.sequence_length, split)
     self._items = list(self._cut())
     self.num_items = len(self._items)
     self._programs: dict[tuple, Callable] = {}
@@ -48,14 +54,20 @@ class Heads:
     if model.family != family:
       raise refuse(model, self._prepared, f'it needs {family}' if family else
                    'ask a model that writes text, or bind another form')
-    needed = 1 if name == 'similarity' else len(self._kind.labels)
+    if name == 'span_extraction':
+      return
+    needed = CLASSES.get(name) or len(self._kind.labels)
     if model.module.config.num_classes != needed:
       raise UserError(f'the task {self._prepared.task.name!r} needs {needed} outputs of the head '
                       f'and the model has num_classes={model.module.config.num_classes}; evaluate '
                       'a task of the same labels')
 
   def _cut(self) -> Iterator[Item]:
-    """Examples; of sentences that are longer than a row, windows."""
+    """Examples; of sentences and contexts that are longer than a row, windows."""
+    windows = self._form.windows(self._cache.sizes, self._lengths)
+    if windows is not None:
+      yield from (Item(int(example), int(first)) for example, first in windows)
+      return
     room = self._lengths.inputs - int(self._form.size(*np.array([[0], [-1], [0]]))[0][0])
     for index, (size, _, _) in enumerate(self._cache.sizes.tolist()):
       if self._kind.name != 'tagging':
@@ -69,6 +81,8 @@ class Heads:
 
   def _encoded(self, item: Item) -> Encoded:
     encoded = self._cache.encoded(item.example)
+    if self._kind.name == 'span_extraction':
+      return self._form.window(encoded, item.start, self._lengths)
     if item.end is None:
       return encoded
     targets = encoded.targets[item.start:item.end].copy()
@@ -83,15 +97,18 @@ class Heads:
     a = np.array([size if item.end is None else item.end - item.start
                   for item, size in zip(self._items, a.tolist())])
     size = np.minimum(self._form.size(a, b, targets)[0], self._lengths.inputs)
+    if self._kind.name == 'span_extraction':
+      size = np.full_like(size, self._lengths.inputs)
     order = np.argsort(-size, kind='stable')
-    if self._lengths.examples > 1:
+    parts = self._form.parts(self._cache.sizes[[item.example for item in self._items]])
+    if self._lengths.packed and self._lengths.examples > 1:
       lengths = dict.fromkeys([self._lengths.inputs], order)
     else:
       of = np.array([bucket(n, self._lengths.inputs) for n in size.tolist()])
       lengths = {length: order[of[order] == length] for length in sorted({*of.tolist()})[::-1]}
     for length, members in lengths.items():
       row = self._lengths._replace(inputs=length)
-      rows = pack_first_fit(members, (size, np.zeros_like(size)), row)
+      rows = pack_first_fit(members, (size, np.zeros_like(size)), row, parts)
       for batch in chunks(rows, self._model.rows_of(length)):
         yield row, batch
 
@@ -117,12 +134,14 @@ class Heads:
             for i, answer in zip(row, self._read(row, values), strict=True)}
 
   def _program(self, lengths: Lengths) -> Callable:
-    """From (params, batch) to logits [B, K, C], or to tags [B, T]."""
+    """From (params, batch) to logits [B, K, C], to tags [B, T], or to starts and ends [B, 2, T]."""
     if lengths not in self._programs:
       module, (_, name) = self._model.module, HEADS[self._kind.name]
 
       def run(params, batch):
         outputs, _ = module.apply({'params': params}, batch, method='outputs')
+        if name == 'spans':
+          return jnp.stack([outputs['starts'], outputs['ends']], axis=1)
         return outputs[name].argmax(-1).astype(jnp.int32) if name == 'tags' else outputs[name]
 
       mesh = module.rules.mesh
@@ -132,26 +151,45 @@ class Heads:
 
   def _read(self, row: np.ndarray, values: np.ndarray) -> Iterator[Any]:
     """The answers to the items of a row, from what the head gives for it."""
-    place = 0
-    for segment, number in enumerate(row):
-      if self._kind.name == 'classification':
-        logits = values[segment].astype(np.float64)
-        log_p = logits - np.logaddexp.reduce(logits)
-        yield [round(float(x), 6) + 0.0 for x in log_p]
-      elif self._kind.name == 'similarity':
-        yield float(values[segment, 0])
+    place, kind = 0, self._kind.name
+    for number in row:
+      item = self._items[number]
+      if kind == 'classification':
+        yield log_p(values[place])
+      elif kind == 'similarity':
+        yield float(values[place, 0])
+      elif kind == 'multiple_choice':
+        count = int(self._form.parts(self._cache.sizes[[item.example]])[0])
+        yield [log_p(logits)[1] for logits in values[place:place + count]]
+        place += count - 1
+      elif kind == 'span_extraction':
+        yield self._span(item, *values)
       else:
-        ids, _, start, kept = self._form.framed(
-            encoded := self._encoded(self._items[number]), len(values) - place)
+        encoded = self._encoded(item)
+        ids, _, start, kept = self._form.framed(encoded, len(values) - place)
         first = np.flatnonzero(encoded.targets[:kept] >= 0)
         yield values[place + start + first].tolist()
-        place += len(ids)
+        place += len(ids) - 1
+      place += 1
+
+  def _span(self, item: Item, starts: np.ndarray, ends: np.ndarray) -> tuple[str, float, float]:
+    """The best answer of a window, its score, and that of none."""
+    context = self._cache.example(item.example)['context']
+    _, offsets = self._prepared.vocabulary.encode_offsets(context)
+    encoded = self._cache.encoded(item.example)
+    window = spans.Window(item.start, self._form.context_begins(encoded.a, self._lengths),
+                          len(self._encoded(item).b))
+    found = spans.best([(window, starts, ends)], context, offsets)
+    return found.text, float(found.score), float(found.null)
 
   def rows(self, answers: Sequence[Any]) -> Iterator[Row]:
     """See `Predictor`."""
     mine: list[list[Any]] = [[] for _ in range(len(self._cache))]
     for item, answer in zip(self._items, answers):
       mine[item.example].append(answer)
+    # A question of a set where some have no answer (SQuAD 2.0) has none where [CLS] says so.
+    self._may_be_none = self._kind.name == 'span_extraction' and any(
+        not self._cache.example(i)['answers'] for i in range(len(self._cache)))
     for index, found in enumerate(mine):
       example = self._cache.example(index)
       yield {'id': example['id'], **self._row(example, found)}
@@ -162,12 +200,25 @@ class Heads:
       tags = [kind.labels[tag] for window in found for tag in window]
       return {'inputs': example['words'], 'targets': example['tags'], 'prediction': tags,
               'scores': None}
+    if kind.name == 'span_extraction':
+      text, score, _ = max(found, key=lambda answer: answer[1])
+      is_none = self._may_be_none and min(null for _, _, null in found) > score
+      return {'inputs': f'{example["question"]}\n{example["context"]}',
+              'targets': example['answers'], 'prediction': '' if is_none else text, 'scores': None}
+    if kind.name == 'multiple_choice':
+      return likelihood.choices_row(example, [likelihood.Likelihood(x, False) for x in found[0]])
     inputs = '\n'.join(example[name] for name in ('a', 'b') if name in example)
     if kind.name == 'similarity':
       return {'inputs': inputs, 'targets': example['score'],
               'prediction': kind.low + (kind.high - kind.low) * found[0], 'scores': None}
     return {'inputs': inputs, 'targets': example['label'],
             'prediction': kind.labels[int(np.argmax(found[0]))], 'scores': found[0]}
+
+
+def log_p(logits: np.ndarray) -> list[float]:
+  """Log probabilities of classes, to six places."""
+  logits = logits.astype(np.float64)
+  return [round(float(x), 6) + 0.0 for x in logits - np.logaddexp.reduce(logits)]
 
 
 def word_windows(is_first: np.ndarray, room: int) -> list[Item]:

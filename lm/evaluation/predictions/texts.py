@@ -54,37 +54,33 @@ class Scored:
 
   def _together(self) -> list[Any]:
     """What `_requests` makes requests of, for each example: tokens are made of all at once."""
-    vocabulary, kind = self._prepared.vocabulary, self._kind.name
-    if kind == 'language_modelling':
+    vocabulary = self._prepared.vocabulary
+    if self._kind.name == 'language_modelling':
       return vocabulary.encode_batch([example['text'] for example in self._examples])
-    if kind == 'classification' and self._model.is_tuned:
-      return self._examples
-    pairs = [self._pairs(example) for example in self._examples]
+    labels = getattr(self._kind, 'labels', ())
+    pairs = [self._prepared.form.template.choices(example, labels) for example in self._examples]
+    if self._model.is_tuned:
+      return pairs
     tokens = iter(likelihood.tokenize(vocabulary, [pair for some in pairs for pair in some],
                                       self._encodes))
     return [[next(tokens) for _ in some] for some in pairs]
 
-  def _pairs(self, example: Example) -> list[tuple[str, str]]:
-    """(context, continuation) of each answer that there is."""
-    labels = getattr(self._kind, 'labels', ())
-    return self._prepared.form.template.choices(example, labels)
-
   def _requests(self, found: Any) -> list[tuple[Any, Any]]:
     """(context, continuation) in ids."""
-    vocabulary = self._prepared.vocabulary
+    vocabulary, form = self._prepared.vocabulary, self._prepared.form
     if self._kind.name == 'language_modelling':
       first = likelihood.first_id(vocabulary)
       return list(likelihood.windows(found, first, self._model.sequence_length))
-    if isinstance(found, list):
+    if not self._model.is_tuned:
       return found
-    form, ended = self._prepared.form, lambda ids: np.append(ids, np.int32(vocabulary.eos_id))
-    prompt = vocabulary.encode(form.template.prompt(found))
+    ended = lambda ids: np.append(ids, np.int32(vocabulary.eos_id))
+    contexts = [vocabulary.encode(prompt) for prompt in dict.fromkeys(pair[0] for pair in found)]
     if self._encodes:
-      prompt = ended(prompt[:self._model.sequence_length - 1])
+      contexts = [ended(ids[:self._model.sequence_length - 1]) for ids in contexts]
     else:
-      prompt = np.append(np.int32(form.bos_id), prompt)
-    return [(prompt, ended(vocabulary.encode(form.template.target(found, label))))
-            for label in self._kind.labels]
+      contexts = [np.append(np.int32(form.bos_id), ids) for ids in contexts]
+    of = dict(zip(dict.fromkeys(pair[0] for pair in found), contexts))
+    return [(of[prompt], ended(vocabulary.encode(target))) for prompt, target in found]
 
   def batches(self, done: Collection[int]) -> Batches:
     """See `Predictor`."""
