@@ -36,7 +36,8 @@ def main(published, gguf=None):
       open_pretrained(gguf).save_pretrained(directories['smollm2'])
     for name, directory in directories.items():
       tokenizer = AutoTokenizer.from_pretrained(directory)
-      found[name] = [record(tokenizer, messages) for messages in chat_tokenizers.conversations(name)]
+      found[name] = [record(tokenizer, messages)
+                     for messages in chat_tokenizers.conversations(name)]
   path = pathlib.Path(__file__).parent / 'reference_chat.json'
   path.write_text(json.dumps(found, ensure_ascii=False, separators=(',', ':')) + '\n')
 

@@ -275,7 +275,8 @@ def test_bad_preferences_are_told(record, words):
     examples.Preference().canonical(record)
 
 
-DROPS = ("{% for m in messages %}{% set said = m.content if loop.last or m.role == 'user' else '' %}"
+DROPS = ("{% for m in messages %}"
+         "{% set said = m.content if loop.last or m.role == 'user' else '' %}"
          "{{ m.role + ':' + said + eos_token }}{% endfor %}"
          "{{ 'assistant:' if add_generation_prompt }}")
 

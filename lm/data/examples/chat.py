@@ -183,10 +183,11 @@ class ChatTemplate:
       UserError: there is none.
     """
     try:
-      turns = self.encode([{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
+      turns = self.encode([{'role': role, 'content': text}
+                           for role, text in (('user', 'a'), ('assistant', 'b'))])
     except BadConversation as error:
-      raise UserError(f'A user\'s message and an answer to it {error}; bind chat_template to'
-                      f' another of {", ".join(NAMED)}, or to a file.') from error
+      raise UserError(f'A message "a" with its answer "b" {error}; bind chat_template to another of'
+                      f' {", ".join(NAMED)}, or to a file.') from error
     return int(turns.ids[turns.is_answer][-1])
 
   def _answer_end(self, text: str) -> int:
