@@ -1,4 +1,4 @@
-"""What a model that writes text has to beat: the source copied, a dictionary, or the first sentence.
+"""What a model that writes text has to beat: the source itself, a dictionary, the first sentence.
 
   python scripts/text_baselines.py tatoeba_eng_deu      # copy and dictionary
   python scripts/text_baselines.py scitldr              # lead-1
