@@ -299,7 +299,7 @@ def test_a_template_that_changes_answers_later_is_refused(tmp_path):
   (tmp_path / 'drops.jinja').write_text(DROPS)
   options = {'chat_template': str(tmp_path / 'drops.jinja')}
   assert prepare(tmp_path, [{'messages': conversation('a', 'b')}], **options)
-  with pytest.raises(UserError, match="'train-0' has an answer, message 1, whose text the messages"):
+  with pytest.raises(UserError, match="'train-0' has an answer, message 1, whose text the mess"):
     prepare(tmp_path, RECORDS, **options)
 
 

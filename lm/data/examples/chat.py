@@ -197,8 +197,8 @@ class ChatTemplate:
       pass
     if last is None or text[last.end():].strip():
       raise BadConversation(
-          f'has the end {text[-20:]!r} in the chat template {self.name}, which is no special token of'
-          f' the vocabulary, so that a model could not say that its answer is whole')
+          f'has the end {text[-20:]!r} in the chat template {self.name}, which is no special token'
+          f' of the vocabulary, so that a model could not say that its answer is whole')
     return last.end()
 
   def _place(self, ids: np.ndarray, text: str, place: int, guard: str) -> int:
