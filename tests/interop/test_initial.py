@@ -54,7 +54,7 @@ def numbers(config):
 
 def write(run_dir, config):
   """Makes a run of random parameters; returns them by path."""
-  tree = checkpoint_io._nest(shapes(config))
+  tree = checkpoint_io.nest(shapes(config))
   run_weights.write_run_params(run_dir, tree, [(path, [((), x)])
                                                for path, x in numbers(config).items()])
   return numbers(config)
@@ -119,7 +119,7 @@ def test_a_masked_lm_becomes_a_classifier_and_the_table_counts_every_number(tmp_
 def test_a_trunk_is_found_wherever_it_stands(tmp_path, source, target):
   theirs = write(tmp_path, source)
   leaves, weights = run_weights.read_run_params(tmp_path), initial.Weights(str(tmp_path))
-  zeros = checkpoint_io._nest({path: jnp.zeros(x.shape) for path, x in shapes(target).items()})
+  zeros = checkpoint_io.nest({path: jnp.zeros(x.shape) for path, x in shapes(target).items()})
   matches = initial.match(weights, {path: x.shape for path, x in theirs.items()},
                           {path: x.shape for path, x in shapes(target).items()})
   ours = checkpoint_io.flatten(initial.place(matches, leaves, zeros))
@@ -228,7 +228,7 @@ def test_a_source_that_went_on_is_said_and_the_same_step_taken_again(tmp_path):
   first = begin(tmp_path / 'run', weights, CLASSIFIER)[0]
   saver = checkpoint.Checkpointer(tmp_path / 'source' / 'checkpoints')
   later = {path: x + 1 for path, x in theirs.items()}
-  saver.save(7, {'params': checkpoint_io._nest(later)}, {})
+  saver.save(7, {'params': checkpoint_io.nest(later)}, {})
   saver.wait()
   said = []
   again = begin(tmp_path / 'run', weights, CLASSIFIER, said=said)[0]
@@ -238,10 +238,10 @@ def test_a_source_that_went_on_is_said_and_the_same_step_taken_again(tmp_path):
   other = begin(tmp_path / 'run', weights, CLASSIFIER, said=said)[0]
   assert 'step 0' in said[0] and 'no longer there' in said[0]
   assert same(other['trunk/token_embedding'], later['token_embedding'])
-  saver.save(9, {'params': checkpoint_io._nest(later)}, {})
+  saver.save(9, {'params': checkpoint_io.nest(later)}, {})
   saver.close()
   own = checkpoint.Checkpointer(tmp_path / 'run' / 'checkpoints')
-  own.save(1, {'params': checkpoint_io._nest(theirs)}, {})
+  own.save(1, {'params': checkpoint_io.nest(theirs)}, {})
   own.close()
   (tmp_path / 'source' / 'checkpoints' / '00000007' / 'digests.json').write_text('{}')
   said = []
