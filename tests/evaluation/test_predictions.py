@@ -159,6 +159,19 @@ def test_what_is_written_is_what_one_prompt_gives(name, rows_of):
     assert row['prediction'] == one['text'].strip() and row['scores'] is None
 
 
+def test_of_a_long_prompt_a_decoder_keeps_the_end_and_an_encoder_the_beginning(rows_of):
+  for name in ('written', 'written_by_t5'):
+    model, task, _ = rows_of(name)
+    short = dataclasses.replace(model, sequence_length=24)
+    module, _ = model.alone()
+    new, prompts = texts.Generated(short, task, 'validation')._prompts(module)
+    whole = [each.a.tolist() for each in encoded(task)]
+    assert new == 8 and max(map(len, whole)) > 24 > min(map(len, whole))
+    room = 23 if name == 'written_by_t5' else 16
+    cut = [ids[:room] if name == 'written_by_t5' else ids[-room:] for ids in whole]
+    assert [ids.tolist() for ids in prompts] == cut
+
+
 def test_what_is_written_becomes_a_label_a_number_or_tags(rows_of):
   model, task, _ = rows_of('spelt')
   made = texts.Generated(model, task, 'validation')

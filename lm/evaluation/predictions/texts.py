@@ -138,7 +138,7 @@ class Generated:
       mine, texts = together[hosts.index:hosts.index + 1], {}
       for batch in mine:
         found = generate(module, params, [prompts[i] for i in batch], config, 0,
-                                  module.config.max_length, vocabulary.eos_id, begin)
+                         module.config.max_length, vocabulary.eos_id, begin)
         texts = {i: vocabulary.decode(without_eos(one)).strip()
                  for i, one in zip(batch, found)}
       every = hosts.gather('what is written', list(texts.items()))
