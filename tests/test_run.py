@@ -15,6 +15,10 @@ import numpy as np
 import pytest
 
 from lm import main
+from lm.commands import convert
+from lm.data.vocabularies import ByteVocabulary
+from lm.models.bert import BERTConfig
+from lm.models.gpt import GPTConfig
 from lm.training import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -250,10 +254,34 @@ def test_mistakes_are_refused_in_one_sentence(flags, whole, text, tmp_path):
   assert '3' in message and 'device' in message
 
 
+@pytest.fixture(scope='session')
+def initial(tmp_path_factory):
+  """initial(path): a run, without parameters, that an experiment begins with; None of others."""
+  folder = tmp_path_factory.mktemp('initial')
+  sizes = dict(vocab_size=300, max_length=512, d_model=16, num_heads=4)
+  for model in (BERTConfig(**sizes), GPTConfig(**sizes)):
+    directory = folder / type(model).__name__
+    directory.mkdir()
+    ByteVocabulary(44).save(directory / 'vocabulary')
+    convert._write_config(directory, model, directory / 'vocabulary', [])
+
+  def of(path):
+    text = path.read_text()
+    if 'gin/tasks/' in text and not (ROOT.parent / 'shared' / 'data').exists():
+      pytest.skip('../shared/data is not beside the repository')
+    if 'INITIAL' not in text:
+      return None
+    return folder / ('BERTConfig' if 'MiniLM' in text else 'GPTConfig')
+  return of
+
+
 @pytest.mark.parametrize('path', sorted((ROOT / 'gin' / 'experiments').glob('*.gin')),
                          ids=lambda p: p.stem)
-def test_every_experiment_builds_and_states_its_command(path, capsys):
-  assert main.main(['explain', f'--gin_file={path}', '--json', os.devnull]) == 0
+def test_every_experiment_builds_and_states_its_command(path, initial, tmp_path, capsys):
+  flags = ['--json', os.devnull]
+  if initial(path):
+    flags += [f"--gin.INITIAL='{initial(path)}'", f"--gin.CACHE_DIR='{tmp_path}'"]
+  assert main.main(['explain', f'--gin_file={path}', *flags]) == 0
   assert 'Experiment.task' in capsys.readouterr().out
   header = path.read_text().split('\ninclude')[0]
   assert ('lm train' in header or 'lm sweep' in header) and 'Expected' in header
