@@ -130,7 +130,7 @@ def work(directory):
   """The side of `lm`: answers as benchmark_finetune_torch.py does."""
   import jax
   from lm import run
-  from lm.models.heads import ClassifierConfig, EmbedderConfig, TaggerConfig
+  from lm.models.heads import ClassifierConfig, DualEncoderConfig, EmbedderConfig, TaggerConfig
   from lm.parallel.mesh import MeshConfig
   from lm.parallel.rules import Rules
   from lm.training import losses, optimizers
@@ -146,7 +146,7 @@ def work(directory):
   trunk = dataclasses.replace(source.trunk, dtype='float32', dropout_rate=recipe.dropout,
                               attention_dropout_rate=recipe.dropout)
   config = (
-      EmbedderConfig(trunk) if kind == 'similarity' else
+      DualEncoderConfig(EmbedderConfig(trunk)) if kind == 'similarity' else
       TaggerConfig(trunk, plan['num_labels'], recipe.dropout) if kind == 'tagging' else
       ClassifierConfig(trunk, plan['num_labels'], 'pooler', recipe.dropout))
   rules = Rules().on(MeshConfig(data=1).build(jax.devices()[:1]))
@@ -154,13 +154,13 @@ def work(directory):
   optimizer = optimizers.AdamW(recipe.schedule, recipe.weight_decay, recipe.clip_norm, b2=0.999
                                ).build(len(plan['steps']))
   state = init_state(module, optimizer, rules, recipe.seed)
-  params = state.params | {'trunk': jax.tree.map(jax.device_put, weights['trunk'],
-                                                 jax.tree.map(lambda x: x.sharding,
-                                                              state.params['trunk']))}
+  places = jax.tree.map(lambda x: x.sharding, state.params)
+  own = state.params['query'] if kind == 'similarity' else state.params
+  own['trunk'] = {name: weights['trunk'][name] for name in own['trunk']}
+  params = jax.tree.map(jax.device_put, state.params, places)
   state = dataclasses.replace(state, params=params)
   if kind != 'similarity':
-    head = jax.device_get(params['head']['dense'])
-    np.savez(directory / 'head.npz', **head)
+    np.savez(directory / 'head.npz', **jax.device_get(params['head']['dense']))
   loss = losses.CosineSimilarity() if kind == 'similarity' else losses.Prediction()
   function = jit_train_step(module, loss, optimizer, rules, state)
   loader = prepared.loader('train', ROW, plan['batch'], recipe.seed)
@@ -201,8 +201,9 @@ def evaluate(predict, params, prepared, plan, split):
 def answer(kind, outputs, row, number, segment):
   """Of one example in a row."""
   if kind == 'similarity':
-    sides = outputs['embeddings']
-    return float((np.asarray(sides['query'][number]) * np.asarray(sides['document'][number])).sum())
+    sides = [np.asarray(outputs['embeddings'][side][number, segment - 1])
+             for side in ('query', 'document')]
+    return float((sides[0] * sides[1]).sum())
   if kind == 'classification':
     return int(np.asarray(outputs['classes'][number, segment - 1]).argmax())
   where = row['encoder_segment_ids'] == segment

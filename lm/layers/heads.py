@@ -196,7 +196,7 @@ def normalize(x: Float[Array, '*rows D']) -> Float[Array, '*rows D']:
 
 
 class PooledEmbedding(nn.Module):
-  """One vector a row, as sentence-transformers does it (arXiv:1908.10084, section 3).
+  """One vector a row or segment, as sentence-transformers does it (arXiv:1908.10084, section 3).
 
   d_out: dimensions of a projection without bias; None for none.
   normalize: to unit length.
@@ -208,10 +208,12 @@ class PooledEmbedding(nn.Module):
   normalize: bool = True
 
   @nn.compact
-  def __call__(self, hidden_BTD: Float[Array, 'B T D'], mask_BT: Bool[Array, 'B T']
-               ) -> Float[Array, 'B E']:
-    """[B, T, D] and the mask of its tokens -> float32 [B, d_out]."""
-    x = pool(hidden_BTD, mask_BT, self.kind)
+  def __call__(self, hidden_BTD: Float[Array, 'B T D'], segment_ids_BT: Int[Array, 'B T'],
+               num_segments: Optional[int] = None) -> Float[Array, '*rows E']:
+    """[B, T, D] and the segments of its tokens, 0 of padding -> float32 [B, d_out], or [B,
+    num_segments, d_out] of each segment by itself."""
+    x = (pool(hidden_BTD, segment_ids_BT > 0, self.kind) if num_segments is None else
+         pool_segments(hidden_BTD, segment_ids_BT, num_segments, self.kind))
     if self.d_out is not None:
       x = Linear((self.d_model,), (self.d_out,), ('embed', 'act_embed'), self.std, name='dense')(x)
     return normalize(x) if self.normalize else x

@@ -269,8 +269,14 @@ class Embedder(_Head):
     length_B1 = jnp.max((tokens_BT != 0) * (places + 1), axis=1, keepdims=True)
     is_text = places < length_B1
     batch = {'encoder_input_tokens': tokens_BT, 'encoder_segment_ids': is_text.astype(jnp.int32)}
-    hidden_BTD, segment_ids_BT, _ = self.hidden(batch, draws)
-    return self.head(hidden_BTD, segment_ids_BT > 0)
+    return self.head(*self.hidden(batch, draws)[:2])
+
+  def of_pairs(self, batch: dict[str, jax.Array], draws: linear.Draws | None
+               ) -> dict[str, Float[Array, 'B K E']]:
+    """Vectors of packed pairs: segments 1, 3, ... of a row are queries, 2, 4, ... documents."""
+    num_segments = 2 * batch['pair_values'].shape[1]
+    vectors_BSE = self.head(*self.hidden(batch, draws)[:2], num_segments)
+    return {'query': vectors_BSE[:, ::2], 'document': vectors_BSE[:, 1::2]}
 
   def outputs(self, batch: dict[str, jax.Array], draws: linear.Draws | None = None,
               carry: None = None) -> tuple[dict[str, Any], None]:
@@ -313,7 +319,16 @@ class DualEncoder(nn.Module):
 
 def _embeddings(query: Embedder, document: Embedder, batch: dict[str, jax.Array],
                 draws: linear.Draws | None) -> dict[str, jax.Array]:
-  """Vectors of all sides; those of one encoder and one length are computed in one call."""
+  """Vectors of all sides; those of one encoder and one length are computed in one call.
+
+  Raises:
+    UserError: rows hold packed pairs and each side has an encoder of its own.
+  """
+  if 'encoder_input_tokens' in batch:
+    if query is not document:
+      raise UserError('a row of packed pairs is read by one encoder, and this model has one for '
+                      'each side; bind examples.ExampleTask.packed=False')
+    return query.of_pairs(batch, draws)
   sides = {'query': batch['query_tokens'][:, None], 'document': batch['document_tokens'][:, None]}
   if 'negative_tokens' in batch:
     sides['negative'] = batch['negative_tokens']

@@ -365,7 +365,8 @@ class CosineSimilarity(Base):
 
   def of_rows(self, batch: Batch, counts_B: Bool[Array, ' B']) -> Batch:
     """The batch, where only these rows have weight."""
-    return {**batch, 'pair_weights': counts_B * _pair_weights(batch)}
+    weights = _pair_weights(batch)
+    return {**batch, 'pair_weights': weights * counts_B.reshape(-1, *[1] * (weights.ndim - 1))}
 
   def metrics(self, outputs: Mapping[str, Any], batch: Batch) -> dict[str, tuple]:
     """The mean squared error."""

@@ -16,8 +16,8 @@ from lm.data.examples import forms, rows
 from lm.data.vocabularies import VocabularyConfig
 from lm.errors import UserError
 from lm.models.bert import BERTConfig
-from lm.models.heads import ClassifierConfig
-from lm.training.losses import Prediction
+from lm.models.heads import ClassifierConfig, DualEncoderConfig, EmbedderConfig
+from lm.training.losses import CosineSimilarity, Prediction
 
 SHARED = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
 BYTES = VocabularyConfig(kind='byte')
@@ -283,3 +283,32 @@ def test_changed_files_make_a_new_cache(tmp_path):
   assert second.directory != first.directory
   assert [second.info['splits']['train']['documents'],
           first.info['splits']['train']['documents']] == [7, 8]
+
+
+@pytest.mark.supports('fine-tuning', 'similarity by the cosine of embeddings, pairs packed in rows')
+def test_cosines_of_packed_pairs_are_those_of_each_alone(tmp_path):
+  lines = [{'a': one, 'b': other, 'score': 1 + 0.5 * i}
+           for i, (one, other) in enumerate(zip((*WEATHER, 'x' * 70), (*MUSIC, 'y' * 70)))]
+  packed, alone = (prepare(tmp_path, lines, examples.Similarity(), form='embedder', name=name,
+                           packed=name == 'packed') for name in ('packed', 'alone'))
+  trunk = BERTConfig(vocab_size=300, max_length=96, d_model=32, num_layers=2, num_heads=2, d_ff=64,
+                     masked_lm=False, sentence_classes=0, dtype='float32', init_std=0.2)
+  module = DualEncoderConfig(EmbedderConfig(trunk)).build()
+  params = module.init(jax.random.key(0), method='initialize')['params']
+  run = jax.jit(lambda batch: module.apply({'params': params}, batch, method='outputs')[0])
+  found = {}
+  for prepared in (packed, alone):
+    stream = prepared.rows('train', 96, seed=1)
+    for row in range(len(stream)):
+      batch = jax.tree.map(lambda x: jnp.asarray(x)[None], stream[row])
+      sides = run(batch)['embeddings']
+      cosines = np.atleast_1d((sides['query'] * sides['document']).sum(-1)[0])
+      values = np.atleast_1d(batch['pair_values'][0])
+      for k, i in enumerate(stream.members(row)):
+        found[prepared is packed, int(i)] = cosines[k], values[k]
+        assert CosineSimilarity().weights(batch)['similarity'] == len(stream.members(row))
+    assert len(stream) == (5 if prepared is alone else 3)
+  for i in range(4):  # the last pair is longer than a row, and cut
+    np.testing.assert_allclose(found[True, i], found[False, i], atol=2e-6)
+    assert found[True, i][1] == np.float32((1 + 0.5 * i) / 5)
+  assert 0 < found[True, 4][0] < 1

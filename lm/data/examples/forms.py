@@ -321,7 +321,9 @@ class Embedder(EncoderForm):
   """Two texts, one a row each, for a dual encoder: query_tokens and document_tokens [length].
 
   Of a similarity also `pair_values` []; of a retrieval `negative_tokens` [n, length] of the
-  documents behind the first, as many as the least example of the split has.
+  documents behind the first, as many as the least example of the split has. Packed similarities
+  have the features of an encoder, where segments 1 and 2 are the first pair, 3 and 4 the second,
+  and `pair_values`, `pair_weights` [examples].
   """
 
   kinds: ClassVar[Tuple[str, ...]] = ('similarity', 'classification', 'retrieval')
@@ -348,11 +350,16 @@ class Embedder(EncoderForm):
     return sizes[:, 2] if self.kind.name == 'retrieval' else super().parts(sizes)
 
   def size(self, a, b, targets):
-    """Returns the length of the longest text, framed."""
-    return np.maximum(a, b) + sum(map(len, self._frames[0])), np.zeros_like(a)
+    """Returns the length of the longest text, framed; of a similarity, of both."""
+    frame = sum(map(len, self._frames[0]))
+    if self.kind.name == 'similarity':
+      return a + b + 2 * frame, np.zeros_like(a)
+    return np.maximum(a, b) + frame, np.zeros_like(a)
 
   def features(self, examples, lengths):
     """Returns the features above."""
+    if lengths.packed:
+      return self._packed(examples, lengths)
     example, = examples
     frame = lambda ids: pad(
         self.framed(Encoded(ids, None, _NONE), lengths.inputs)[0], lengths.inputs)
@@ -365,6 +372,18 @@ class Embedder(EncoderForm):
     if self.kind.name == 'similarity':
       features['pair_values'] = np.float32(example.value)
     return features
+
+  def _packed(self, examples: Sequence[Encoded], lengths: Lengths) -> Features:
+    texts = []
+    for example in examples:
+      both, room = (example.a, example.b), lengths.inputs
+      if int(self.size(*map(len, both), 0)[0]) > room:  # Alone in its row, and both are cut.
+        room //= 2
+      texts += [self.framed(Encoded(ids, None, _NONE), room)[0] for ids in both]
+    row, values = pack(texts, lengths.inputs), np.array([e.value for e in examples], np.float32)
+    return {'encoder_input_tokens': row.tokens, 'encoder_segment_ids': row.segment_ids,
+            'encoder_positions': row.positions, 'pair_values': pad(values, lengths.examples),
+            'pair_weights': pad(np.ones(len(examples), np.float32), lengths.examples)}
 
 
 FORMS: dict[str, Callable[..., Form]] = {

@@ -184,8 +184,9 @@ class PreparedExamples:
 
   def lengths(self, sequence_length: int, split: str = sources.TRAIN) -> forms.Lengths:
     """Returns the lengths of a row of a split."""
-    one = self.task.form == 'embedder' or self.task.kind.name == 'span_extraction' and (
-        self.task.form == 'encoder')
+    form, kind = self.task.form, self.task.kind.name
+    one = (form == 'embedder' and kind != 'similarity'
+           or form == 'encoder' and kind == 'span_extraction')
     many = self.task.packed and not one
     least, most = self.info['splits'].get(split, {}).get('parts', (1, 1))
     return forms.Lengths(sequence_length, self.task.target_length,
