@@ -210,7 +210,7 @@ def _summary(rows: Sequence[Mapping], evaluation: Mapping | None) -> str:
     cards += [(f'held-out {name.replace("_", " ")}', f'{value:.4g}',
                f'at step {evaluation["step"]:,}')
               for name, value in evaluation.items() if name != 'step']
-  elif evaluation and 'files' in evaluation:
+  elif evaluation and ('files' in evaluation or 'tasks' not in evaluation):
     model = evaluation['bits_per_byte']
     cards.append(('held-out bits per byte', f'{model:.3f}', f'at step {evaluation["step"]:,}'))
     for name, key in (GZIP, 'gzip_bits_per_byte'), (XZ, 'xz_bits_per_byte'):

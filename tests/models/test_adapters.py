@@ -225,8 +225,9 @@ def test_frozen_beats_the_adapter_and_single_layers_of_it(configs):
 
 
 def test_an_average_is_of_what_trains(configs):
-  optimizer = AdamW(Schedule(learning_rate=0.02, warmup_steps=1), average_decay=0.5).build(10)
-  module = adapted(configs['gpt2'], 'lora')
+  optimizer = AdamW(Schedule(learning_rate=0.02, warmup_steps=1), weight_decay=0.0,
+                    average_decay=0.5).build(10)
+  module = adapted(configs['gpt2'], 'lora')  # whose lora_a has no gradient as long as lora_b is 0
   after, _ = step(module, new(module, optimizer), optimizer)
   found, params = (checkpoint_io.flatten(x) for x in (
       evaluated(after.opt_state, after.params), after.params))

@@ -236,7 +236,7 @@ def test_without_its_layers_a_model_is_its_embedding(family):
   config = tiny(family, layer_drop_rate=1 - 1e-7)
   ids = tokens(config)
   got = forward(config, ids, None, None, None, Draws.of(jax.random.key(0), len(ids)))
-  want = config.build().apply({'params': init(config)}, ids, None, None, method='_embed')
+  want = config.build().apply({'params': init(config)}, ids, None, None, None, method='_embed')
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
