@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import pathlib
 import re
 from typing import Any

@@ -16,7 +16,6 @@ which costs a second or more; the first save or restore does.
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import hashlib
 import json
 import math

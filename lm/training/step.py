@@ -15,7 +15,6 @@ from lm.parallel.rules import axes_of, Rules
 from lm.training import adversarial, guards, norms, precision, trainable
 from lm.training.optimizers import mixout, sophia
 from lm.training.state import TrainState
-from lm.training.trainable import Split
 from pallas_kernels.dropout import Draws
 
 Batch = Mapping[str, jax.Array]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lm.data import examples
-from lm.data.examples import augment, forms
+from lm.data.examples import augment
 from lm.data.examples.augment import typos, wordnet, words as words_
 from lm.data.vocabularies import VocabularyConfig
 from lm.errors import UserError

@@ -4,7 +4,6 @@ import json
 import pathlib
 import sys
 
-import jax
 import numpy as np
 import test_initial as cases
 

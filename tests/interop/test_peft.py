@@ -8,14 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.errors import UserError
 from lm.interop import adapters as interop, certificate, mapping, plan
 from lm.interop.mapping import Matrix
 from lm.interop.run_weights import read_run_params, write_run_params
 from lm.interop.tensors import open_tensors
 from lm.models import adapters
-from lm.models.heads import ClassifierConfig
-from lm.parallel.rules import Rules
 from lm.training import checkpoint_io, state
 
 DATA = pathlib.Path(__file__).resolve().parents[1] / 'data'

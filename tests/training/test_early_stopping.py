@@ -5,7 +5,6 @@ import math
 import guarded_runs as runs
 import pytest
 
-from lm import run as run_lib
 from lm.errors import UserError
 from lm.training import checkpoint, samples
 from lm.training.stopping import EarlyStopping, score

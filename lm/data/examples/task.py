@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 import shutil
 import sys
-from typing import Any, Iterator, Literal, Optional, Tuple
+from typing import Any, Iterator, Optional, Tuple
 
 import numpy as np
 from tqdm import tqdm
