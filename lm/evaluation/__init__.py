@@ -6,7 +6,9 @@
 lays runs over each other; `search_report.py` and `scaling_report.py` show the trials of `lm sweep`,
 whose law `scaling_law.py` fits; `plot.py` draws.
 
-Of tasks: `metrics/` scores predictions by the reference libraries, `significance.py` says how sure
+Of tasks: `predictions/` asks a model for answers and keeps them, by `likelihood.py` where texts are
+scored; `harness.py` is lm-evaluation-harness on a run; `reference.py` what DPO compares with;
+`metrics/` scores predictions by the reference libraries, `significance.py` says how sure
 that is, `task_report.py` shows one run's predictions and `task_compare.py` two runs'; `leakage.py`
 (with `overlap.py`) looks for what makes a score better than the model.
 """

@@ -13,5 +13,7 @@ Change `tensors.py` for which files are found in a directory and for PyTorch's p
 `tensors_types.py` for what a tensor is, `run_weights.py` for how parameters lie in a checkpoint.
 Between them `mapping.py` moves numbers by the rules of `gpt2.py`, `llama.py`, `bert.py` and
 `t5.py`, which `architectures.py` finds by `model_type`. `convert.py` makes a run of a directory and
-a directory of a run; `certificate.py` says how near their answers are.
+a directory of a run; `certificate.py` says how near their answers are. `initial.py` begins a run
+with another's parameters and `of_run.py` with its model and vocabulary; `adapters.py` writes what
+the package `peft` opens.
 """

@@ -4,7 +4,8 @@
 T5's and ALiBi's, `relative_attention.py` Transformer-XL's; `attention.py` projections and cache;
 `kernels.py` the attention kernels on a mesh; `mlp.py` and `moe.py`, experts in its place;
 `stack.py` a stack of equal blocks, scanned or unrolled, rematerialised or not; `heads.py` what
-stands on a trunk, `adaptive.py` a vocabulary in clusters. A layer names logical axes, never mesh
+stands on a trunk, `adaptive.py` a vocabulary in clusters, `adapted.py` what an adapter's parameters
+do. A layer names logical axes, never mesh
 axes.
 
 Letters: B batch, T query length, S key length, D d_model, F d_ff, N query heads, K key-value heads,

@@ -1,6 +1,7 @@
 """Logits in, better parameters out.
 
-`step.py` the pure train step; `state.py` its state; `losses.py`; `optimizers/` and schedules;
+`step.py` the pure train step; `state.py` its state, of which `trainable.py` says what trains;
+`losses.py`, `preference.py` and `adversarial.py`; `optimizers/` and schedules;
 `precision.py` few bits; `loop.py` batches to checkpoints, with signals and restarts; `guards.py`
 NaNs and spikes, skipped or rolled back; `position.py` where in the data a step reads;
 `stopping.py` signals and early stopping; `validation.py` metrics of held-out rows; `checkpoint.py`

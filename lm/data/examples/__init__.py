@@ -9,6 +9,7 @@
     template.py  prompts and targets of models that read and write text
     forms.py     from an example to tokens, for an encoder, a text-to-text model or a decoder
     spans.py     answers that stand in a text, from characters to tokens and back
+    augment/     training examples changed anew in each epoch
     rows.py      short examples packed into rows of one length, anew in each epoch
     task.py      `ExampleTask`, which gin binds, and its cache
 """
