@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.errors import UserError
+from lm.inference.decoder import Decoder
 from lm.inference.sampling import sample, SamplingConfig
 
 BOS_ID = 0         # the first input of every document in training; the id of padding
@@ -86,6 +87,7 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray], config: Sa
     UserError: a prompt leaves no room in the context for a single new token, or is empty where
       nothing stands before it.
   """
+  decoder = Decoder(module)
   prompts = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
   seeds = [seed] * len(prompts) if isinstance(seed, (int, np.integer)) else list(seed)
   if len(seeds) != len(prompts):
@@ -95,17 +97,17 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray], config: Sa
     if len(prompt) > max_length - 1:
       raise UserError(f'prompt {i} has {len(prompt)} tokens, which leaves no room for a new one in '
                       f'a context of {max_length}; cut it to at most {max_length - 1} tokens')
-    if bos_id is None and not len(prompt) and not _has_encoder(module):
+    if bos_id is None and not len(prompt) and not decoder.has_encoder:
       raise UserError(f'prompt {i} is empty and this model has no token that begins a text; '
                       'give it at least one')
     bucket = min(round_up(max(len(prompt) + 1, SHORTEST_BUCKET)), max_length)
     buckets.setdefault(bucket, []).append(i)
-  params = cast_matrices(params, module.config.dtype)
+  params = decoder.prepare(params)
   completions: list[Completion | None] = [None] * len(prompts)
   for bucket, members in sorted(buckets.items()):
     for start in range(0, len(members), LARGEST_BATCH):
       rows = members[start:start + LARGEST_BATCH]
-      done = _generate_batch(module, params, [prompts[i] for i in rows], [seeds[i] for i in rows],
+      done = _generate_batch(decoder, params, [prompts[i] for i in rows], [seeds[i] for i in rows],
                              bucket, config, max_length, eos_id, bos_id)
       for i, completion in zip(rows, done):
         completions[i] = completion
@@ -137,10 +139,6 @@ def begin_id(vocabulary: Vocabulary) -> int | None:
   return int(begins[0]) if len(begins) and begins[0] == vocabulary.bos_id else None
 
 
-def _has_encoder(module: Any) -> bool:
-  return hasattr(module, 'decode')
-
-
 def without_eos(completion: Completion) -> list[int]:
   """The ids of a completion but for the end of document."""
   return completion.tokens[:-1 if completion.stopped == 'eos' else None].tolist()
@@ -151,19 +149,6 @@ def round_up(size: int) -> int:
   return 1 << (size - 1).bit_length()
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def cast_matrices(params: Any, dtype: str) -> Any:
-  """Casts matrices and embeddings to the dtype in which layers compute, as each use of them would.
-
-  A token reads every weight once, so their size is its time. Scales and biases stay as they are:
-  norms compute with them in float32, as DoRA does with its magnitudes.
-  """
-  def cast(path, leaf):
-    as_they_are = 'scale', 'bias', 'lora_scale', 'magnitude'
-    return leaf if path[-1].key in as_they_are else leaf.astype(dtype)
-  return jax.tree_util.tree_map_with_path(cast, params)
-
-
 def request_key(prompt: np.ndarray, seed: int) -> jax.Array:
   """The key of a request, from what it is and not from where it stands in a batch.
 
@@ -172,9 +157,9 @@ def request_key(prompt: np.ndarray, seed: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(prompt.tobytes()))
 
 
-def _generate_batch(module, params, prompts, seeds, bucket, config, max_length, eos_id, bos_id):
+def _generate_batch(decoder, params, prompts, seeds, bucket, config, max_length, eos_id, bos_id):
   """Completes prompts of one bucket: builds the arrays of `_decode` and reads its results."""
-  size, encodes = round_up(len(prompts)), _has_encoder(module)
+  size, encodes = round_up(len(prompts)), decoder.has_encoder
   inputs_BT = np.full((size, bucket), BOS_ID if bos_id is None else bos_id, np.int32)
   lengths_B = np.ones(size, np.int32)
   before = [] if encodes or bos_id is None else [bos_id]
@@ -188,7 +173,7 @@ def _generate_batch(module, params, prompts, seeds, bucket, config, max_length, 
   keys_B = jnp.stack(keys + keys[:1] * (size - len(keys)))
   num_new = min(round_up(config.max_new_tokens), max_length)
   rounded = dataclasses.replace(config, max_new_tokens=num_new)
-  results = _decode(module, rounded, max_length, params, inputs_BT, lengths_B, limits_B, keys_B,
+  results = _decode(decoder, rounded, max_length, params, inputs_BT, lengths_B, limits_B, keys_B,
                     eos_id)
   tokens_BP, log_probs_BP, counts_B = jax.device_get(results)
   completions = []
@@ -212,23 +197,15 @@ class _State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _decode(module, config, max_length, params, inputs_BT, lengths_B, limits_B, keys_B, eos_id):
+def _decode(decoder, config, max_length, params, inputs_BT, lengths_B, limits_B, keys_B, eos_id):
   """Chooses up to `limits_B` tokens a row; returns tokens, log-probabilities [B, P], counts [B]."""
-  B = inputs_BT.shape[0]
-  variables = {'params': module.config.unstack(params)}
-  forward, memory = functools.partial(module.apply, variables), ()
-  if _has_encoder(module):
-    segments_BT = (jnp.arange(inputs_BT.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
-    batch = {'encoder_input_tokens': inputs_BT, 'encoder_segment_ids': segments_BT}
-    memory = forward(batch, method='encode'), segments_BT
-    forward = functools.partial(forward, method='decode')
-    inputs_BT, lengths_B = jnp.full((B, 1), BOS_ID, jnp.int32), jnp.ones(B, jnp.int32)
-  num_places = min(inputs_BT.shape[1] + config.max_new_tokens, max_length)
-  cache = module.config.init_cache(B, num_places)
+  B, T = inputs_BT.shape
+  inputs = 1 if decoder.has_encoder else T
+  logits_BV, cache = decoder.start(params, inputs_BT, lengths_B,
+                                   min(inputs + config.max_new_tokens, max_length))
 
-  def choose(state, hidden_B1D):
-    """Adds the token that follows `hidden_B1D` to the rows that are not done."""
-    logits_BV = module.apply(variables, hidden_B1D, method='logits')[:, 0]
+  def choose(state, logits_BV):
+    """Adds the token that these scores choose to the rows that are not done."""
     step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.step)
     token_B = sample(logits_BV, step_keys_B, config)
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
@@ -243,18 +220,13 @@ def _decode(module, config, max_length, params, inputs_BT, lengths_B, limits_B, 
   def decode(state):
     # A finished row writes over its own first place: its cache will not be read again, and its
     # position stays within the context however long the others go on.
-    length_B = jnp.where(state.done_B, 0, state.cache.length_B)
-    cache = dataclasses.replace(state.cache, length_B=length_B)
-    hidden_B1D, cache = forward(state.token_B[:, None], cache=cache)
-    return choose(state._replace(cache=cache), hidden_B1D)
+    cache = decoder.rewind(state.cache, jnp.where(state.done_B, 0, state.cache.length_B))
+    logits_B1V, cache = decoder.extend(params, state.token_B[:, None], cache)
+    return choose(state._replace(cache=cache), logits_B1V[:, 0])
 
-  hidden_BTD, cache = forward(inputs_BT, *memory, cache=cache)
-  # Keys of padding stand behind a row's length: a new token takes the place before a query sees it.
-  cache = dataclasses.replace(cache, length_B=lengths_B)
   table_BP = jnp.zeros((B, config.max_new_tokens))
   state = _State(jnp.int32(0), jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32), limits_B == 0,
                  table_BP.astype(jnp.int32), table_BP, cache)
-  last_B1D = jnp.take_along_axis(hidden_BTD, lengths_B[:, None, None] - 1, axis=1)
-  state = choose(state, last_B1D)
+  state = choose(state, logits_BV)
   state = lax.while_loop(lambda state: ~state.done_B.all(), decode, state)
   return state.tokens_BP, state.log_probs_BP, state.counts_B

@@ -209,6 +209,12 @@ class Cache:
   length_B: jax.Array
   layers: KVCache | list[KVCache]
 
+  def take(self, rows_R: Int[Array, ' R']) -> 'Cache':
+    """The cache of these rows, in this order."""
+    axis = 0 if isinstance(self.layers, list) else 1
+    return Cache(self.length_B[rows_R],
+                 jax.tree.map(lambda x: jnp.take(x, rows_R, axis=axis), self.layers))
+
 
 class Block(nn.Module):
   """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""

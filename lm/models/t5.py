@@ -183,6 +183,13 @@ class Cache:
   layers: LayerCache | list[LayerCache]
   memory_segment_ids: jax.Array | None = None
 
+  def take(self, rows_R: Int[Array, ' R']) -> 'Cache':
+    """The cache of these rows, in this order."""
+    axis, segments = 0 if isinstance(self.layers, list) else 1, self.memory_segment_ids
+    return Cache(self.length_B[rows_R],
+                 jax.tree.map(lambda x: jnp.take(x, rows_R, axis=axis), self.layers),
+                 None if segments is None else segments[rows_R])
+
   @property
   def has_memory(self) -> bool:
     one = self.layers[0] if isinstance(self.layers, list) else self.layers

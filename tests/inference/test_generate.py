@@ -10,7 +10,7 @@ import pytest
 
 from lm.errors import UserError
 from lm.inference import complete, generate, SamplingConfig
-from lm.inference.generate import cast_matrices
+from lm.inference.decoder import cast_matrices
 from lm.models.gpt import GPTConfig
 from lm.models.t5 import T5Config
 

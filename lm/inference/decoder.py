@@ -1,0 +1,95 @@
+"""What decoding needs of a model, the same for every family: pure functions of (params, cache).
+
+A row of a cache is one text. What may be done with it: `extend` it by tokens, `take` rows in
+another order (beams), `rewind` it to fewer tokens (drafts that were refused).
+"""
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+  """A model that continues texts; static under jit.
+
+  Attributes:
+    module: from `config.build(rules)`. An encoder-decoder has `encode` and `decode`.
+    start_id: the first token of an encoder-decoder's output; else unused.
+  """
+  module: nn.Module
+  start_id: int = 0
+
+  @property
+  def has_encoder(self) -> bool:
+    return hasattr(self.module, 'decode')
+
+  def prepare(self, params: Any) -> Any:
+    """The parameters as all methods here take them; once, not at each step (see `cast_matrices`).
+    """
+    return self.module.config.unstack(cast_matrices(params, self.module.config.dtype))
+
+  def start(self, params: Any, inputs_BT: Int[Array, 'B T'], lengths_B: Int[Array, ' B'],
+            num_places: int) -> tuple[Float[Array, 'B V'], Any]:
+    """Reads prompts; of an encoder-decoder they are the encoder's.
+
+    Args:
+      inputs_BT: prompts, padded behind `lengths_B` tokens with anything.
+      num_places: of a row in the cache, prompt included.
+
+    Returns:
+      float32 logits of the first new token, and the cache.
+    """
+    B = len(inputs_BT)
+    cache, memory = self.module.config.init_cache(B, num_places), ()
+    if self.has_encoder:
+      segments_BT = (jnp.arange(inputs_BT.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
+      batch = {'encoder_input_tokens': inputs_BT, 'encoder_segment_ids': segments_BT}
+      memory = self._apply(params, batch, method='encode'), segments_BT
+      inputs_BT, lengths_B = jnp.full((B, 1), self.start_id, jnp.int32), jnp.ones(B, jnp.int32)
+    hidden_BTD, cache = self._forward(params, inputs_BT, *memory, cache=cache)
+    last_B1D = jnp.take_along_axis(hidden_BTD, lengths_B[:, None, None] - 1, axis=1)
+    # Keys of padding stand behind a row's length: a new token takes their place before a query
+    # sees it.
+    return self._logits(params, last_B1D)[:, 0], self.rewind(cache, lengths_B)
+
+  def extend(self, params: Any, tokens_BT: Int[Array, 'B T'], cache: Any
+             ) -> tuple[Float[Array, 'B T V'], Any]:
+    """Puts T tokens behind each row; returns float32 logits of what follows each, and the cache."""
+    hidden_BTD, cache = self._forward(params, tokens_BT, cache=cache)
+    return self._logits(params, hidden_BTD), cache
+
+  def take(self, cache: Any, rows_R: Int[Array, ' R']) -> Any:
+    """The cache of these rows, in this order; a row may be there more than once."""
+    return cache.take(rows_R)
+
+  def rewind(self, cache: Any, length_B: Int[Array, ' B']) -> Any:
+    """The cache of the first `length_B` tokens of each row."""
+    return dataclasses.replace(cache, length_B=length_B)
+
+  def _apply(self, params, *args, **kwargs):
+    return self.module.apply({'params': params}, *args, **kwargs)
+
+  def _forward(self, params, *args, **kwargs):
+    method = {'method': 'decode'} if self.has_encoder else {}
+    return self._apply(params, *args, **kwargs, **method)
+
+  def _logits(self, params, hidden_BTD):
+    return self._apply(params, hidden_BTD, method='logits')
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def cast_matrices(params: Any, dtype: str) -> Any:
+  """Casts matrices and embeddings to the dtype in which layers compute, as each use of them would.
+
+  A token reads every weight once, so their size is its time. Scales and biases stay as they are:
+  norms compute with them in float32, as DoRA does with its magnitudes.
+  """
+  def cast(path, leaf):
+    as_they_are = 'scale', 'bias', 'lora_scale', 'magnitude'
+    return leaf if path[-1].key in as_they_are else leaf.astype(dtype)
+  return jax.tree_util.tree_map_with_path(cast, params)
