@@ -4,10 +4,11 @@ In: a module with `apply`, `config.init_cache` and `config.unstack`, its paramet
 `SamplingConfig`, a seed. Out: a `Completion` for each prompt; `complete` does the same from text to
 text.
 
-Change `sampling.py` for how the next token is chosen (greedy, temperature, top-k, top-p),
-`generate.py` for how prompts are batched, the cache is filled, and decoding stops.
+Change `sampling.py` for what a request may ask and how the next token is chosen, `filters.py` for
+which tokens may be drawn (top-k, top-p), `generate.py` for how prompts are batched, the cache is
+filled, and decoding stops.
 """
 from lm.inference.generate import complete, Completion, generate
-from lm.inference.sampling import sample, SamplingConfig
+from lm.inference.sampling import SamplingConfig
 
-__all__ = ['complete', 'Completion', 'generate', 'sample', 'SamplingConfig']
+__all__ = ['complete', 'Completion', 'generate', 'SamplingConfig']

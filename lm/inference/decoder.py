@@ -50,12 +50,16 @@ class Decoder:
       segments_BT = (jnp.arange(inputs_BT.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
       batch = {'encoder_input_tokens': inputs_BT, 'encoder_segment_ids': segments_BT}
       memory = self._apply(params, batch, method='encode'), segments_BT
-      inputs_BT, lengths_B = jnp.full((B, 1), self.start_id, jnp.int32), jnp.ones(B, jnp.int32)
+      inputs_BT, lengths_B = self.first(B)
     hidden_BTD, cache = self._forward(params, inputs_BT, *memory, cache=cache)
     last_B1D = jnp.take_along_axis(hidden_BTD, lengths_B[:, None, None] - 1, axis=1)
     # Keys of padding stand behind a row's length: a new token takes their place before a query
     # sees it.
     return self._logits(params, last_B1D)[:, 0], self.rewind(cache, lengths_B)
+
+  def first(self, num_rows: int) -> tuple[Int[Array, 'B 1'], Int[Array, ' B']]:
+    """What an encoder-decoder's decoder reads before it writes, and its length."""
+    return jnp.full((num_rows, 1), self.start_id, jnp.int32), jnp.ones(num_rows, jnp.int32)
 
   def extend(self, params: Any, tokens_BT: Int[Array, 'B T'], cache: Any
              ) -> tuple[Float[Array, 'B T V'], Any]:

@@ -7,7 +7,6 @@ the number of rows, which may change how a product is rounded: two tokens that t
 may then change places.
 """
 from collections.abc import Mapping, Sequence
-import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 import zlib
@@ -19,7 +18,7 @@ import numpy as np
 
 from lm.errors import UserError
 from lm.inference.decoder import Decoder
-from lm.inference.sampling import sample, SamplingConfig
+from lm.inference.sampling import begin, choices, sample, SamplerState, SamplingConfig
 
 BOS_ID = 0         # the first input of every document in training; the id of padding
 SHORTEST_BUCKET = 16  # tokens; shorter prompts cost the same
@@ -66,17 +65,17 @@ class CompletedText(TypedDict):
   stopped: Stopped
 
 
-def generate(module: Any, params: Any, prompts: Sequence[np.ndarray], config: SamplingConfig,
-             seed: int | Sequence[int], max_length: int, eos_id: int,
-             bos_id: int | None = BOS_ID) -> list[Completion]:
-  """Completes each prompt; the result for a prompt depends on it, `config` and its seed alone.
+def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
+             config: SamplingConfig | Sequence[SamplingConfig], seed: int | Sequence[int],
+             max_length: int, eos_id: int, bos_id: int | None = BOS_ID) -> list[Completion]:
+  """Completes each prompt; the result for a prompt depends on it, its config and seed alone.
 
   Args:
     module: the model, from `config.build(rules)`.
     params: its parameters; matrices are cast once to the compute dtype.
     prompts: int [tokens] each, of any length from 0, without the beginning of document. Those of an
       encoder-decoder go to its encoder, and the end of document behind them, as in training (T5).
-    config: how to choose tokens, and how many.
+    config: how to choose tokens, and how many; one for all prompts, or one a prompt.
     seed: one for all prompts (equal prompts then get equal completions), or one a prompt.
     max_length: the model's context: prompt and completion together, in tokens; of an
       encoder-decoder each of them.
@@ -89,10 +88,9 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray], config: Sa
   """
   decoder = Decoder(module)
   prompts = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
-  seeds = [seed] * len(prompts) if isinstance(seed, (int, np.integer)) else list(seed)
-  if len(seeds) != len(prompts):
-    raise ValueError(f'{len(seeds)} seeds for {len(prompts)} prompts; give one, or one a prompt')
-  buckets: dict[int, list[int]] = {}
+  seeds = _each(seed, (int, np.integer), 'seeds', len(prompts))
+  configs = _each(config, SamplingConfig, 'configs', len(prompts))
+  buckets: dict[tuple[int, int], list[int]] = {}
   for i, prompt in enumerate(prompts):
     if len(prompt) > max_length - 1:
       raise UserError(f'prompt {i} has {len(prompt)} tokens, which leaves no room for a new one in '
@@ -100,23 +98,32 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray], config: Sa
     if bos_id is None and not len(prompt) and not decoder.has_encoder:
       raise UserError(f'prompt {i} is empty and this model has no token that begins a text; '
                       'give it at least one')
-    bucket = min(round_up(max(len(prompt) + 1, SHORTEST_BUCKET)), max_length)
+    bucket = (min(round_up(max(len(prompt) + 1, SHORTEST_BUCKET)), max_length),
+              min(round_up(configs[i].max_new_tokens), max_length))
     buckets.setdefault(bucket, []).append(i)
   params = decoder.prepare(params)
   completions: list[Completion | None] = [None] * len(prompts)
   for bucket, members in sorted(buckets.items()):
     for start in range(0, len(members), LARGEST_BATCH):
       rows = members[start:start + LARGEST_BATCH]
-      done = _generate_batch(decoder, params, [prompts[i] for i in rows], [seeds[i] for i in rows],
-                             bucket, config, max_length, eos_id, bos_id)
+      requests = [(prompts[i], seeds[i], configs[i]) for i in rows]
+      done = _generate_batch(decoder, params, requests, bucket, max_length, eos_id, bos_id)
       for i, completion in zip(rows, done):
         completions[i] = completion
   return completions
 
 
+def _each(value: Any, kind: Any, name: str, size: int) -> list[Any]:
+  """One value for all prompts, or one a prompt, as a list."""
+  values = [value] * size if isinstance(value, kind) else list(value)
+  if len(values) != size:
+    raise ValueError(f'{len(values)} {name} for {size} prompts; give one, or one a prompt')
+  return values
+
+
 def complete(module: Any, params: Any, vocabulary: Vocabulary, prompts: Sequence[str],
-             config: SamplingConfig, seed: int | Sequence[int], max_length: int,
-             chat: Chat | None = None) -> list[CompletedText]:
+             config: SamplingConfig | Sequence[SamplingConfig], seed: int | Sequence[int],
+             max_length: int, chat: Chat | None = None) -> list[CompletedText]:
   """`generate` from text to text; `tokens` and `text` are of the completion alone. In a `chat` a
   prompt is a user's message, and the completion the assistant's."""
   if chat is None:
@@ -157,27 +164,28 @@ def request_key(prompt: np.ndarray, seed: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(prompt.tobytes()))
 
 
-def _generate_batch(decoder, params, prompts, seeds, bucket, config, max_length, eos_id, bos_id):
-  """Completes prompts of one bucket: builds the arrays of `_decode` and reads its results."""
-  size, encodes = round_up(len(prompts)), decoder.has_encoder
-  inputs_BT = np.full((size, bucket), BOS_ID if bos_id is None else bos_id, np.int32)
+def _generate_batch(decoder, params, requests, bucket, max_length, eos_id, bos_id):
+  """Completes requests of one bucket: builds the arrays of `_decode` and reads its results."""
+  size, encodes = round_up(len(requests)), decoder.has_encoder
+  inputs_BT = np.full((size, bucket[0]), BOS_ID if bos_id is None else bos_id, np.int32)
   lengths_B = np.ones(size, np.int32)
   before = [] if encodes or bos_id is None else [bos_id]
   limits_B = np.zeros(size, np.int32)  # a row of limit 0 is idle
-  for row, prompt in enumerate(prompts):
+  for row, (prompt, _, config) in enumerate(requests):
     ids = [*before, *prompt, *([eos_id] if encodes else [])]
     inputs_BT[row, :len(ids)] = ids
     lengths_B[row] = len(ids)
     limits_B[row] = min(config.max_new_tokens, max_length - (0 if encodes else len(prompt)))
-  keys = [request_key(prompt, seed) for prompt, seed in zip(prompts, seeds)]
-  keys_B = jnp.stack(keys + keys[:1] * (size - len(keys)))
-  num_new = min(round_up(config.max_new_tokens), max_length)
-  rounded = dataclasses.replace(config, max_new_tokens=num_new)
-  results = _decode(decoder, rounded, max_length, params, inputs_BT, lengths_B, limits_B, keys_B,
-                    eos_id)
+  keys = [request_key(prompt, seed) for prompt, seed, _ in requests]
+  idle = size - len(requests)
+  keys_B = jnp.stack(keys + keys[:1] * idle)
+  configs = [config for _, _, config in requests]
+  asked = choices(configs + configs[:1] * idle, eos_id)
+  results = _decode(decoder, bucket[1], max_length, params, inputs_BT, lengths_B, limits_B, keys_B,
+                    asked, eos_id)
   tokens_BP, log_probs_BP, counts_B = jax.device_get(results)
   completions = []
-  for row in range(len(prompts)):
+  for row, config in enumerate(configs):
     tokens = tokens_BP[row, :counts_B[row]]
     stopped = 'length' if limits_B[row] == config.max_new_tokens else 'context'
     stopped = 'eos' if tokens[-1] == eos_id else stopped
@@ -186,7 +194,7 @@ def _generate_batch(decoder, params, prompts, seeds, bucket, config, max_length,
 
 
 class _State(NamedTuple):
-  """Of the decoding loop, P = max_new_tokens."""
+  """Of the decoding loop, P = the most new tokens."""
   step: jax.Array  # tokens chosen so far
   token_B: jax.Array  # the last of them
   counts_B: jax.Array  # tokens of each row's completion
@@ -194,28 +202,29 @@ class _State(NamedTuple):
   tokens_BP: jax.Array
   log_probs_BP: jax.Array
   cache: Any
+  sampler: SamplerState
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _decode(decoder, config, max_length, params, inputs_BT, lengths_B, limits_B, keys_B, eos_id):
+def _decode(decoder, num_new, max_length, params, inputs_BT, lengths_B, limits_B, keys_B, asked,
+            eos_id):
   """Chooses up to `limits_B` tokens a row; returns tokens, log-probabilities [B, P], counts [B]."""
   B, T = inputs_BT.shape
   inputs = 1 if decoder.has_encoder else T
-  logits_BV, cache = decoder.start(params, inputs_BT, lengths_B,
-                                   min(inputs + config.max_new_tokens, max_length))
+  logits_BV, cache = decoder.start(params, inputs_BT, lengths_B, min(inputs + num_new, max_length))
+  if decoder.has_encoder:
+    inputs_BT, lengths_B = decoder.first(B)
 
   def choose(state, logits_BV):
     """Adds the token that these scores choose to the rows that are not done."""
     step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.step)
-    token_B = sample(logits_BV, step_keys_B, config)
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-    log_prob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    token_B, log_prob_B, sampler = sample(logits_BV, step_keys_B, asked, state.sampler)
     put = lambda table, column: lax.dynamic_update_slice(table, column[:, None], (0, state.step))
     counts_B = state.counts_B + ~state.done_B
     done_B = state.done_B | (token_B == eos_id) | (counts_B >= limits_B)
     return state._replace(step=state.step + 1, token_B=token_B, counts_B=counts_B, done_B=done_B,
                           tokens_BP=put(state.tokens_BP, token_B),
-                          log_probs_BP=put(state.log_probs_BP, log_prob_B))
+                          log_probs_BP=put(state.log_probs_BP, log_prob_B), sampler=sampler)
 
   def decode(state):
     # A finished row writes over its own first place: its cache will not be read again, and its
@@ -224,9 +233,10 @@ def _decode(decoder, config, max_length, params, inputs_BT, lengths_B, limits_B,
     logits_B1V, cache = decoder.extend(params, state.token_B[:, None], cache)
     return choose(state._replace(cache=cache), logits_B1V[:, 0])
 
-  table_BP = jnp.zeros((B, config.max_new_tokens))
+  table_BP = jnp.zeros((B, num_new))
+  sampler = begin(asked, inputs_BT, lengths_B, inputs + num_new)
   state = _State(jnp.int32(0), jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32), limits_B == 0,
-                 table_BP.astype(jnp.int32), table_BP, cache)
+                 table_BP.astype(jnp.int32), table_BP, cache, sampler)
   state = choose(state, logits_BV)
   state = lax.while_loop(lambda state: ~state.done_B.all(), decode, state)
   return state.tokens_BP, state.log_probs_BP, state.counts_B
