@@ -10,19 +10,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lm.layers import adapted
+from lm.layers import cache as caches
+from lm.layers.cache import KVCache, Places
 from lm.layers.kernels import attend, attend_to_cache, dropout, Implementation
 from lm.layers.linear import Linear
 from lm.layers.positions import Rotation, rotary
 from lm.layers.products import Products
-from lm.layers.relative_bias import of_one_query
+from lm.layers.relative_bias import of_queries
 from lm.parallel.rules import Rules, constrain
 from pallas_kernels.dropout import Draws
 
 
-class KVCache(NamedTuple):
-  """Keys and values so far, [B, K, S, H] each: heads first, as decoding reads them."""
-  key: jax.Array
-  value: jax.Array
+# New tokens of a row that meet the cache where it stands; more of them are worth a copy of it.
+LONGEST_STEP = 8
 
 
 class Paths(NamedTuple):
@@ -81,8 +81,7 @@ class Attention(nn.Module):
       return Linear((self.d_model,), (heads, self.d_head), ('embed', axis, 'head_dim'), std,
                     self.use_bias, self.rules, self.products)
 
-    # Devices that are more than key-value heads hold them all; `attend` repeats them.
-    few = self.num_kv_heads % self.rules.shards('kv_heads') > 0
+    few = self._shares_heads
     self.query = project(self.num_heads, 'heads', self.query_std or self.std)
     self.key = project(self.num_kv_heads, None if few else 'kv_heads', self.std)
     self.value = project(self.num_kv_heads, None if few else 'kv_heads', self.std)
@@ -91,6 +90,11 @@ class Attention(nn.Module):
                       self.rules, self.products)
     if self.qk_norm is not None:
       self.query_norm, self.key_norm = self.qk_norm(), self.qk_norm()
+
+  @property
+  def _shares_heads(self):
+    """Whether devices that are more than key-value heads hold them all; `attend` repeats them."""
+    return self.num_kv_heads % self.rules.shards('kv_heads') > 0
 
   def keys_values(self, x_BSD: Float[Array, 'B S D'], rotation: Rotation | None = None
                   ) -> tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
@@ -105,7 +109,7 @@ class Attention(nn.Module):
                segment_ids: Int[Array, 'B T'] | None = None,
                distance_bias: Float[Array, 'N X'] | None = None,
                prefix: Bool[Array, 'B T'] | None = None, cache: KVCache | None = None,
-               cache_length: Int[Array, ' B'] | None = None,
+               places: Places | None = None,
                is_local: Bool[Array, ''] | None = None,
                memory: tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']] | None = None,
                memory_segment_ids: Int[Array, 'B S'] | None = None,
@@ -120,7 +124,7 @@ class Attention(nn.Module):
       segment_ids: a token sees its own segment only.
       distance_bias: added to the scores, see `flash_attention`.
       prefix: which tokens all of their segment may see, though attention is causal (prefix LM).
-      cache: of `cache_length` tokens; the T new ones are written behind them and attend to all.
+      cache: its rows stand at `places`; the T new tokens are written behind them and attend to all.
       is_local: whether this layer keeps to the window, in stacks where some do; None: if it has
         one.
       memory: keys and values of another sequence, from `keys_values`, and its segments.
@@ -145,22 +149,23 @@ class Attention(nn.Module):
     if paths is not None:
       query_BTNH, *memory = (_take(x, paths.tokens) for x in (query_BTNH, *memory))
       segment_ids = memory_segment_ids = paths.segment_ids
-    if cache is not None:
-      cache = KVCache(*(_write(old, new, cache_length) for old, new in zip(cache, memory)))
     options = {'query': query_BTNH, 'scale': self.scale, 'softcap': self.softcap}
     learned = self._learned() if learned is None else tuple(
-        jnp.swapaxes(x[0], 0, 1) for x in learned)
-    if cache is not None and x_BTD.shape[1] == 1 and learned is None:
+        jnp.swapaxes(x[0], 0, 1) for x in learned[:2])
+    T, length = x_BTD.shape[1], None if cache is None else places.length
+    if cache is not None:
+      cache = self._constrained(caches.write(cache, places, *memory), places)
+    if cache is not None and T <= LONGEST_STEP and learned is None and prefix is None:
       bias = distance_bias
       if bias is not None:
-        bias = of_one_query(bias, cache_length, cache.key.shape[2])
-      one = functools.partial(attend_to_cache, self.rules, key=cache.key, value=cache.value,
-                              lengths=cache_length + 1, bias=bias, **options)
+        bias = of_queries(bias, length[:, None] + jnp.arange(T), caches.num_keys(cache, places))
+      one = functools.partial(attend_to_cache, self.rules, lengths=length + T, bias=bias,
+                              page_table=places.page_table, **cache._asdict(), **options)
     else:
-      key, value = memory if cache is None else (jnp.swapaxes(x, 1, 2) for x in cache)
+      key, value = memory if cache is None else caches.read(cache, places, query_BTNH.dtype)
       one = functools.partial(
           attend, self.rules, self.implementation, zigzag, key=key, value=value,
-          causal=self.causal, prefix=prefix, query_offset=cache_length,
+          causal=self.causal, prefix=prefix, query_offset=length,
           query_segment_ids=segment_ids, key_segment_ids=memory_segment_ids,
           distance_bias=distance_bias, **options,
           **({} if learned is None else {'return_lse': True}),
@@ -175,6 +180,13 @@ class Attention(nn.Module):
       out_BTNH = _take(out_BTNH, paths.places)
     return checkpoint_name(jax.lax.optimization_barrier(self.out(out_BTNH)), 'attention_out'), cache
 
+  def _constrained(self, cache, places):
+    """The cache with its rows, or all of a pool, and heads on their devices."""
+    heads = None if self._shares_heads else 'kv_heads'
+    rows = 'batch' if places.page_table is None else None
+    return jax.tree.map(lambda x: constrain(x, self.rules, rows, heads, *(None,) * (x.ndim - 2)),
+                        cache)
+
   def _learned(self):
     """An adapter's keys and values, if there are any."""
     leaves = self.variables.get('params', {})
@@ -184,10 +196,3 @@ class Attention(nn.Module):
 def _take(x_BTNH, places_BS):
   """[B, T, N, H] at places [B, S] of the T."""
   return jnp.take_along_axis(x_BTNH, places_BS[..., None, None], axis=1)
-
-
-def _write(cache_BKSH, new_BTKH, start_B):
-  """Writes the new rows behind the `start_B` rows that stand."""
-  new_BKTH = jnp.swapaxes(new_BTKH, 1, 2).astype(cache_BKSH.dtype)
-  update = lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (0, start, 0))
-  return jax.vmap(update)(cache_BKSH, new_BKTH, start_B)

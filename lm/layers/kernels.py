@@ -23,7 +23,7 @@ _TOKENS, _CACHE = ('batch', 'length', 'heads', None), ('batch', 'heads', None, N
 _ROWS = ('batch', 'length')
 _NAMES = {'query': _TOKENS, 'bias': ('batch', 'heads', None, None), 'prefix': _ROWS,
           'query_segment_ids': _ROWS, 'key_segment_ids': _ROWS, 'query_offset': ('batch',),
-          'lengths': ('batch',), 'dropout_seeds': ('batch', 'heads'),
+          'lengths': ('batch',), 'page_table': ('batch', None), 'dropout_seeds': ('batch', 'heads'),
           'distance_bias': ('heads', None), 'relative_query': _TOKENS,
           'relative_key': (None, 'heads', None)}
 _HEAD = ('vocab', 'embed')
@@ -68,8 +68,10 @@ def attend(rules: Rules, implementation: Implementation, zigzag: bool = False, *
 
 
 def attend_to_cache(rules: Rules, **arguments: Any) -> jax.Array:
-  """`decode_attention(**arguments)`; rows and heads are cut over the mesh."""
-  return _call(decode_attention, rules, _CACHE, arguments, cuts_length=False)
+  """`decode_attention(**arguments)`; rows and heads are cut over the mesh, of a pool of pages only
+  heads."""
+  cache = _CACHE if arguments.get('page_table') is None else (None, *_CACHE[1:])
+  return _call(decode_attention, rules, cache, arguments, cuts_length=False)
 
 
 def cross_entropy(rules: Rules, **arguments: Any) -> jax.Array:

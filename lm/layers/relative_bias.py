@@ -74,9 +74,9 @@ def alibi(num_heads: int, reach: int) -> Float[Array, 'N X']:
   return -jnp.outer(jnp.asarray(slopes, jnp.float32), abs(jnp.arange(-reach, reach + 1)))
 
 
-def of_one_query(distance_bias_NX: Float[Array, 'N X'], place: Int[Array, ' B'], num_keys: int
-                 ) -> Float[Array, 'B N 1 S']:
-  """The bias of all keys for a query at one place of each row."""
+def of_queries(distance_bias_NX: Float[Array, 'N X'], place_BT: Int[Array, 'B T'], num_keys: int
+               ) -> Float[Array, 'B N T S']:
+  """The bias of all keys for queries at these places of each row."""
   reach = distance_bias_NX.shape[1] // 2
-  distance_BS = jnp.clip(jnp.arange(num_keys) - place[:, None], -reach, reach)
-  return distance_bias_NX[:, distance_BS + reach].swapaxes(0, 1)[:, :, None]
+  distance_BTS = jnp.clip(jnp.arange(num_keys) - place_BT[..., None], -reach, reach)
+  return distance_bias_NX[:, distance_BTS + reach].swapaxes(0, 1)

@@ -12,7 +12,8 @@ import numpy as np
 
 from lm.layers import linear
 from lm.layers import positions as positions_lib
-from lm.layers.attention import Attention, KVCache, Paths
+from lm.layers.attention import Attention, Paths
+from lm.layers.cache import KVCache, Places
 from lm.layers.heads import Scores
 from lm.layers.kernels import Implementation
 from lm.layers.mlp import MLP, Activation, is_gated
@@ -22,6 +23,7 @@ from lm.layers.positions import RopeScaling
 from lm.layers.products import Products
 from lm.layers.relative_bias import alibi
 from lm.layers.stack import Remat, Stack, unstack
+from lm.models.cache import Cache
 from lm.parallel import ring
 from lm.parallel.rules import Rules, constrain
 
@@ -167,14 +169,24 @@ class GPTConfig:
     """The module of this config, sharded by `rules`."""
     return GPT(self, rules)
 
-  def init_cache(self, batch_size: int, max_length: int) -> 'Cache':
+  def init_cache(self, batch_size: int, max_length: int) -> Cache:
     """An empty cache for `max_length` tokens of each of `batch_size` sequences."""
-    shape = batch_size, self.kv_heads, max_length, self.head_dim
+    return Cache(jnp.zeros((batch_size,), jnp.int32), self._layers(batch_size, max_length))
+
+  def init_pages(self, num_pages: int, page_size: int) -> Cache:
+    """A pool of pages of `page_size` tokens, as a cache that has no rows yet.
+
+    Rows are given to it by `dataclasses.replace(pool, length_B=..., page_table=...)`, other ones at
+    every call if need be; `layers` of what a call returns are the pool with the new tokens.
+    """
+    return Cache(jnp.zeros((0,), jnp.int32), self._layers(num_pages, page_size),
+                 jnp.zeros((0, 0), jnp.int32))
+
+  def _layers(self, rows, places):
+    shape = rows, self.kv_heads, places, self.head_dim
     if self.scanned:
-      layers = KVCache(*jnp.zeros((2, self.num_layers, *shape), self.dtype))
-    else:
-      layers = [KVCache(*jnp.zeros((2, *shape), self.dtype)) for _ in range(self.num_layers)]
-    return Cache(jnp.zeros((batch_size,), jnp.int32), layers)
+      return KVCache(*jnp.zeros((2, self.num_layers, *shape), self.dtype))
+    return [KVCache(*jnp.zeros((2, *shape), self.dtype)) for _ in range(self.num_layers)]
 
   def init_carry(self, batch_size: int) -> None:
     """Nothing goes from one batch to the next."""
@@ -199,34 +211,24 @@ class GPTConfig:
     return 6 * matrices + 12 * self.num_layers * self.num_heads * self.head_dim * length
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-  """Keys and values of all layers, and how many tokens of each row stand in them.
-
-  layers: [L, B, K, S, H] where layers are scanned, else a list of L times [B, K, S, H].
-  """
-  length_B: jax.Array
-  layers: KVCache | list[KVCache]
-
-  def take(self, rows_R: Int[Array, ' R']) -> 'Cache':
-    """The cache of these rows, in this order."""
-    axis = 0 if isinstance(self.layers, list) else 1
-    return Cache(self.length_B[rows_R],
-                 jax.tree.map(lambda x: jnp.take(x, rows_R, axis=axis), self.layers))
-
-
 class Block(nn.Module):
   """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
   config: GPTConfig
   rules: Rules
 
   @nn.compact
-  def __call__(self, x_BTD: Float[Array, 'B T D'], rows, distance_bias, cache, per_layer, draws):
-    """Returns x [B, T, D], and this layer's cache and penalties."""
+  def __call__(self, x_BTD, rows, distance_bias, cache, per_layer, draws):
+    """Returns x [B, T, D], and this layer's cache and penalties.
+
+    A pool that all layers share goes from block to block with x: x is (x, pool) then.
+    """
     cfg = self.config
-    rotations, segment_ids, prefix, cache_length, paths = rows
-    is_local, learned = per_layer
+    rotations, segment_ids, prefix, places, paths = rows
+    is_local, learned, first_page = per_layer
+    is_shared = first_page is not None
+    if is_shared:
+      x_BTD, cache = x_BTD
+      places = places._replace(page_table=places.page_table + first_page)
     of_attention, of_mlp, of_scores = linear.split(draws, 3)
     out_std = cfg.kernel_std / (2 * cfg.num_layers)**0.5  # GPT-2: L blocks add 2L branches
     norm = functools.partial(Norm, cfg.norm, cfg.norm_epsilon, cfg.use_bias, cfg.norm_unit_offset)
@@ -240,7 +242,7 @@ class Block(nn.Module):
     branch_BTD, cache = attention(norm(name='attention_norm')(x_BTD),
                                   rotation=_choose(rotations, is_local),
                                   distance_bias=distance_bias, segment_ids=segment_ids,
-                                  prefix=prefix, cache=cache, cache_length=cache_length,
+                                  prefix=prefix, cache=cache, places=places,
                                   is_local=is_local, learned=learned, draws=of_scores,
                                   paths=paths,
                                   zigzag=_is_zigzag(cfg, self.rules, x_BTD, prefix, cache, paths))
@@ -253,7 +255,7 @@ class Block(nn.Module):
       branch_BTD = norm(name='mlp_branch_norm')(branch_BTD)
     x_BTD += linear.dropout(branch_BTD, cfg.dropout_rate, of_mlp)
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
-    return x_BTD, (cache, penalties)
+    return ((x_BTD, cache), (None, penalties)) if is_shared else (x_BTD, (cache, penalties))
 
   def _feed_forward(self, x_BTD, segment_ids, out_std):
     cfg = self.config
@@ -311,23 +313,29 @@ class GPT(nn.Module):
   def __call__(self, tokens_BT: Int[Array, 'B T'], positions: Int[Array, 'B T'] | None = None,
                segment_ids: Int[Array, 'B T'] | None = None, cache: Cache | None = None,
                draws: linear.Draws | None = None, prefix: Bool[Array, 'B T'] | None = None,
-               paths: Paths | None = None) -> tuple[Float[Array, 'B T D'], Cache | None]:
+               paths: Paths | None = None, new_B: Int[Array, ' B'] | None = None
+               ) -> tuple[Float[Array, 'B T D'], Cache | None]:
     """The last hidden states, normalised, and the cache with these tokens.
 
     Args:
       tokens_BT: inputs: `decoder_input_tokens` of a batch.
       positions: of each token in its document; None counts from the cache's length.
       segment_ids: a token sees only its own segment (packing); None for one document a row.
-      cache: from `GPTConfig.init_cache` or an earlier call; None to attend within these tokens.
-        It must have room for T more: what is written past its end replaces its last tokens.
+      cache: from `GPTConfig.init_cache`, of `init_pages` or an earlier call; None to attend within
+        these tokens. By rows it must have room for T more: what is written past its end replaces
+        its last tokens.
       draws: turn dropout on.
       prefix: the tokens that all others of their segment may see (prefix LM).
       paths: of the tokens, which form trees; then `positions` are their depths, and `segment_ids`
         only tell tokens from padding.
+      new_B: how many tokens of each row the cache gets; those behind are padding, and what is
+        returned of them means nothing. None: all T.
     """
-    return self._forward(tokens_BT, positions, segment_ids, cache, draws, prefix, None, paths)[:2]
+    return self._forward(tokens_BT, positions, segment_ids, cache, draws, prefix, None, paths,
+                         new_B)[:2]
 
-  def _forward(self, tokens_BT, positions, segment_ids, cache, draws, prefix, noise_BTD, paths):
+  def _forward(self, tokens_BT, positions, segment_ids, cache, draws, prefix, noise_BTD, paths,
+               new_B=None):
     """Also returns the penalties, summed over the layers; noise is added to the embeddings."""
     cfg = self.config
     B, T = tokens_BT.shape
@@ -361,21 +369,39 @@ class GPT(nn.Module):
     x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, of_embedding)
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
     num_keys = T if paths is None else paths.tokens.shape[1]
-    num_keys = num_keys if cache is None else jax.tree.leaves(cache.layers)[0].shape[-2]
+    num_keys = num_keys if cache is None else cache.num_places
     distance_bias = alibi(cfg.num_heads, num_keys) if cfg.positions == 'alibi' else None
-    rows = self._rotations(positions), segment_ids, prefix, length_B, paths
-    layers = None if cache is None else cache.layers
-    x_BTD, outputs = self.blocks(x_BTD, rows, distance_bias, layers, (cfg.local_layers, learned),
-                                 of_layers)
-    layers, penalties = outputs if cfg.scanned else map(list, zip(*outputs))
-    if not cfg.scanned:
-      penalties = jax.tree.map(lambda *x: jnp.stack(x), *penalties)
-    penalties = jax.tree.map(lambda x: x.sum(0), penalties)
-    cache = None if cache is None else Cache(length_B + T, layers)
+    places = None if cache is None else Places(length_B, new_B, cache.page_table)
+    rows = self._rotations(positions), segment_ids, prefix, places, paths
+    x_BTD, layers, penalties = self._blocks(x_BTD, rows, distance_bias, cache, learned, of_layers)
+    if cache is not None:
+      length_B = length_B + (T if new_B is None else new_B)
+      cache = dataclasses.replace(cache, length_B=length_B, layers=layers)
     hidden_BTD = self.final_norm(x_BTD)
     if cfg.width != 1:  # for the head
       hidden_BTD /= jnp.asarray(cfg.width, hidden_BTD.dtype)
     return ring.unzigzag(hidden_BTD, self.rules) if is_zigzag else hidden_BTD, cache, penalties
+
+  def _blocks(self, x_BTD, rows, distance_bias, cache, learned, draws):
+    """Returns x, the cache of each layer, and the penalties, summed over the layers."""
+    cfg = self.config
+    layers = None if cache is None else cache.layers
+    if cfg.scanned and cache is not None and cache.page_table is not None:
+      # One pool of all layers goes round the loop and is written in place. As an input and an
+      # output of each turn it would be copied, all of it, at every token.
+      L, num_pages = jax.tree.leaves(layers)[0].shape[:2]
+      pool = jax.tree.map(lambda x: x.reshape(L * num_pages, *x.shape[2:]), layers)
+      per_layer = cfg.local_layers, learned, jnp.arange(L) * num_pages
+      (x_BTD, pool), (_, penalties) = self.blocks((x_BTD, pool), rows, distance_bias, None,
+                                                  per_layer, draws)
+      layers = jax.tree.map(lambda x: x.reshape(L, num_pages, *x.shape[1:]), pool)
+    else:
+      per_layer = cfg.local_layers, learned, None
+      x_BTD, outputs = self.blocks(x_BTD, rows, distance_bias, layers, per_layer, draws)
+      layers, penalties = outputs if cfg.scanned else map(list, zip(*outputs))
+    if not cfg.scanned:
+      penalties = jax.tree.map(lambda *x: jnp.stack(x), *penalties)
+    return x_BTD, layers, jax.tree.map(lambda x: x.sum(0), penalties)
 
   def _prompt(self):
     """Keys and values of learnt tokens that stand before every document, of each layer.
@@ -393,9 +419,8 @@ class GPT(nn.Module):
     if cfg.positions == 'learned':
       x_1PD += linear.embed(self.position_embedding, positions, cfg.dtype)
     cache = cfg.init_cache(1, P)
-    rows = self._rotations(positions), None, None, cache.length_B, None
-    _, outputs = self.blocks(x_1PD, rows, None, cache.layers, (cfg.local_layers, None))
-    return outputs[0] if cfg.scanned else [layer for layer, _ in outputs]
+    rows = self._rotations(positions), None, None, Places(cache.length_B), None
+    return self._blocks(x_1PD, rows, None, cache, None, None)[1]
 
   def _rotations(self, positions):
     """Of global layers and, where theirs differs, of local ones."""

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lm.layers import linear
-from lm.layers.attention import Attention, KVCache
+from lm.layers.attention import Attention
+from lm.layers.cache import KVCache, Places
 from lm.layers.heads import Scores
 from lm.layers.kernels import Implementation
 from lm.layers.mlp import MLP, Activation, is_gated
@@ -202,7 +203,7 @@ class Rows(NamedTuple):
   query_segment_ids: [B, T] of the queries in attention to the memory.
   """
   segment_ids: jax.Array | None
-  cache_length: jax.Array | None = None
+  places: Places | None = None
   memory: jax.Array | None = None
   memory_segment_ids: jax.Array | None = None
   query_segment_ids: jax.Array | None = None
@@ -236,7 +237,7 @@ class Block(nn.Module):
     is_zigzag = self.causal and cache is None and ring.is_zigzag(self.rules, x_BTD.shape[1])
     branch_BTD, tokens = self._attention('attention', self.causal)(
         self._norm('attention_norm')(x_BTD), segment_ids=rows.segment_ids,
-        distance_bias=distance_bias, cache=tokens, cache_length=rows.cache_length, zigzag=is_zigzag,
+        distance_bias=distance_bias, cache=tokens, places=rows.places, zigzag=is_zigzag,
         draws=of[4])
     x_BTD = self._add(x_BTD, branch_BTD, of[0])
     if self.causal:
@@ -391,7 +392,8 @@ class T5(nn.Module):
       places = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
       draws = dataclasses.replace(draws, places=ring.zigzag(places, self.rules))
     length_B = None if cache is None else cache.length_B
-    rows = Rows(segment_ids, length_B, memory_BSD, memory_segment_ids, query_segment_ids)
+    places = None if cache is None else Places(length_B)
+    rows = Rows(segment_ids, places, memory_BSD, memory_segment_ids, query_segment_ids)
     x_BTD = linear.embed(self.token_embedding, tokens_BT, self.config.dtype, self.rules)
     hidden_BTD, layers = self.decoder(x_BTD, rows, None if cache is None else cache.layers,
                                       draws)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lm.layers import linear
-from lm.layers.attention import Attention, KVCache
+from lm.layers.attention import Attention
+from lm.layers.cache import KVCache, Places
 from lm.layers.mlp import MLP
 from lm.layers.norms import Norm
 from lm.layers.positions import rotary, rotation
@@ -117,7 +118,7 @@ def test_attention_writes_its_keys_behind_those_of_the_cache():
   layer = Attention(8, 4, 2, 2, 0.1, 0.1, Rules())
   params, old = random_params(layer, x), draw(2, 2, 9, 2)
   lengths = jnp.array([0, 4])
-  _, cache = layer.apply({'params': params}, x, cache=KVCache(old, -old), cache_length=lengths)
+  _, cache = layer.apply({'params': params}, x, cache=KVCache(old, -old), places=Places(lengths))
   new = np.einsum('btd,dkh->bkth', x, params['key']['kernel'])
   for row, start in enumerate((0, 4)):
     np.testing.assert_allclose(cache.key[row, :, start:start + 3], new[row], atol=1e-5)
