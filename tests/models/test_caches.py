@@ -56,7 +56,7 @@ def pages(config, num_pages=12, page_size=4):
                              length_B=jnp.zeros(B, jnp.int32))
 
 
-@pytest.mark.supports('inference', 'paged KV cache')
+@pytest.mark.supports('decoding', 'paged KV cache')
 @pytest.mark.parametrize('name', GPTS)
 def test_decoding_in_pages_is_the_full_forward_pass(tiny_configs, name):
   config = tiny_configs['gpt2'](**GPTS[name])
