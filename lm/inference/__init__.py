@@ -4,9 +4,10 @@ In: a module with `apply`, `config.init_cache` and `config.unstack`, its paramet
 `SamplingConfig`, a seed. Out: a `Completion` for each prompt; `complete` does the same from text to
 text.
 
-Change `sampling.py` for what a request may ask and how the next token is chosen, `filters.py` for
-which tokens may be drawn (top-k, top-p), `generate.py` for how prompts are batched, the cache is
-filled, and decoding stops.
+Change `sampling.py` for what a request may ask and how the next token is chosen, `penalties.py` for
+what the text so far does to the scores of its next token (repetition, bad words), `filters.py` for
+which tokens may be drawn (top-k, top-p, typical, mirostat), `generate.py` for how prompts are
+batched, the cache is filled, and decoding stops.
 """
 from lm.inference.generate import complete, Completion, generate
 from lm.inference.sampling import SamplingConfig

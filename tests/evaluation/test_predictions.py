@@ -155,7 +155,7 @@ def test_what_is_written_is_what_one_prompt_gives(name, rows_of):
   assert len(short) > 2
   for row in short[:5]:
     one, = complete(module, params, task.vocabulary, [row['inputs']],
-                    SamplingConfig(0.0, max_new_tokens=8), 0, LENGTH)
+                    SamplingConfig(temperature=0.0, max_new_tokens=8), 0, LENGTH)
     assert row['prediction'] == one['text'].strip() and row['scores'] is None
 
 

@@ -88,7 +88,9 @@ def test_the_nucleus_of_a_large_vocabulary_equals_that_of_sorting():
   logits = np.random.default_rng(1).normal(size=(1, 5000)).astype(np.float32).round(2)  # many ties
   scores = logits - logits.max()
   for top_p in (0.1, 0.4, 0.9, 0.999):
-    kept = np.asarray(filters.top_p(jnp.asarray(scores), jnp.array([top_p])) > -jnp.inf)[0]
+    one = lambda value: jnp.array([value])
+    kept = filters.truncate(jnp.asarray(scores), one(0), one(top_p), one(0.0), one(1.0))
+    kept = np.asarray(kept > -jnp.inf)[0]
     config = SamplingConfig(temperature=1.0, top_p=top_p)
     # Float32 sums may reach p one token away from where float64 sums do.
     assert abs(int(kept.sum()) - int((filtered(logits[0], config) > 0).sum())) <= 1
