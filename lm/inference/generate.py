@@ -24,7 +24,7 @@ BOS_ID = 0         # the first input of every document in training; the id of pa
 SHORTEST_BUCKET = 16  # tokens; shorter prompts cost the same
 LARGEST_BATCH = 32    # rows decoded at once; their caches are in memory together
 
-Stopped = Literal['eos', 'length', 'context']
+Stopped = Literal['eos', 'stop', 'length', 'context', 'cancelled', 'deadline']
 
 
 class Vocabulary(Protocol):

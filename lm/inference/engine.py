@@ -1,0 +1,426 @@
+"""Continuous batching: requests come and go while a loop of steps decodes all that are there.
+
+    engine = Engine(module, params, EngineConfig(), max_length)
+    engine.warm_up()
+    ticket = engine.submit(Request(prompt, SamplingConfig(), seed=1, eos_id=eos))  # any thread
+    while engine.step(): ...                                                     # one thread
+    ticket.result()
+
+A request's text is that of `generate`: it depends on the request alone (Orca, OSDI 2022, for
+batches that change at every step; vLLM, arXiv:2309.06180, for pages).
+"""
+from collections.abc import Callable
+import dataclasses
+import functools
+import itertools
+import threading
+import time
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.errors import UserError
+from lm.inference import paged
+from lm.inference.decoder import Decoder
+from lm.inference.generate import BOS_ID, Completion, request_key, Stopped
+from lm.inference.pages import PagePool
+from lm.inference.sampling import choices, SamplingConfig
+from lm.inference.scheduler import Row, Scheduler
+
+LEAST_CHUNK = 16    # tokens of a prompt; fewer cost the same
+LEAST_PLACES = 256  # of a row in a program; fewer cost nearly the same
+IDLE = SamplingConfig(temperature=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """How much is worked on at once; a request's text does not depend on it.
+
+  num_rows: texts that are decoded together.
+  page_size: tokens of a page; what texts share are whole pages.
+  cache_tokens: tokens whose keys and values there is room for, together; one text of the full
+    context fits in any case.
+  chunk: tokens of prompts that are read before all rows decode again.
+  steps: that are decoded at once while nobody waits for the device.
+  """
+  num_rows: int = 16
+  page_size: int = 16
+  cache_tokens: int = 16384
+  chunk: int = 256
+  steps: int = 8
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      if getattr(self, field.name) < 1:
+        raise ValueError(f'{field.name}={getattr(self, field.name)} must be at least 1')
+
+
+class Constraint(Protocol):
+  """What may follow; it is asked before each token and told what was chosen."""
+
+  def mask(self) -> np.ndarray:
+    """Returns uint32 [ceil(V / 32)], a bit a token, the lowest first."""
+
+  def advance(self, token: int) -> None:
+    """The text goes on with this token."""
+
+
+class Stop(Protocol):
+  """What ends a text besides the end of document."""
+
+  def advance(self, token: int) -> bool:
+    """The text goes on with this token; returns whether it shall end there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """A text to go on with.
+
+  prompt: int [tokens], without what stands before every prompt: bos_id, None for nothing.
+  eos_id: the token that ends the text.
+  deadline: of the engine's clock (`time.monotonic`), in seconds; what is chosen by then is kept.
+  on_tokens: called in the engine's thread with new tokens and their log-probabilities.
+  on_end: called there when it is over; it must not raise.
+  """
+  prompt: np.ndarray
+  sampling: SamplingConfig = SamplingConfig()
+  seed: int = 0
+  eos_id: int = -1
+  bos_id: int | None = BOS_ID
+  deadline: float | None = None
+  stop: Stop | None = None
+  constraint: Constraint | None = None
+  on_tokens: Callable[[list[int], list[float]], None] | None = None
+  on_end: Callable[['Ticket'], None] | None = None
+
+
+class Ticket:
+  """A request that was handed in.
+
+  Attributes:
+    tokens, log_probs: what has been chosen so far.
+    stopped: why it ended; None while it goes on.
+    error: what its `on_tokens`, `stop` or `constraint` raised; that ended it, as if cancelled.
+  """
+
+  def __init__(self, request: Request, row: Row, key: np.ndarray):
+    self.request, self.tokens, self.log_probs = request, [], []
+    self.stopped: Stopped | None = None
+    self.error: Exception | None = None
+    self._ended, self._cancelled = threading.Event(), False
+    self._row, self._key, self._sampler = row, key, None
+
+  def cancel(self):
+    """Ends it before the next step; from any thread, at any time."""
+    self._cancelled = True
+
+  def result(self, timeout: float | None = None) -> Completion:
+    """Waits for the end.
+
+    Raises:
+      TimeoutError: that took longer than `timeout` seconds.
+    """
+    if not self._ended.wait(timeout):
+      raise TimeoutError(f'no end after {timeout} s')
+    return Completion(np.asarray(self.tokens, np.int32), np.asarray(self.log_probs, np.float32),
+                      self.stopped)
+
+
+@dataclasses.dataclass
+class Counts:
+  """What an engine has done: tokens that were chosen, read and found in pages, and so on."""
+  chosen: int = 0
+  read: int = 0
+  known: int = 0
+  steps: int = 0
+  preempted: int = 0
+  finished: int = 0
+
+
+class Engine:
+  """Decodes requests together over paged keys and values.
+
+  `submit`, `wait` and `Ticket.cancel` may be called from any thread; `step` from one.
+  """
+
+  def __init__(self, module: Any, params: Any, config: EngineConfig, max_length: int,
+               clock: Callable[[], float] = time.monotonic):
+    """max_length: the model's context, in tokens.
+
+    Raises:
+      UserError: the model is of no family whose cache is keys and values of its own tokens.
+    """
+    decoder = Decoder(module)
+    if decoder.has_encoder or not _has_pages(module.config):
+      raise UserError(f'{type(module).__name__} has no cache that can be kept in pages; the engine '
+                      'takes decoders (GPT), and `generate` every family')
+    self.config, self.counts, self._clock = config, Counts(), clock
+    self._max_length = max_length
+    self._row_pages = -(-max_length // config.page_size)
+    pages = max(-(-config.cache_tokens // config.page_size), self._row_pages) + 1
+    self.pool = PagePool(pages, config.page_size)
+    self.scheduler = Scheduler(self.pool, config.num_rows, config.steps)
+    self._decoder, self._params = decoder, decoder.prepare(params)
+    self._pool = module.config.init_cache(pages, config.page_size)
+    row = self._sampler(IDLE, [0])  # One more than rows: that of those that are idle.
+    self._samplers = jax.tree.map(lambda x: jnp.repeat(x, config.num_rows + 1, 0), row)
+    self._idle_key = _key(np.zeros(1, np.int32), 0)
+    self._asked = functools.lru_cache(64)(lambda *configs: choices(configs))
+    self._numbers, self._lock = itertools.count(), threading.Condition()
+    self._new: list[Ticket] = []
+    self._tickets: dict[Row, Ticket] = {}
+
+  @property
+  def num_waiting(self) -> int:
+    """Requests that are not worked on yet."""
+    return len(self._new) + len(self.scheduler.waiting)
+
+  def submit(self, request: Request) -> Ticket:
+    """Puts a request behind those that wait.
+
+    Raises:
+      UserError: its prompt leaves no room in the context, or is empty where nothing stands before.
+    """
+    prompt = np.asarray(request.prompt, np.int32).reshape(-1)
+    if len(prompt) >= self._max_length:
+      raise UserError(f'the prompt has {len(prompt)} tokens, which leaves no room for a new one in '
+                      f'a context of {self._max_length}; cut it to at most {self._max_length - 1}')
+    tokens = [*([] if request.bos_id is None else [request.bos_id]), *prompt.tolist()]
+    if not tokens:
+      raise UserError('the prompt is empty and this model has no token that begins a text; give it '
+                      'at least one')
+    limit = min(request.sampling.max_new_tokens, self._max_length - len(prompt))
+    row = Row(next(self._numbers), tokens, limit)
+    ticket = Ticket(request, row, _key(prompt, request.seed))
+    with self._lock:
+      self._new.append(ticket)
+      self._lock.notify_all()
+    return ticket
+
+  def wait(self, timeout: float | None = None) -> bool:
+    """Waits until there is something to do; returns whether there is."""
+    with self._lock:
+      return self._lock.wait_for(lambda: self._new or self._tickets, timeout)
+
+  def run(self):
+    """Steps until nothing is left to do."""
+    while self.step():
+      pass
+
+  def step(self) -> bool:
+    """Reads a chunk of prompts and decodes all rows that have read theirs, by one token or by
+    several; returns whether there is more to do."""
+    self._receive()
+    self._decode(self._read())
+    return bool(self._tickets or self._new)
+
+  def warm_up(self, constrained: bool = False):
+    """Compiles all that any request will need; before the first of them.
+
+    Args:
+      constrained: also what those with a constraint need.
+    """
+    for places in _buckets(LEAST_PLACES, self._max_length, 2):
+      for size in _buckets(LEAST_CHUNK, min(self.config.chunk, self._max_length), 4):
+        self._run_read(np.zeros(size, np.int32), [], 0, 0, 0, places)
+      for size in _buckets(1, self.config.num_rows, 4):
+        for allowed in (False, True)[:1 + constrained]:
+          self._run_decode([], size, places, 1, False, allowed)
+    scratch = np.int32(self.config.num_rows)
+    row = paged.take_row(self._samplers, scratch)
+    self._samplers = paged.put_row(self._samplers, scratch, row)
+    jax.block_until_ready(self._pool)
+
+  def _receive(self):
+    """Takes what was handed in, and ends what was cancelled or is overdue."""
+    with self._lock:
+      new, self._new = self._new, []
+      self._tickets.update((ticket._row, ticket) for ticket in new)
+    for ticket in new:
+      self.scheduler.add(ticket._row)
+    now = self._clock()
+    for ticket in list(self._tickets.values()):
+      deadline = ticket.request.deadline
+      if ticket._cancelled:
+        self._end(ticket, 'cancelled')
+      elif deadline is not None and now >= deadline:
+        self._end(ticket, 'deadline')
+
+  def _read(self) -> bool:
+    """Reads prompts, the first first, up to a chunk of tokens; returns whether that was spent."""
+    left = self.config.chunk
+    while left > 0:
+      row = self.scheduler.reading
+      if row is None:
+        row = self.scheduler.admit()
+        if row is None:
+          return False
+        self._begin(row)
+      if row.num_unread:
+        count = min(row.num_unread, left)
+        size = _bucket(count, LEAST_CHUNK, min(self.config.chunk, self._max_length), 4)
+        # Where the chunk's padding would leave the context, it begins earlier, with tokens that
+        # stand already.
+        start = min(row.num_read, self._max_length - size)
+        tokens = row.tokens[start:row.num_read + count]
+        places = _bucket(start + size, LEAST_PLACES, self._max_length, 2)
+        self._run_read(np.pad(np.asarray(tokens, np.int32), (0, size - len(tokens))), row.pages,
+                       start, row.num_read, count, places)
+        self.scheduler.has_read(row, row.num_read + count)
+        self.counts.read += count
+        left -= size
+    return True
+
+  def _begin(self, row):
+    """Gives an admitted row its sampler's state: a new one, or what it had."""
+    ticket = self._tickets[row]
+    self.counts.known += row.num_known
+    if ticket._sampler is None:
+      ticket._sampler = self._sampler(ticket.request.sampling, row.tokens)
+    self._samplers = paged.put_row(self._samplers, np.int32(row.slot), ticket._sampler)
+
+  def _sampler(self, config, tokens):
+    """The sampler's state of a text that begins with these tokens."""
+    tokens_1T = np.zeros((1, self._max_length), np.int32)
+    tokens_1T[0, :len(tokens)] = tokens
+    return paged.begin_row(choices([config]), tokens_1T, np.full(1, len(tokens), np.int32),
+                           self._max_length + 1)
+
+  def _decode(self, reads: bool):
+    """Goes on with all rows that have read their prompts.
+
+    Args:
+      reads: whether prompts are left to be read, which shall not wait for long.
+    """
+    constrained = any(self._tickets[row].request.constraint for row in self.scheduler.running)
+    rows, steps, stopped = self.scheduler.reserve(
+        1 if reads or constrained else self.config.steps)
+    for row, slot in stopped:
+      self._tickets[row]._sampler = paged.take_row(self._samplers, np.int32(slot))
+    self.counts.preempted += len(stopped)
+    if not rows:
+      return
+    size = _bucket(len(rows), 1, self.config.num_rows, 4)
+    longest = max(row.num_read + min(steps, row.num_left) for row in rows)
+    places = _bucket(min(longest + 1, self._max_length), LEAST_PLACES, self._max_length, 2)
+    tokens_BX, log_probs_BX, counts_B = self._run_decode(
+        rows, size, places, steps, bool(self.scheduler.waiting), constrained)
+    self.counts.steps += int(counts_B.max())
+    for i, row in enumerate(rows):
+      self._extend(row, tokens_BX[i, :counts_B[i]].tolist(), log_probs_BX[i].tolist())
+
+  def _extend(self, row, tokens, log_probs):
+    """Puts chosen tokens behind a row, up to where it ends."""
+    ticket = self._tickets[row]
+    request, error, stopped = ticket.request, None, None
+    try:
+      for count, token in enumerate(tokens, 1):
+        if request.constraint is not None:
+          request.constraint.advance(token)
+        if token == request.eos_id:
+          stopped = 'eos'
+        elif request.stop is not None and request.stop.advance(token):
+          stopped = 'stop'
+        elif count == row.num_left:
+          is_whole = len(ticket.tokens) + count == request.sampling.max_new_tokens
+          stopped = 'length' if is_whole else 'context'
+        if stopped:
+          break
+      tokens, log_probs = tokens[:count], log_probs[:count]
+      if request.on_tokens is not None:
+        request.on_tokens(tokens, log_probs)
+    except Exception as raised:  # The others go on.
+      error, stopped = raised, 'cancelled'
+    ticket.tokens += tokens
+    ticket.log_probs += log_probs
+    row.tokens += tokens
+    row.num_left -= len(tokens)
+    self.counts.chosen += len(tokens)
+    self.scheduler.has_read(row, len(row.tokens) - 1)
+    if stopped:
+      self._end(ticket, stopped, error)
+
+  def _end(self, ticket, stopped, error=None):
+    """A request is over: what it held is free, and who waits for it is told."""
+    self.scheduler.remove(ticket._row)
+    with self._lock:
+      del self._tickets[ticket._row]
+    self.counts.finished += 1
+    ticket.stopped, ticket.error, ticket._sampler = stopped, error, None
+    ticket._ended.set()
+    if ticket.request.on_end is not None:
+      ticket.request.on_end(ticket)
+
+  def _run_read(self, tokens, pages, start, first, count, places):
+    table_1P = self._table([pages], 1, places)
+    one = lambda number: np.full(1, number, np.int32)
+    self._pool = paged.read(self._decoder, self._params, self._pool, tokens[None], table_1P,
+                            one(start), one(first), one(count))
+
+  def _run_decode(self, rows, size, places, steps, is_eager, is_constrained):
+    """Returns tokens and log-probabilities [size, X] and how many they are [size]."""
+    tickets = [self._tickets[row] for row in rows]
+    idle = size - len(rows)
+    column = lambda values, rest: np.asarray([*values, *[rest] * idle], np.int32)
+    keys = [ticket._key for ticket in tickets] + [self._idle_key] * idle
+    arrays = paged.Rows(
+        column((row.slot for row in rows), self.config.num_rows),
+        self._table([row.pages for row in rows], size, places),
+        column((row.num_read for row in rows), 0), column((row.tokens[-1] for row in rows), 0),
+        column((row.num_left for row in rows), 0),
+        column((len(ticket.tokens) for ticket in tickets), 0), np.stack(keys),
+        column((ticket.request.eos_id for ticket in tickets), -1))
+    allowed = None
+    if is_constrained:
+      allowed = np.full((size, -(-self._decoder.module.config.vocab_size // 32)), -1, np.int32)
+      allowed = allowed.view(np.uint32)
+      for i, ticket in enumerate(tickets):
+        if ticket.request.constraint is not None:
+          allowed[i] = ticket.request.constraint.mask()
+    asked = self._asked(*(ticket.request.sampling for ticket in tickets), *[IDLE] * idle)
+    *results, self._pool, self._samplers = paged.decode(
+        self._decoder, self._max_length, self.config.steps, self._params, self._pool,
+        self._samplers, arrays, asked, allowed, np.int32(steps), np.bool_(is_eager))
+    return jax.device_get(results)
+
+  def _table(self, pages, size, places):
+    """The pages of each row, [size, P] for so many places, with page 0 behind them."""
+    width = -(-places // self.config.page_size)
+    table_BP = np.zeros((size, width), np.int32)
+    for row, own in enumerate(pages):
+      own = own[:width]
+      table_BP[row, :len(own)] = own
+    return table_BP
+
+
+def _key(prompt, seed):
+  """The data of a request's key."""
+  return np.asarray(jax.random.key_data(request_key(prompt, seed)))
+
+
+def _has_pages(config: Any) -> bool:
+  """Whether a model's cache is keys and values [..., rows, heads, places, ...] alone."""
+  if not hasattr(config, 'init_cache'):
+    return False
+  few, more = (config.init_cache(1, size) for size in (8, 16))
+  if {field.name for field in dataclasses.fields(few)} != {'length_B', 'layers'}:
+    return False
+  axis = paged.axis_of_rows(few)
+  shapes = zip(jax.tree.leaves(few.layers), jax.tree.leaves(more.layers))
+  return all(x.shape[axis + 2:axis + 3] == (8,) and y.shape[axis + 2] == 16 for x, y in shapes)
+
+
+def _buckets(least: int, most: int, factor: int) -> list[int]:
+  """The sizes that programs have, up to `most`."""
+  sizes = []
+  while least < most:
+    sizes.append(least)
+    least *= factor
+  return [*sizes, most]
+
+
+def _bucket(size: int, least: int, most: int, factor: int) -> int:
+  """The least of the sizes that takes `size`."""
+  return next(bucket for bucket in _buckets(least, most, factor) if bucket >= size)

@@ -1,0 +1,97 @@
+"""Pages of a KV cache: who holds which, and which may be used again for the same beginning of a text.
+
+A page holds the keys and values of `page_size` tokens in a row; here are only their numbers. Page 0
+belongs to nobody: what must be written somewhere and is never read goes there.
+"""
+from collections import OrderedDict
+from collections.abc import Sequence
+import hashlib
+
+import numpy as np
+
+
+class PagePool:
+  """Pages that texts share, counted (vLLM, arXiv:2309.06180, section 4).
+
+  A page is held by some texts; or idle: held by none, but full and known, so that a text which
+  begins in the same way may take it again; or free. Free pages are handed out first, then the idle
+  ones, the longest unused first.
+  """
+
+  def __init__(self, num_pages: int, page_size: int):
+    """num_pages: with page 0."""
+    if num_pages < 2 or page_size < 1:
+      raise ValueError(f'num_pages={num_pages} must be at least 2, since page 0 is nobody\'s, and '
+                       f'page_size={page_size} at least 1')
+    self.num_pages, self.page_size = num_pages, page_size
+    self._free = list(range(num_pages - 1, 0, -1))
+    self._idle: OrderedDict[int, None] = OrderedDict()  # the longest unused first
+    self._holders = [0] * num_pages
+    self._page_of: dict[bytes, int] = {}
+    self._digest_of: dict[int, bytes] = {}
+
+  @property
+  def num_available(self) -> int:
+    """Pages that nobody holds."""
+    return len(self._free) + len(self._idle)
+
+  @property
+  def num_held(self) -> int:
+    """Pages that some text holds."""
+    return self.num_pages - 1 - self.num_available
+
+  def hold_known(self, digests: Sequence[bytes]) -> list[int]:
+    """The pages of the longest beginning of a text that stands, which the caller now holds too."""
+    pages = []
+    for digest in digests:
+      if digest not in self._page_of:
+        break
+      pages.append(self._page_of[digest])
+      self._holders[pages[-1]] += 1
+      self._idle.pop(pages[-1], None)
+    return pages
+
+  def allocate(self, count: int) -> list[int] | None:
+    """Pages that the caller alone holds; None, and nothing happens, if there are not so many."""
+    if count > self.num_available:
+      return None
+    pages = []
+    for _ in range(count):
+      if self._free:
+        page = self._free.pop()
+      else:
+        page, _ = self._idle.popitem(last=False)
+        del self._page_of[self._digest_of.pop(page)]
+      self._holders[page] = 1
+      pages.append(page)
+    return pages
+
+  def know(self, page: int, digest: bytes):
+    """A page that is held is full, and `digest` says of which text; it is not written any more."""
+    if digest not in self._page_of and page not in self._digest_of:
+      self._page_of[digest], self._digest_of[page] = page, digest
+
+  def release(self, pages: Sequence[int]):
+    """A holder lets go of the pages of its text, in their order."""
+    # The last first: a page is of no use without those before it, so it shall be taken sooner.
+    for page in reversed(pages):
+      if not self._holders[page]:
+        raise ValueError(f'page {page} is released and nobody holds it')
+      self._holders[page] -= 1
+      if not self._holders[page]:
+        if page in self._digest_of:
+          self._idle[page] = None
+        else:
+          self._free.append(page)
+
+  def forget(self):
+    """Forgets what idle pages hold, as when the parameters change."""
+    self._free += self._idle
+    self._idle.clear()
+    self._page_of.clear()
+    self._digest_of.clear()
+
+
+def next_digest(before: bytes, tokens: Sequence[int]) -> bytes:
+  """Names a full page by its tokens and the digest of the page before it, b'' of the first."""
+  return hashlib.blake2b(before + np.asarray(tokens, np.int32).tobytes(), digest_size=16).digest()
