@@ -1,0 +1,79 @@
+"""Prompts in the arrays of a batch: padded to a bucket's length, rows to a power of two.
+
+A prompt's bucket depends on that prompt alone, and a program is compiled once for a bucket.
+"""
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lm.errors import UserError
+from lm.inference.decoder import Decoder
+from lm.inference.generate import BOS_ID, round_up, SHORTEST_BUCKET, Stopped
+
+
+class Batch(NamedTuple):
+  """Prompts of one bucket.
+
+  members: which prompts these are, one a row; rows behind them are idle.
+  inputs_BT: what `Decoder.start` reads, of `lengths_B` tokens.
+  limits_B: how many new tokens each row may have; 0 for idle rows.
+  num_new: places for new tokens, of the largest limit.
+  num_places: of a row in the cache.
+  """
+  members: list[int]
+  inputs_BT: np.ndarray
+  lengths_B: np.ndarray
+  limits_B: np.ndarray
+  num_new: int
+  num_places: int
+
+
+def batches(decoder: Decoder, prompts: Sequence[np.ndarray], max_new_tokens: int, max_length: int,
+            eos_id: int, bos_id: int | None, num_rows: int) -> Iterator[Batch]:
+  """Cuts prompts into batches of at most `num_rows`; see `generate` for the arguments.
+
+  Raises:
+    UserError: a prompt leaves no room in the context for a single new token, or is empty where
+      nothing stands before it.
+  """
+  buckets: dict[int, list[int]] = {}
+  for i, prompt in enumerate(prompts):
+    if len(prompt) > max_length - 1:
+      raise UserError(f'prompt {i} has {len(prompt)} tokens, which leaves no room for a new one in '
+                      f'a context of {max_length}; cut it to at most {max_length - 1} tokens')
+    if bos_id is None and not len(prompt) and not decoder.has_encoder:
+      raise UserError(f'prompt {i} is empty and this model has no token that begins a text; '
+                      'give it at least one')
+    bucket = min(round_up(max(len(prompt) + 1, SHORTEST_BUCKET)), max_length)
+    buckets.setdefault(bucket, []).append(i)
+  num_new = min(round_up(max_new_tokens), max_length)
+  for bucket, members in sorted(buckets.items()):
+    for start in range(0, len(members), num_rows):
+      rows = members[start:start + num_rows]
+      inputs_BT, lengths_B = _arrays(decoder, [prompts[i] for i in rows], bucket, eos_id, bos_id)
+      limits_B = np.zeros(len(inputs_BT), np.int32)
+      limits_B[:len(rows)] = [
+          min(max_new_tokens, max_length - (0 if decoder.has_encoder else len(prompts[i])))
+          for i in rows]
+      before = 1 if decoder.has_encoder else bucket
+      yield Batch(rows, inputs_BT, lengths_B, limits_B, num_new, min(before + num_new, max_length))
+
+
+def stopped(tokens: np.ndarray, eos_id: int, max_new_tokens: int) -> Stopped:
+  """Why a completion ends where it does."""
+  if tokens[-1] == eos_id:
+    return 'eos'
+  return 'length' if len(tokens) == max_new_tokens else 'context'
+
+
+def _arrays(decoder, prompts, bucket, eos_id, bos_id):
+  size = round_up(len(prompts))
+  inputs_BT = np.full((size, bucket), BOS_ID if bos_id is None else bos_id, np.int32)
+  lengths_B = np.ones(size, np.int32)
+  before = [] if decoder.has_encoder or bos_id is None else [bos_id]
+  for row, prompt in enumerate(prompts):
+    ids = [*before, *prompt, *([eos_id] if decoder.has_encoder else [])]
+    inputs_BT[row, :len(ids)] = ids
+    lengths_B[row] = len(ids)
+  return inputs_BT, lengths_B
