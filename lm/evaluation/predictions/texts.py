@@ -132,7 +132,8 @@ class Generated:
     batches = [batch for members in by_bucket.values()
                for batch in chunks(members, LARGEST_BATCH)]
     batches = [batch for batch in batches if not all(i in done for i in batch)]
-    vocabulary, config = self._prepared.vocabulary, SamplingConfig(temperature=0.0, max_new_tokens=new)
+    vocabulary = self._prepared.vocabulary
+    config = SamplingConfig(temperature=0.0, max_new_tokens=new)
     begin = self._prepared.form.bos_id if self._model.is_tuned else begin_id(vocabulary)
     for together in chunks(batches, hosts.count):
       mine, texts = together[hosts.index:hosts.index + 1], {}
