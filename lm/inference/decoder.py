@@ -61,10 +61,13 @@ class Decoder:
     """What an encoder-decoder's decoder reads before it writes, and its length."""
     return jnp.full((num_rows, 1), self.start_id, jnp.int32), jnp.ones(num_rows, jnp.int32)
 
-  def extend(self, params: Any, tokens_BT: Int[Array, 'B T'], cache: Any
-             ) -> tuple[Float[Array, 'B T V'], Any]:
-    """Puts T tokens behind each row; returns float32 logits of what follows each, and the cache."""
-    hidden_BTD, cache = self._forward(params, tokens_BT, cache=cache)
+  def extend(self, params: Any, tokens_BT: Int[Array, 'B T'], cache: Any,
+             **options: Any) -> tuple[Float[Array, 'B T V'], Any]:
+    """Puts T tokens behind each row; returns float32 logits of what follows each, and the cache.
+
+    `options` are the module's own: a GPT's `new_B`, how many of a row's T tokens are no padding.
+    """
+    hidden_BTD, cache = self._forward(params, tokens_BT, cache=cache, **options)
     return self._logits(params, hidden_BTD), cache
 
   def take(self, cache: Any, rows_R: Int[Array, ' R']) -> Any:

@@ -153,7 +153,7 @@ class Engine:
       UserError: the model is of no family whose cache is keys and values of its own tokens.
     """
     decoder = Decoder(module)
-    if decoder.has_encoder or not _has_pages(module.config):
+    if not hasattr(module.config, 'init_pages'):
       raise UserError(f'{type(module).__name__} has no cache that can be kept in pages; the engine '
                       'takes decoders (GPT), and `generate` every family')
     self.config, self.counts, self._clock = config, Counts(), clock
@@ -163,7 +163,7 @@ class Engine:
     self.pool = PagePool(pages, config.page_size)
     self.scheduler = Scheduler(self.pool, config.num_rows, config.steps)
     self._decoder, self._params = decoder, decoder.prepare(params)
-    self._pool = module.config.init_cache(pages, config.page_size)
+    self._pool = module.config.init_pages(pages, config.page_size)
     row = self._sampler(IDLE, [0])  # One more than rows: that of those that are idle.
     self._samplers = jax.tree.map(lambda x: jnp.repeat(x, config.num_rows + 1, 0), row)
     self._idle_key = _key(np.zeros(1, np.int32), 0)
@@ -224,7 +224,7 @@ class Engine:
     """
     for places in _buckets(LEAST_PLACES, self._max_length, 2):
       for size in _buckets(LEAST_CHUNK, min(self.config.chunk, self._max_length), 4):
-        self._run_read(np.zeros(size, np.int32), [], 0, 0, 0, places)
+        self._run_read(np.zeros(size, np.int32), [], 0, 0, places)
       for size in _buckets(1, self.config.num_rows, 4):
         for allowed in (False, True)[:1 + constrained]:
           self._run_decode([], size, places, 1, False, allowed)
@@ -261,13 +261,10 @@ class Engine:
       if row.num_unread:
         count = min(row.num_unread, left)
         size = _bucket(count, LEAST_CHUNK, min(self.config.chunk, self._max_length), 4)
-        # Where the chunk's padding would leave the context, it begins earlier, with tokens that
-        # stand already.
-        start = min(row.num_read, self._max_length - size)
-        tokens = row.tokens[start:row.num_read + count]
-        places = _bucket(start + size, LEAST_PLACES, self._max_length, 2)
-        self._run_read(np.pad(np.asarray(tokens, np.int32), (0, size - len(tokens))), row.pages,
-                       start, row.num_read, count, places)
+        tokens = np.zeros(size, np.int32)
+        tokens[:count] = row.tokens[row.num_read:row.num_read + count]
+        places = _bucket(row.num_read + count, LEAST_PLACES, self._max_length, 2)
+        self._run_read(tokens, row.pages, row.num_read, count, places)
         self.scheduler.has_read(row, row.num_read + count)
         self.counts.read += count
         left -= size
@@ -304,7 +301,7 @@ class Engine:
       return
     size = _bucket(len(rows), 1, self.config.num_rows, 4)
     longest = max(row.num_read + min(steps, row.num_left) for row in rows)
-    places = _bucket(min(longest + 1, self._max_length), LEAST_PLACES, self._max_length, 2)
+    places = _bucket(longest, LEAST_PLACES, self._max_length, 2)
     tokens_BX, log_probs_BX, counts_B = self._run_decode(
         rows, size, places, steps, bool(self.scheduler.waiting), constrained)
     self.counts.steps += int(counts_B.max())
@@ -353,11 +350,10 @@ class Engine:
     if ticket.request.on_end is not None:
       ticket.request.on_end(ticket)
 
-  def _run_read(self, tokens, pages, start, first, count, places):
-    table_1P = self._table([pages], 1, places)
+  def _run_read(self, tokens, pages, length, count, places):
     one = lambda number: np.full(1, number, np.int32)
-    self._pool = paged.read(self._decoder, self._params, self._pool, tokens[None], table_1P,
-                            one(start), one(first), one(count))
+    self._pool = paged.read(self._decoder, self._params, self._pool, tokens[None],
+                            self._table([pages], 1, places), one(length), one(count))
 
   def _run_decode(self, rows, size, places, steps, is_eager, is_constrained):
     """Returns tokens and log-probabilities [size, X] and how many they are [size]."""
@@ -398,18 +394,6 @@ class Engine:
 def _key(prompt, seed):
   """The data of a request's key."""
   return np.asarray(jax.random.key_data(request_key(prompt, seed)))
-
-
-def _has_pages(config: Any) -> bool:
-  """Whether a model's cache is keys and values [..., rows, heads, places, ...] alone."""
-  if not hasattr(config, 'init_cache'):
-    return False
-  few, more = (config.init_cache(1, size) for size in (8, 16))
-  if {field.name for field in dataclasses.fields(few)} != {'length_B', 'layers'}:
-    return False
-  axis = paged.axis_of_rows(few)
-  shapes = zip(jax.tree.leaves(few.layers), jax.tree.leaves(more.layers))
-  return all(x.shape[axis + 2:axis + 3] == (8,) and y.shape[axis + 2] == 16 for x, y in shapes)
 
 
 def _buckets(least: int, most: int, factor: int) -> list[int]:

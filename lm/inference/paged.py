@@ -1,8 +1,4 @@
-"""What an engine runs on the device: programs over a pool of pages, for some rows of their own sizes.
-
-A pool is a cache of the model whose rows are pages. A program gathers the pages of its rows into a
-cache as the model takes it, once for several steps, and puts the new keys and values back.
-"""
+"""What an engine runs on the device: programs over a pool of pages, for rows of their own lengths."""
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -45,7 +41,7 @@ class _Loop(NamedTuple):
   done_B: jax.Array
   tokens_BX: jax.Array
   log_probs_BX: jax.Array
-  cache: Any
+  pool: Any
   sampler: SamplerState
 
 
@@ -58,7 +54,7 @@ def decode(decoder: Decoder, max_length: int, most_steps: int, params: Any, pool
   Args:
     max_length: the model's context.
     most_steps: the bound of `steps`.
-    pool: from `init_cache(num_pages, page_size)`.
+    pool: from `init_pages`.
     samplers: of all slots.
     allowed_BX: see `sample`; None for any token. Then for one step alone.
     is_eager: whether it shall stop as soon as a row is done, since another waits for its place.
@@ -74,11 +70,11 @@ def decode(decoder: Decoder, max_length: int, most_steps: int, params: Any, pool
     return ~loop.done_B.all() & (loop.step < steps) & ~(is_eager & new.any())
 
   def one(loop):
-    # A finished row writes over the place behind its text, which is not put back, and within the
-    # context: or over its last, which no other text can read, since there it would be the last too.
+    # A finished row writes nothing, and its position stays within the context.
     length_B = jnp.minimum(rows.length_B + loop.counts_B, max_length - 1)
-    cache = decoder.rewind(loop.cache, length_B)
-    logits_B1V, cache = decoder.extend(params, loop.token_B[:, None], cache)
+    cache = dataclasses.replace(loop.pool, length_B=length_B, page_table=rows.table_BP)
+    logits_B1V, cache = decoder.extend(params, loop.token_B[:, None], cache,
+                                       new_B=(~loop.done_B).astype(jnp.int32))
     step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, rows.step_B + loop.counts_B)
     token_B, log_prob_B, sampler = sample(logits_B1V[:, 0], step_keys_B, asked, loop.sampler,
                                           allowed_BX)
@@ -86,31 +82,31 @@ def decode(decoder: Decoder, max_length: int, most_steps: int, params: Any, pool
     counts_B = loop.counts_B + ~loop.done_B
     done_B = loop.done_B | (token_B == rows.ends_B) | (counts_B >= rows.limit_B)
     return _Loop(loop.step + 1, token_B, counts_B, done_B, put(loop.tokens_BX, token_B),
-                 put(loop.log_probs_BX, log_prob_B), cache, sampler)
+                 put(loop.log_probs_BX, log_prob_B),
+                 dataclasses.replace(pool, layers=cache.layers), sampler)
 
   table_BX = jnp.zeros((B, most_steps))
   state = jax.tree.map(lambda x: x[rows.slots_B], samplers)
   loop = _Loop(jnp.int32(0), rows.token_B, jnp.zeros(B, jnp.int32), rows.limit_B == 0,
-               table_BX.astype(jnp.int32), table_BX, _gather(pool, rows.table_BP), state)
+               table_BX.astype(jnp.int32), table_BX, pool, state)
   loop = lax.while_loop(go_on, one, loop)
   samplers = jax.tree.map(lambda x, new: x.at[rows.slots_B].set(new), samplers, loop.sampler)
-  pool = _put(pool, loop.cache, rows.table_BP, rows.length_B, loop.counts_B, most_steps)
-  return loop.tokens_BX, loop.log_probs_BX, loop.counts_B, pool, samplers
+  return loop.tokens_BX, loop.log_probs_BX, loop.counts_B, loop.pool, samplers
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read(decoder: Decoder, params: Any, pool: Any, tokens_BT: Int[Array, 'B T'],
-         table_BP: Int[Array, 'B P'], start_B: Int[Array, ' B'], first_B: Int[Array, ' B'],
-         count_B: Int[Array, ' B']) -> Any:
+         table_BP: Int[Array, 'B P'], length_B: Int[Array, ' B'], count_B: Int[Array, ' B']) -> Any:
   """The pool with keys and values of a chunk of each row's prompt.
 
   Args:
-    tokens_BT: from place `start` of the text, padded with anything; within the context.
-    first_B: the place of the first whose keys and values are wanted; `count_B`: how many are.
+    tokens_BT: padded behind `count_B` with anything.
+    length_B: tokens that stand in the pages of `table_BP` already.
   """
-  cache = decoder.rewind(_gather(pool, table_BP), start_B)
-  _, cache = decoder.extend(params, tokens_BT, cache)  # logits that nobody reads are not computed
-  return _put(pool, cache, table_BP, first_B, count_B, tokens_BT.shape[1])
+  cache = dataclasses.replace(pool, length_B=length_B, page_table=table_BP)
+  # Logits that nobody reads are not computed.
+  _, cache = decoder.extend(params, tokens_BT, cache, new_B=count_B)
+  return dataclasses.replace(pool, layers=cache.layers)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -131,37 +127,3 @@ def put_row(samplers: SamplerState, slot: jax.Array, row: SamplerState) -> Sampl
   """All states, with that of one slot."""
   put = lambda x, new: lax.dynamic_update_slice_in_dim(x, new, slot, 0)
   return jax.tree.map(put, samplers, row)
-
-
-def axis_of_rows(cache: Any) -> int:
-  """Of rows, or pages, in the leaves of `layers`; behind it are heads, then places."""
-  return 0 if isinstance(cache.layers, list) else 1
-
-
-def _gather(pool, table_BP):
-  """A cache of the pages of each row, side by side."""
-  axis = axis_of_rows(pool)
-
-  def rows(pages):
-    x = jnp.take(pages, table_BP, axis=axis)  # [..., B, P, K, places, ...]
-    x = jnp.moveaxis(x, axis + 1, axis + 2)
-    return x.reshape(*x.shape[:axis + 2], -1, *x.shape[axis + 4:])
-
-  return dataclasses.replace(pool, length_B=jnp.zeros(len(table_BP), jnp.int32),
-                             layers=jax.tree.map(rows, pool.layers))
-
-
-def _put(pool, cache, table_BP, first_B, count_B, most):
-  """The pool with `count` places of each row's cache from `first` on, at most `most`."""
-  axis = axis_of_rows(pool)
-  size = jax.tree.leaves(pool.layers)[0].shape[axis + 2]
-  places_BX = first_B[:, None] + jnp.arange(most)
-  page_BX = jnp.take_along_axis(table_BP, places_BX // size, axis=1, mode='clip')
-  page_BX = jnp.where(jnp.arange(most) < count_B[:, None], page_BX, 0)
-
-  def put(pages, rows):
-    new = jax.vmap(lambda row, places: jnp.take(row, places, axis=1, mode='clip'))(rows, places_BX)
-    return pages.at[page_BX, :, places_BX % size].set(jnp.moveaxis(new, 2, 1))
-
-  put = put if axis == 0 else jax.vmap(put)
-  return dataclasses.replace(pool, layers=jax.tree.map(put, pool.layers, cache.layers))
