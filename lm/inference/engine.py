@@ -163,6 +163,7 @@ class Engine:
     self.pool = PagePool(pages, config.page_size)
     self.scheduler = Scheduler(self.pool, config.num_rows, config.steps)
     self._decoder, self._params = decoder, decoder.prepare(params)
+    self._in_place = jax.default_backend() != 'cpu'
     self._pool = module.config.init_pages(pages, config.page_size)
     row = self._sampler(IDLE, [0])  # One more than rows: that of those that are idle.
     self._samplers = jax.tree.map(lambda x: jnp.repeat(x, config.num_rows + 1, 0), row)
@@ -301,7 +302,7 @@ class Engine:
       return
     size = _bucket(len(rows), 1, self.config.num_rows, 4)
     longest = max(row.num_read + min(steps, row.num_left) for row in rows)
-    places = _bucket(longest, LEAST_PLACES, self._max_length, 2)
+    places = _bucket(min(longest + 1, self._max_length), LEAST_PLACES, self._max_length, 2)
     tokens_BX, log_probs_BX, counts_B = self._run_decode(
         rows, size, places, steps, bool(self.scheduler.waiting), constrained)
     self.counts.steps += int(counts_B.max())
@@ -377,8 +378,8 @@ class Engine:
           allowed[i] = ticket.request.constraint.mask()
     asked = self._asked(*(ticket.request.sampling for ticket in tickets), *[IDLE] * idle)
     *results, self._pool, self._samplers = paged.decode(
-        self._decoder, self._max_length, self.config.steps, self._params, self._pool,
-        self._samplers, arrays, asked, allowed, np.int32(steps), np.bool_(is_eager))
+        self._decoder, self._max_length, self.config.steps, self._in_place, self._params,
+        self._pool, self._samplers, arrays, asked, allowed, np.int32(steps), np.bool_(is_eager))
     return jax.device_get(results)
 
   def _table(self, pages, size, places):

@@ -41,19 +41,21 @@ class _Loop(NamedTuple):
   done_B: jax.Array
   tokens_BX: jax.Array
   log_probs_BX: jax.Array
-  pool: Any
+  cache: Any
   sampler: SamplerState
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
-def decode(decoder: Decoder, max_length: int, most_steps: int, params: Any, pool: Any,
-           samplers: SamplerState, rows: Rows, asked: Choices, allowed_BX: Any, steps: jax.Array,
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6))
+def decode(decoder: Decoder, max_length: int, most_steps: int, in_place: bool, params: Any,
+           pool: Any, samplers: SamplerState, rows: Rows, asked: Choices, allowed_BX: Any, steps: jax.Array,
            is_eager: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, Any, SamplerState]:
   """Chooses up to `steps` tokens for each row.
 
   Args:
     max_length: the model's context.
     most_steps: the bound of `steps`.
+    in_place: whether steps read and write the pages where they stand; else their rows are put side
+      by side first, once for all steps, and what is new is put back: where no kernel reads pages.
     pool: from `init_pages`.
     samplers: of all slots.
     allowed_BX: see `sample`; None for any token. Then for one step alone.
@@ -70,10 +72,11 @@ def decode(decoder: Decoder, max_length: int, most_steps: int, params: Any, pool
     return ~loop.done_B.all() & (loop.step < steps) & ~(is_eager & new.any())
 
   def one(loop):
-    # A finished row writes nothing, and its position stays within the context.
+    # A finished row's position stays within the context. What it writes there nobody reads: in
+    # pages it writes nothing.
     length_B = jnp.minimum(rows.length_B + loop.counts_B, max_length - 1)
-    cache = dataclasses.replace(loop.pool, length_B=length_B, page_table=rows.table_BP)
-    logits_B1V, cache = decoder.extend(params, loop.token_B[:, None], cache,
+    logits_B1V, cache = decoder.extend(params, loop.token_B[:, None],
+                                       decoder.rewind(loop.cache, length_B),
                                        new_B=(~loop.done_B).astype(jnp.int32))
     step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, rows.step_B + loop.counts_B)
     token_B, log_prob_B, sampler = sample(logits_B1V[:, 0], step_keys_B, asked, loop.sampler,
@@ -83,15 +86,21 @@ def decode(decoder: Decoder, max_length: int, most_steps: int, params: Any, pool
     done_B = loop.done_B | (token_B == rows.ends_B) | (counts_B >= rows.limit_B)
     return _Loop(loop.step + 1, token_B, counts_B, done_B, put(loop.tokens_BX, token_B),
                  put(loop.log_probs_BX, log_prob_B),
-                 dataclasses.replace(pool, layers=cache.layers), sampler)
+                 cache, sampler)
 
   table_BX = jnp.zeros((B, most_steps))
   state = jax.tree.map(lambda x: x[rows.slots_B], samplers)
+  cache = dataclasses.replace(pool, length_B=rows.length_B, page_table=rows.table_BP)
+  if not in_place:
+    cache = _gather(cache)
   loop = _Loop(jnp.int32(0), rows.token_B, jnp.zeros(B, jnp.int32), rows.limit_B == 0,
-               table_BX.astype(jnp.int32), table_BX, pool, state)
+               table_BX.astype(jnp.int32), table_BX, cache, state)
   loop = lax.while_loop(go_on, one, loop)
   samplers = jax.tree.map(lambda x, new: x.at[rows.slots_B].set(new), samplers, loop.sampler)
-  return loop.tokens_BX, loop.log_probs_BX, loop.counts_B, loop.pool, samplers
+  layers = loop.cache.layers if in_place else _put(pool.layers, loop.cache, rows, loop.counts_B,
+                                                   most_steps)
+  pool = dataclasses.replace(pool, layers=layers)
+  return loop.tokens_BX, loop.log_probs_BX, loop.counts_B, pool, samplers
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -127,3 +136,41 @@ def put_row(samplers: SamplerState, slot: jax.Array, row: SamplerState) -> Sampl
   """All states, with that of one slot."""
   put = lambda x, new: lax.dynamic_update_slice_in_dim(x, new, slot, 0)
   return jax.tree.map(put, samplers, row)
+
+
+def _axis(layers):
+  """Of rows, or pages; behind it are heads, then places."""
+  return 0 if isinstance(layers, list) else 1
+
+
+def _gather(cache):
+  """The same cache by rows."""
+  axis = _axis(cache.layers)
+
+  def rows(pages):
+    x = jnp.take(pages, cache.page_table, axis=axis)  # [..., B, P, K, places, ...]
+    x = jnp.moveaxis(x, axis + 1, axis + 2)
+    return x.reshape(*x.shape[:axis + 2], -1, *x.shape[axis + 4:])
+
+  return dataclasses.replace(cache, layers=jax.tree.map(rows, cache.layers), page_table=None)
+
+
+def _put(layers, cache, rows, count_B, most_steps):
+  """The pages of all layers with the tokens that each row of a cache has got."""
+  axis = _axis(layers)
+  size = jax.tree.leaves(layers)[0].shape[axis + 2]
+  places_BX = rows.length_B[:, None] + jnp.arange(most_steps)
+  page_BX = jnp.take_along_axis(rows.table_BP, places_BX // size, axis=1, mode='clip')
+  page_BX = jnp.where(jnp.arange(most_steps) < count_B[:, None], page_BX, 0)
+
+  def put(pages, of_rows):
+    take = lambda row, places: jnp.take(row, places, axis=1, mode='clip')
+    new = jax.vmap(take)(of_rows, places_BX)
+    new = jnp.moveaxis(new, 2, 1)
+    # As bits: XLA:CPU would turn all of a bfloat16 pool into float32 and back, at every call.
+    bits = f'uint{8 * pages.dtype.itemsize}'
+    pool, new = (lax.bitcast_convert_type(x, bits) for x in (pages, new))
+    pool = pool.at[page_BX, :, places_BX % size].set(new)
+    return lax.bitcast_convert_type(pool, pages.dtype)
+
+  return jax.tree.map(put if axis == 0 else jax.vmap(put), layers, cache.layers)
