@@ -164,7 +164,7 @@ class Engine:
     self.scheduler = Scheduler(self.pool, config.num_rows, config.steps)
     self._decoder, self._params = decoder, decoder.prepare(params)
     self._in_place = jax.default_backend() != 'cpu'
-    self._pool = module.config.init_pages(pages, config.page_size)
+    self._pool = paged.begin_pool(module.config, pages, config.page_size, self._in_place)
     row = self._sampler(IDLE, [0])  # One more than rows: that of those that are idle.
     self._samplers = jax.tree.map(lambda x: jnp.repeat(x, config.num_rows + 1, 0), row)
     self._idle_key = _key(np.zeros(1, np.int32), 0)
@@ -225,7 +225,7 @@ class Engine:
     """
     for places in _buckets(LEAST_PLACES, self._max_length, 2):
       for size in _buckets(LEAST_CHUNK, min(self.config.chunk, self._max_length), 4):
-        self._run_read(np.zeros(size, np.int32), [], 0, 0, places)
+        self._run_read(np.zeros(size, np.int32), [], 0, 0, 0, places)
       for size in _buckets(1, self.config.num_rows, 4):
         for allowed in (False, True)[:1 + constrained]:
           self._run_decode([], size, places, 1, False, allowed)
@@ -262,10 +262,12 @@ class Engine:
       if row.num_unread:
         count = min(row.num_unread, left)
         size = _bucket(count, LEAST_CHUNK, min(self.config.chunk, self._max_length), 4)
+        # Where its padding would leave the context, a chunk begins earlier, with tokens that stand.
+        start = min(row.num_read, self._max_length - size)
         tokens = np.zeros(size, np.int32)
-        tokens[:count] = row.tokens[row.num_read:row.num_read + count]
-        places = _bucket(row.num_read + count, LEAST_PLACES, self._max_length, 2)
-        self._run_read(tokens, row.pages, row.num_read, count, places)
+        tokens[:row.num_read + count - start] = row.tokens[start:row.num_read + count]
+        places = _bucket(start + size, LEAST_PLACES, self._max_length, 2)
+        self._run_read(tokens, row.pages, start, row.num_read, count, places)
         self.scheduler.has_read(row, row.num_read + count)
         self.counts.read += count
         left -= size
@@ -351,10 +353,10 @@ class Engine:
     if ticket.request.on_end is not None:
       ticket.request.on_end(ticket)
 
-  def _run_read(self, tokens, pages, length, count, places):
+  def _run_read(self, tokens, pages, start, first, count, places):
     one = lambda number: np.full(1, number, np.int32)
     self._pool = paged.read(self._decoder, self._params, self._pool, tokens[None],
-                            self._table([pages], 1, places), one(length), one(count))
+                            self._table([pages], 1, places), one(start), one(first), one(count))
 
   def _run_decode(self, rows, size, places, steps, is_eager, is_constrained):
     """Returns tokens and log-probabilities [size, X] and how many they are [size]."""

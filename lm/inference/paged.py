@@ -12,6 +12,9 @@ from lm.inference.decoder import Decoder
 from lm.inference.sampling import begin, Choices, sample, SamplerState
 
 
+_BITS = {'float8_e4m3fn': 'uint8', 'bfloat16': 'uint16', 'float16': 'uint16'}
+
+
 class Rows(NamedTuple):
   """The rows of a decoding program, each an array.
 
@@ -47,8 +50,8 @@ class _Loop(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6))
 def decode(decoder: Decoder, max_length: int, most_steps: int, in_place: bool, params: Any,
-           pool: Any, samplers: SamplerState, rows: Rows, asked: Choices, allowed_BX: Any, steps: jax.Array,
-           is_eager: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, Any, SamplerState]:
+           pool: Any, samplers: SamplerState, rows: Rows, asked: Choices, allowed_BX: Any,
+           steps: jax.Array, is_eager: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, Any, SamplerState]:
   """Chooses up to `steps` tokens for each row.
 
   Args:
@@ -56,7 +59,7 @@ def decode(decoder: Decoder, max_length: int, most_steps: int, in_place: bool, p
     most_steps: the bound of `steps`.
     in_place: whether steps read and write the pages where they stand; else their rows are put side
       by side first, once for all steps, and what is new is put back: where no kernel reads pages.
-    pool: from `init_pages`.
+    pool: from `begin_pool`.
     samplers: of all slots.
     allowed_BX: see `sample`; None for any token. Then for one step alone.
     is_eager: whether it shall stop as soon as a row is done, since another waits for its place.
@@ -85,37 +88,44 @@ def decode(decoder: Decoder, max_length: int, most_steps: int, in_place: bool, p
     counts_B = loop.counts_B + ~loop.done_B
     done_B = loop.done_B | (token_B == rows.ends_B) | (counts_B >= rows.limit_B)
     return _Loop(loop.step + 1, token_B, counts_B, done_B, put(loop.tokens_BX, token_B),
-                 put(loop.log_probs_BX, log_prob_B),
-                 cache, sampler)
+                 put(loop.log_probs_BX, log_prob_B), cache, sampler)
 
   table_BX = jnp.zeros((B, most_steps))
   state = jax.tree.map(lambda x: x[rows.slots_B], samplers)
-  cache = dataclasses.replace(pool, length_B=rows.length_B, page_table=rows.table_BP)
-  if not in_place:
-    cache = _gather(cache)
+  cache = (dataclasses.replace(pool, length_B=rows.length_B, page_table=rows.table_BP) if in_place
+           else _gather(decoder, pool, rows.table_BP, rows.length_B))
   loop = _Loop(jnp.int32(0), rows.token_B, jnp.zeros(B, jnp.int32), rows.limit_B == 0,
                table_BX.astype(jnp.int32), table_BX, cache, state)
   loop = lax.while_loop(go_on, one, loop)
   samplers = jax.tree.map(lambda x, new: x.at[rows.slots_B].set(new), samplers, loop.sampler)
-  layers = loop.cache.layers if in_place else _put(pool.layers, loop.cache, rows, loop.counts_B,
-                                                   most_steps)
-  pool = dataclasses.replace(pool, layers=layers)
+  pool = (dataclasses.replace(pool, layers=loop.cache.layers) if in_place else
+          _put(pool, loop.cache, rows.table_BP, rows.length_B, loop.counts_B, most_steps))
   return loop.tokens_BX, loop.log_probs_BX, loop.counts_B, pool, samplers
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read(decoder: Decoder, params: Any, pool: Any, tokens_BT: Int[Array, 'B T'],
-         table_BP: Int[Array, 'B P'], length_B: Int[Array, ' B'], count_B: Int[Array, ' B']) -> Any:
+         table_BP: Int[Array, 'B P'], start_B: Int[Array, ' B'], first_B: Int[Array, ' B'],
+         count_B: Int[Array, ' B']) -> Any:
   """The pool with keys and values of a chunk of each row's prompt.
 
   Args:
-    tokens_BT: padded behind `count_B` with anything.
-    length_B: tokens that stand in the pages of `table_BP` already.
+    tokens_BT: from place `start` of the text, padded with anything; within the context and the
+      pages of `table_BP`.
+    first_B: the place of the first whose keys and values are not in pages yet; `count_B`: how many
+      there are.
   """
-  cache = dataclasses.replace(pool, length_B=length_B, page_table=table_BP)
-  # Logits that nobody reads are not computed.
-  _, cache = decoder.extend(params, tokens_BT, cache, new_B=count_B)
-  return dataclasses.replace(pool, layers=cache.layers)
+  cache = _gather(decoder, pool, table_BP, start_B)
+  _, cache = decoder.extend(params, tokens_BT, cache)  # logits that nobody reads are not computed
+  return _put(pool, cache, table_BP, first_B, count_B, tokens_BT.shape[1])
+
+
+def begin_pool(config: Any, num_pages: int, page_size: int, in_place: bool) -> Any:
+  """Empty pages. Where steps do not read them in place, floats of 8 and 16 bits are kept as bits:
+  to put a few of those into an array XLA:CPU turns all of it into float32 and back."""
+  pool = config.init_pages(num_pages, page_size)
+  bits = lambda x: x.view(_BITS.get(x.dtype.name, x.dtype))
+  return pool if in_place else dataclasses.replace(pool, layers=jax.tree.map(bits, pool.layers))
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -143,34 +153,33 @@ def _axis(layers):
   return 0 if isinstance(layers, list) else 1
 
 
-def _gather(cache):
-  """The same cache by rows."""
-  axis = _axis(cache.layers)
+def _gather(decoder, pool, table_BP, length_B):
+  """A cache by rows, of the pages of each side by side."""
+  axis = _axis(pool.layers)
+  floats = {'uint8': 'float8_e4m3fn', 'uint16': decoder.module.config.dtype}
 
   def rows(pages):
-    x = jnp.take(pages, cache.page_table, axis=axis)  # [..., B, P, K, places, ...]
+    x = jnp.take(pages, table_BP, axis=axis, mode='clip')  # [..., B, P, K, places, ...]
     x = jnp.moveaxis(x, axis + 1, axis + 2)
-    return x.reshape(*x.shape[:axis + 2], -1, *x.shape[axis + 4:])
+    x = x.reshape(*x.shape[:axis + 2], -1, *x.shape[axis + 4:])
+    return lax.bitcast_convert_type(x, floats.get(x.dtype.name, x.dtype))
 
-  return dataclasses.replace(cache, layers=jax.tree.map(rows, cache.layers), page_table=None)
+  return dataclasses.replace(pool, length_B=length_B, layers=jax.tree.map(rows, pool.layers),
+                             page_table=None)
 
 
-def _put(layers, cache, rows, count_B, most_steps):
-  """The pages of all layers with the tokens that each row of a cache has got."""
-  axis = _axis(layers)
-  size = jax.tree.leaves(layers)[0].shape[axis + 2]
-  places_BX = rows.length_B[:, None] + jnp.arange(most_steps)
-  page_BX = jnp.take_along_axis(rows.table_BP, places_BX // size, axis=1, mode='clip')
-  page_BX = jnp.where(jnp.arange(most_steps) < count_B[:, None], page_BX, 0)
+def _put(pool, cache, table_BP, first_B, count_B, most):
+  """The pool with `count` places of each row of a cache from `first` on, at most `most`."""
+  axis = _axis(pool.layers)
+  size = jax.tree.leaves(pool.layers)[0].shape[axis + 2]
+  places_BX = first_B[:, None] + jnp.arange(most)
+  page_BX = jnp.take_along_axis(table_BP, places_BX // size, axis=1, mode='clip')
+  page_BX = jnp.where(jnp.arange(most) < count_B[:, None], page_BX, 0)
 
-  def put(pages, of_rows):
+  def put(pages, rows):
     take = lambda row, places: jnp.take(row, places, axis=1, mode='clip')
-    new = jax.vmap(take)(of_rows, places_BX)
-    new = jnp.moveaxis(new, 2, 1)
-    # As bits: XLA:CPU would turn all of a bfloat16 pool into float32 and back, at every call.
-    bits = f'uint{8 * pages.dtype.itemsize}'
-    pool, new = (lax.bitcast_convert_type(x, bits) for x in (pages, new))
-    pool = pool.at[page_BX, :, places_BX % size].set(new)
-    return lax.bitcast_convert_type(pool, pages.dtype)
+    new = jnp.moveaxis(jax.vmap(take)(rows, places_BX), 2, 1)
+    return pages.at[page_BX, :, places_BX % size].set(lax.bitcast_convert_type(new, pages.dtype))
 
-  return jax.tree.map(put if axis == 0 else jax.vmap(put), layers, cache.layers)
+  put = put if axis == 0 else jax.vmap(put)
+  return dataclasses.replace(pool, layers=jax.tree.map(put, pool.layers, cache.layers))
