@@ -210,10 +210,7 @@ def sample(logits_BV: Float[Array, 'B V'], keys_B: Key[Array, ' B'], asked: Choi
     nats; the state with the tokens in it.
   """
   logits_BV = logits_BV.astype(jnp.float32)
-  scores_BV = logits_BV
-  if allowed_BW is not None:
-    scores_BV = jnp.where(_unpack(allowed_BW, logits_BV.shape[1]), scores_BV, -jnp.inf)
-  scores_BV = _punish(scores_BV, asked, state)
+  scores_BV = _punish(_allow(logits_BV, allowed_BW), asked, state)
   token_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
   warm_B = asked.temperature_B > 0
 
@@ -229,10 +226,23 @@ def sample(logits_BV: Float[Array, 'B V'], keys_B: Key[Array, ' B'], asked: Choi
   return token_B, log_prob_B, SamplerState(tokens_BS, state.length_B + 1, state.prompt_B, mu_B)
 
 
-def _unpack(words_BW, size):
-  """Bits as booleans [B, size]."""
-  bits_BWP = words_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
-  return bits_BWP.reshape(len(words_BW), -1)[:, :size].astype(bool)
+def drawn_from(logits_BV: Float[Array, 'B V'], asked: Choices, state: SamplerState,
+               allowed_BW: UInt32[Array, 'B W'] | None = None) -> Float[Array, 'B V']:
+  """Scores whose softmax `sample` draws from; of rows of temperature 0 all but one are -inf."""
+  scores_BV = _punish(_allow(logits_BV.astype(jnp.float32), allowed_BW), asked, state)
+  best_BV = jnp.arange(scores_BV.shape[1]) == jnp.argmax(scores_BV, axis=-1, keepdims=True)
+  greedy_BV = jnp.where(best_BV, scores_BV, -jnp.inf)
+  warm_BV = _leave_out(scores_BV, asked, state.mu_B)[1]
+  return jnp.where((asked.temperature_B > 0)[:, None], warm_BV, greedy_BV)
+
+
+def _allow(scores_BV, allowed_BW):
+  """The scores without what the bits do not allow."""
+  if allowed_BW is None:
+    return scores_BV
+  B, V = scores_BV.shape
+  bits_BWP = allowed_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+  return jnp.where(bits_BWP.reshape(B, -1)[:, :V] == 1, scores_BV, -jnp.inf)
 
 
 def _where_asked(is_asked_B, change, scores_BV):
@@ -271,9 +281,9 @@ def _punish(scores_BV, asked, state):
   return _where_asked(jnp.stack([is_asked_B for is_asked_B, _ in steps]), punish, scores_BV)
 
 
-def _draw(scores_BV, keys_B, asked, mu_B):
-  """A token for each row by its temperature and filters, and mirostat's mu behind it; of rows of
-  temperature 0, anything."""
+def _leave_out(scores_BV, asked, mu_B):
+  """The scores by temperature and filters, before and after mirostat's; of rows of temperature 0,
+  anything."""
   temperature_B1 = jnp.where(asked.temperature_B > 0, asked.temperature_B, 1)[:, None]
   # The largest becomes 0 first: a tiny temperature then gives -inf, never inf - inf.
   scores_BV = (scores_BV - scores_BV.max(-1, keepdims=True)) / temperature_B1
@@ -284,9 +294,15 @@ def _draw(scores_BV, keys_B, asked, mu_B):
   scores_BV = _where_asked(asked.eta_cutoff_B > 0, lambda scores_BV: filters.eta(
       scores_BV, asked.eta_cutoff_B), scores_BV)
   steers_B = asked.mirostat_tau_B > 0
-  kept_BV = _where_asked(steers_B, lambda scores_BV: filters.surprise(
+  return scores_BV, _where_asked(steers_B, lambda scores_BV: filters.surprise(
       scores_BV, jnp.where(steers_B, mu_B, jnp.inf)), scores_BV)
+
+
+def _draw(scores_BV, keys_B, asked, mu_B):
+  """A token for each row, and mirostat's mu behind it."""
+  scores_BV, kept_BV = _leave_out(scores_BV, asked, mu_B)
   token_B = _choose(kept_BV, keys_B)
+  steers_B = asked.mirostat_tau_B > 0
 
   def steer(mu_B):
     chosen_B = jnp.take_along_axis(scores_BV, token_B[:, None], axis=1)[:, 0]
