@@ -1,5 +1,5 @@
 """The next token from the logits, by what each request asks: one program for all of them."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import NamedTuple, Optional
 
@@ -40,6 +40,7 @@ class SamplingConfig:
     mirostat_eta times what the last token surprised beyond tau. As in the paper, and other than in
     llama.cpp, that is under the probabilities before tokens were left out.
   mirostat_eta: see there.
+  stop: texts at which a completion ends, before them; for those who complete texts.
   """
   max_new_tokens: int = 128
   min_new_tokens: int = 0
@@ -57,6 +58,7 @@ class SamplingConfig:
   eta_cutoff: Optional[float] = None
   mirostat_tau: Optional[float] = None
   mirostat_eta: float = 0.1
+  stop: tuple[str, ...] = ()
 
   def __post_init__(self):
     positive, part = lambda x: 0 < x < np.inf, lambda x: 0 < x <= 1
@@ -79,10 +81,19 @@ class SamplingConfig:
         ('typical_p', 'in (0, 1]; set None to keep all tokens', part),
         ('eta_cutoff', 'in (0, 1]; set None to keep all tokens', part),
         ('mirostat_tau', 'more than 0, in bits; set None to keep all tokens', positive),
-        ('mirostat_eta', 'more than 0; try 0.1', positive)):
+        ('mirostat_eta', 'more than 0; try 0.1', positive),
+        ('stop', 'texts that are not empty', all)):
       value = getattr(self, name)
       if value is not None and not holds(value):
         raise ValueError(f'{name}={value} must be {rule}')
+
+
+def with_ids(config: SamplingConfig, encode: Callable[[str], np.ndarray]) -> SamplingConfig:
+  """The config with tokens in place of the bad words that are texts."""
+  words = [ids for word in config.bad_words for ids in (
+      [tuple(encode(text).tolist()) for text in (word, ' ' + word)]
+      if isinstance(word, str) else [word])]
+  return dataclasses.replace(config, bad_words=tuple(dict.fromkeys(words)))
 
 
 class Choices(NamedTuple):
@@ -137,13 +148,13 @@ def sizes(configs: Sequence[SamplingConfig]) -> Sizes:
   return Sizes(*(max(usual, 1 << (size - 1).bit_length()) for usual, size in zip(Sizes(), most)))
 
 
-def choices(configs: Sequence[SamplingConfig], eos_id: int = -1, room: Sizes | None = None
-            ) -> Choices:
+def choices(configs: Sequence[SamplingConfig], eos_id: int | Sequence[int] = -1,
+            room: Sizes | None = None) -> Choices:
   """What these requests ask, as arrays of numpy.
 
   Args:
     configs: bad words are tokens (see `with_ids`).
-    eos_id: the token that ends a text; -1 for none.
+    eos_id: the token that ends a text, or one a config; -1 for none.
     room: the sizes of tables; None is `sizes(configs)`.
   """
   room = room or sizes(configs)
@@ -170,6 +181,8 @@ def choices(configs: Sequence[SamplingConfig], eos_id: int = -1, room: Sizes | N
 
 def _sequences(config):
   """(tokens, bias of the last) each, of a request."""
+  if any(isinstance(word, str) for word in config.bad_words):
+    raise ValueError(f'bad_words={config.bad_words} holds texts; see with_ids')
   return [*((tuple(word), -np.inf) for word in config.bad_words),
           *(((token,), bias) for token, bias in config.logit_bias)]
 
