@@ -18,11 +18,13 @@ import numpy as np
 
 from lm.errors import UserError
 from lm.inference.decoder import Decoder
-from lm.inference.sampling import begin, choices, sample, SamplerState, SamplingConfig
+from lm.inference.sampling import begin, choices, sample, SamplerState, SamplingConfig, with_ids
+from lm.inference.stops import Stop, Stream
 
 BOS_ID = 0         # the first input of every document in training; the id of padding
 SHORTEST_BUCKET = 16  # tokens; shorter prompts cost the same
 LARGEST_BATCH = 32    # rows decoded at once; their caches are in memory together
+UNWATCHED = 16        # tokens decoded before those who watch for a stop string see them
 
 Stopped = Literal['eos', 'stop', 'length', 'context', 'cancelled', 'deadline']
 
@@ -50,7 +52,8 @@ class Completion(NamedTuple):
   """tokens: int32 [new tokens], the end of document included where it was reached.
   log_probs: float32 [new tokens], nats: of each token under the model itself (temperature 1, no
     filter).
-  stopped: at the end of the document, after `max_new_tokens`, or because the context was full.
+  stopped: at the end of the document, after `max_new_tokens`, because the context was full, or
+    where a stop string was complete.
   """
   tokens: np.ndarray
   log_probs: np.ndarray
@@ -67,7 +70,8 @@ class CompletedText(TypedDict):
 
 def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
              config: SamplingConfig | Sequence[SamplingConfig], seed: int | Sequence[int],
-             max_length: int, eos_id: int, bos_id: int | None = BOS_ID) -> list[Completion]:
+             max_length: int, eos_id: int, bos_id: int | None = BOS_ID,
+             stops: Sequence[Stop | None] | None = None) -> list[Completion]:
   """Completes each prompt; the result for a prompt depends on it, its config and seed alone.
 
   Args:
@@ -75,12 +79,14 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
     params: its parameters; matrices are cast once to the compute dtype.
     prompts: int [tokens] each, of any length from 0, without the beginning of document. Those of an
       encoder-decoder go to its encoder, and the end of document behind them, as in training (T5).
-    config: how to choose tokens, and how many; one for all prompts, or one a prompt.
+    config: how to choose tokens, and how many; one for all prompts, or one a prompt. Its stop
+      strings are of `complete` alone.
     seed: one for all prompts (equal prompts then get equal completions), or one a prompt.
     max_length: the model's context: prompt and completion together, in tokens; of an
       encoder-decoder each of them.
     eos_id: ends a completion.
     bos_id: stands before every prompt; None for models that begin with the prompt itself.
+    stops: of each prompt what ends its completion besides the end of document, or None.
 
   Raises:
     UserError: a prompt leaves no room in the context for a single new token, or is empty where
@@ -90,6 +96,7 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
   prompts = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
   seeds = _each(seed, (int, np.integer), 'seeds', len(prompts))
   configs = _each(config, SamplingConfig, 'configs', len(prompts))
+  stops = _each(stops, type(None), 'stops', len(prompts))
   buckets: dict[tuple[int, int], list[int]] = {}
   for i, prompt in enumerate(prompts):
     if len(prompt) > max_length - 1:
@@ -106,7 +113,7 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
   for bucket, members in sorted(buckets.items()):
     for start in range(0, len(members), LARGEST_BATCH):
       rows = members[start:start + LARGEST_BATCH]
-      requests = [(prompts[i], seeds[i], configs[i]) for i in rows]
+      requests = [(prompts[i], seeds[i], configs[i], stops[i]) for i in rows]
       done = _generate_batch(decoder, params, requests, bucket, max_length, eos_id, bos_id)
       for i, completion in zip(rows, done):
         completions[i] = completion
@@ -128,14 +135,23 @@ def complete(module: Any, params: Any, vocabulary: Vocabulary, prompts: Sequence
   prompt is a user's message, and the completion the assistant's."""
   if chat is None:
     ids = [vocabulary.encode(prompt) for prompt in prompts]
-    end, begin = vocabulary.eos_id, begin_id(vocabulary)
+    end, begin_with = vocabulary.eos_id, begin_id(vocabulary)
   else:
     ids = [chat.prompt([{'role': 'user', 'content': prompt}]) for prompt in prompts]
-    end, begin = chat.end_id, None  # The template says what a conversation begins with.
-  completions = generate(module, params, ids, config, seed, max_length, end, begin)
-  return [CompletedText(prompt=prompt, text=vocabulary.decode(without_eos(done)),
-                        tokens=done.tokens.tolist(), stopped=done.stopped)
-          for prompt, done in zip(prompts, completions)]
+    end, begin_with = chat.end_id, None  # The template says what a conversation begins with.
+  configs = [with_ids(one, vocabulary.encode)
+             for one in _each(config, SamplingConfig, 'configs', len(prompts))]
+  streams = [Stream(vocabulary.decode, one.stop) for one in configs]
+  stops = [stream if one.stop else None for stream, one in zip(streams, configs)]
+  completions = generate(module, params, ids, configs, seed, max_length, end, begin_with, stops)
+  completed = []
+  for prompt, done, stream, one in zip(prompts, completions, streams, configs):
+    if one.stop:
+      stream.finish()
+    text = stream.text if one.stop else vocabulary.decode(without_eos(done))
+    completed.append(CompletedText(prompt=prompt, text=text, tokens=done.tokens.tolist(),
+                                   stopped=done.stopped))
+  return completed
 
 
 def begin_id(vocabulary: Vocabulary) -> int | None:
@@ -171,72 +187,93 @@ def _generate_batch(decoder, params, requests, bucket, max_length, eos_id, bos_i
   lengths_B = np.ones(size, np.int32)
   before = [] if encodes or bos_id is None else [bos_id]
   limits_B = np.zeros(size, np.int32)  # a row of limit 0 is idle
-  for row, (prompt, _, config) in enumerate(requests):
+  for row, (prompt, _, config, _) in enumerate(requests):
     ids = [*before, *prompt, *([eos_id] if encodes else [])]
     inputs_BT[row, :len(ids)] = ids
     lengths_B[row] = len(ids)
     limits_B[row] = min(config.max_new_tokens, max_length - (0 if encodes else len(prompt)))
-  keys = [request_key(prompt, seed) for prompt, seed, _ in requests]
+  _, _, configs, stops = zip(*requests)
+  keys = [request_key(prompt, seed) for prompt, seed, _, _ in requests]
   idle = size - len(requests)
+  asked = choices([*configs, *configs[:1] * idle], eos_id)
+  state = _start(decoder, bucket[1], max_length, params, inputs_BT, lengths_B, limits_B, asked)
   keys_B = jnp.stack(keys + keys[:1] * idle)
-  configs = [config for _, _, config in requests]
-  asked = choices(configs + configs[:1] * idle, eos_id)
-  results = _decode(decoder, bucket[1], max_length, params, inputs_BT, lengths_B, limits_B, keys_B,
-                    asked, eos_id)
-  tokens_BP, log_probs_BP, counts_B = jax.device_get(results)
+  decode = lambda state, until: _decode(decoder, params, state, keys_B, asked, limits_B, eos_id,
+                                        until)
+  state, stopped = _watched(decode, state, stops, bucket[1], eos_id)
+  tokens_BP, log_probs_BP, counts_B = jax.device_get(
+      (state.tokens_BP, state.log_probs_BP, state.counts_B))
   completions = []
   for row, config in enumerate(configs):
-    tokens = tokens_BP[row, :counts_B[row]]
-    stopped = 'length' if limits_B[row] == config.max_new_tokens else 'context'
-    stopped = 'eos' if tokens[-1] == eos_id else stopped
-    completions.append(Completion(tokens, log_probs_BP[row, :counts_B[row]], stopped))
+    count = stopped.get(row, counts_B[row])
+    tokens = tokens_BP[row, :count]
+    why = 'length' if limits_B[row] == config.max_new_tokens else 'context'
+    why = 'stop' if row in stopped else 'eos' if tokens[-1] == eos_id else why
+    completions.append(Completion(tokens, log_probs_BP[row, :count], why))
   return completions
+
+
+def _watched(decode, state, stops, num_new, eos_id):
+  """Decodes to the end; returns the state, and how many tokens each row has that was stopped."""
+  watched, stopped = {row: stop for row, stop in enumerate(stops) if stop is not None}, {}
+  for done in range(0, num_new, UNWATCHED if watched else num_new):
+    state = decode(state, min(done + UNWATCHED, num_new) if watched else num_new)
+    step, tokens_BP, counts_B, done_B = jax.device_get(
+        (state.step, state.tokens_BP, state.counts_B, state.done_B))
+    for row in watched.keys() - stopped.keys():
+      tokens = tokens_BP[row, :counts_B[row]]
+      end = next((place + 1 for place in range(done, len(tokens)) if tokens[place] != eos_id
+                  and watched[row].advance(int(tokens[place]))), None)
+      if end is not None:
+        stopped[row] = end
+    done_B = done_B | np.isin(np.arange(len(done_B)), list(stopped))
+    if done_B.all() or step == num_new:
+      break
+    state = state._replace(done_B=jnp.asarray(done_B))
+  return state, stopped
 
 
 class _State(NamedTuple):
   """Of the decoding loop, P = the most new tokens."""
   step: jax.Array  # tokens chosen so far
-  token_B: jax.Array  # the last of them
   counts_B: jax.Array  # tokens of each row's completion
   done_B: jax.Array
   tokens_BP: jax.Array
   log_probs_BP: jax.Array
+  logits_BV: jax.Array  # of the next token
   cache: Any
   sampler: SamplerState
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _decode(decoder, num_new, max_length, params, inputs_BT, lengths_B, limits_B, keys_B, asked,
-            eos_id):
-  """Chooses up to `limits_B` tokens a row; returns tokens, log-probabilities [B, P], counts [B]."""
+def _start(decoder, num_new, max_length, params, inputs_BT, lengths_B, limits_B, asked):
+  """Reads the prompts; limits [B] are those of `_decode`."""
   B, T = inputs_BT.shape
   inputs = 1 if decoder.has_encoder else T
   logits_BV, cache = decoder.start(params, inputs_BT, lengths_B, min(inputs + num_new, max_length))
   if decoder.has_encoder:
     inputs_BT, lengths_B = decoder.first(B)
+  table_BP = jnp.zeros((B, num_new))
+  return _State(jnp.int32(0), jnp.zeros(B, jnp.int32), limits_B == 0, table_BP.astype(jnp.int32),
+                table_BP, logits_BV, cache, begin(asked, inputs_BT, lengths_B, inputs + num_new))
 
-  def choose(state, logits_BV):
-    """Adds the token that these scores choose to the rows that are not done."""
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(decoder, params, state, keys_B, asked, limits_B, eos_id, until):
+  """Chooses tokens up to step `until`, and up to `limits_B` a row."""
+  def decode(state):
     step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.step)
-    token_B, log_prob_B, sampler = sample(logits_BV, step_keys_B, asked, state.sampler)
+    token_B, log_prob_B, sampler = sample(state.logits_BV, step_keys_B, asked, state.sampler)
     put = lambda table, column: lax.dynamic_update_slice(table, column[:, None], (0, state.step))
     counts_B = state.counts_B + ~state.done_B
     done_B = state.done_B | (token_B == eos_id) | (counts_B >= limits_B)
-    return state._replace(step=state.step + 1, token_B=token_B, counts_B=counts_B, done_B=done_B,
-                          tokens_BP=put(state.tokens_BP, token_B),
-                          log_probs_BP=put(state.log_probs_BP, log_prob_B), sampler=sampler)
-
-  def decode(state):
     # A finished row writes over its own first place: its cache will not be read again, and its
     # position stays within the context however long the others go on.
-    cache = decoder.rewind(state.cache, jnp.where(state.done_B, 0, state.cache.length_B))
-    logits_B1V, cache = decoder.extend(params, state.token_B[:, None], cache)
-    return choose(state._replace(cache=cache), logits_B1V[:, 0])
+    cache = decoder.rewind(state.cache, jnp.where(done_B, 0, state.cache.length_B))
+    # What follows the last token is computed and not read: one step more, but one program of
+    # sampling less.
+    logits_B1V, cache = decoder.extend(params, token_B[:, None], cache)
+    return _State(state.step + 1, counts_B, done_B, put(state.tokens_BP, token_B),
+                  put(state.log_probs_BP, log_prob_B), logits_B1V[:, 0], cache, sampler)
 
-  table_BP = jnp.zeros((B, num_new))
-  sampler = begin(asked, inputs_BT, lengths_B, inputs + num_new)
-  state = _State(jnp.int32(0), jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32), limits_B == 0,
-                 table_BP.astype(jnp.int32), table_BP, cache, sampler)
-  state = choose(state, logits_BV)
-  state = lax.while_loop(lambda state: ~state.done_B.all(), decode, state)
-  return state.tokens_BP, state.log_probs_BP, state.counts_B
+  return lax.while_loop(lambda state: ~state.done_B.all() & (state.step < until), decode, state)

@@ -1,5 +1,5 @@
 """The next token from the logits, by what each request asks: one program for all of them."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import NamedTuple, Optional
 
@@ -40,6 +40,7 @@ class SamplingConfig:
     mirostat_eta times what the last token surprised beyond tau. As in the paper, and other than in
     llama.cpp, that is under the probabilities before tokens were left out.
   mirostat_eta: see there.
+  stop: texts at which a completion ends, before them; for those who complete texts.
   """
   max_new_tokens: int = 128
   min_new_tokens: int = 0
@@ -57,6 +58,7 @@ class SamplingConfig:
   eta_cutoff: Optional[float] = None
   mirostat_tau: Optional[float] = None
   mirostat_eta: float = 0.1
+  stop: tuple[str, ...] = ()
 
   def __post_init__(self):
     positive, part = lambda x: 0 < x < np.inf, lambda x: 0 < x <= 1
@@ -79,10 +81,19 @@ class SamplingConfig:
         ('typical_p', 'in (0, 1]; set None to keep all tokens', part),
         ('eta_cutoff', 'in (0, 1]; set None to keep all tokens', part),
         ('mirostat_tau', 'more than 0, in bits; set None to keep all tokens', positive),
-        ('mirostat_eta', 'more than 0; try 0.1', positive)):
+        ('mirostat_eta', 'more than 0; try 0.1', positive),
+        ('stop', 'texts that are not empty', all)):
       value = getattr(self, name)
       if value is not None and not holds(value):
         raise ValueError(f'{name}={value} must be {rule}')
+
+
+def with_ids(config: SamplingConfig, encode: Callable[[str], np.ndarray]) -> SamplingConfig:
+  """The config with tokens in place of the bad words that are texts."""
+  words = [ids for word in config.bad_words for ids in (
+      [tuple(encode(text).tolist()) for text in (word, ' ' + word)]
+      if isinstance(word, str) else [word])]
+  return dataclasses.replace(config, bad_words=tuple(dict.fromkeys(words)))
 
 
 class Choices(NamedTuple):
@@ -137,13 +148,13 @@ def sizes(configs: Sequence[SamplingConfig]) -> Sizes:
   return Sizes(*(max(usual, 1 << (size - 1).bit_length()) for usual, size in zip(Sizes(), most)))
 
 
-def choices(configs: Sequence[SamplingConfig], eos_id: int = -1, room: Sizes | None = None
-            ) -> Choices:
+def choices(configs: Sequence[SamplingConfig], eos_id: int | Sequence[int] = -1,
+            room: Sizes | None = None) -> Choices:
   """What these requests ask, as arrays of numpy.
 
   Args:
     configs: bad words are tokens (see `with_ids`).
-    eos_id: the token that ends a text; -1 for none.
+    eos_id: the token that ends a text, or one a config; -1 for none.
     room: the sizes of tables; None is `sizes(configs)`.
   """
   room = room or sizes(configs)
@@ -170,6 +181,8 @@ def choices(configs: Sequence[SamplingConfig], eos_id: int = -1, room: Sizes | N
 
 def _sequences(config):
   """(tokens, bias of the last) each, of a request."""
+  if any(isinstance(word, str) for word in config.bad_words):
+    raise ValueError(f'bad_words={config.bad_words} holds texts; see with_ids')
   return [*((tuple(word), -np.inf) for word in config.bad_words),
           *(((token,), bias) for token, bias in config.logit_bias)]
 
@@ -210,10 +223,7 @@ def sample(logits_BV: Float[Array, 'B V'], keys_B: Key[Array, ' B'], asked: Choi
     nats; the state with the tokens in it.
   """
   logits_BV = logits_BV.astype(jnp.float32)
-  scores_BV = logits_BV
-  if allowed_BW is not None:
-    scores_BV = jnp.where(_unpack(allowed_BW, logits_BV.shape[1]), scores_BV, -jnp.inf)
-  scores_BV = _punish(scores_BV, asked, state)
+  scores_BV = _punish(_allow(logits_BV, allowed_BW), asked, state)
   token_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
   warm_B = asked.temperature_B > 0
 
@@ -229,10 +239,23 @@ def sample(logits_BV: Float[Array, 'B V'], keys_B: Key[Array, ' B'], asked: Choi
   return token_B, log_prob_B, SamplerState(tokens_BS, state.length_B + 1, state.prompt_B, mu_B)
 
 
-def _unpack(words_BW, size):
-  """Bits as booleans [B, size]."""
-  bits_BWP = words_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
-  return bits_BWP.reshape(len(words_BW), -1)[:, :size].astype(bool)
+def drawn_from(logits_BV: Float[Array, 'B V'], asked: Choices, state: SamplerState,
+               allowed_BW: UInt32[Array, 'B W'] | None = None) -> Float[Array, 'B V']:
+  """Scores whose softmax `sample` draws from; of rows of temperature 0 all but one are -inf."""
+  scores_BV = _punish(_allow(logits_BV.astype(jnp.float32), allowed_BW), asked, state)
+  best_BV = jnp.arange(scores_BV.shape[1]) == jnp.argmax(scores_BV, axis=-1, keepdims=True)
+  greedy_BV = jnp.where(best_BV, scores_BV, -jnp.inf)
+  warm_BV = _leave_out(scores_BV, asked, state.mu_B)[1]
+  return jnp.where((asked.temperature_B > 0)[:, None], warm_BV, greedy_BV)
+
+
+def _allow(scores_BV, allowed_BW):
+  """The scores without what the bits do not allow."""
+  if allowed_BW is None:
+    return scores_BV
+  B, V = scores_BV.shape
+  bits_BWP = allowed_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+  return jnp.where(bits_BWP.reshape(B, -1)[:, :V] == 1, scores_BV, -jnp.inf)
 
 
 def _where_asked(is_asked_B, change, scores_BV):
@@ -271,9 +294,9 @@ def _punish(scores_BV, asked, state):
   return _where_asked(jnp.stack([is_asked_B for is_asked_B, _ in steps]), punish, scores_BV)
 
 
-def _draw(scores_BV, keys_B, asked, mu_B):
-  """A token for each row by its temperature and filters, and mirostat's mu behind it; of rows of
-  temperature 0, anything."""
+def _leave_out(scores_BV, asked, mu_B):
+  """The scores by temperature and filters, before and after mirostat's; of rows of temperature 0,
+  anything."""
   temperature_B1 = jnp.where(asked.temperature_B > 0, asked.temperature_B, 1)[:, None]
   # The largest becomes 0 first: a tiny temperature then gives -inf, never inf - inf.
   scores_BV = (scores_BV - scores_BV.max(-1, keepdims=True)) / temperature_B1
@@ -284,9 +307,15 @@ def _draw(scores_BV, keys_B, asked, mu_B):
   scores_BV = _where_asked(asked.eta_cutoff_B > 0, lambda scores_BV: filters.eta(
       scores_BV, asked.eta_cutoff_B), scores_BV)
   steers_B = asked.mirostat_tau_B > 0
-  kept_BV = _where_asked(steers_B, lambda scores_BV: filters.surprise(
+  return scores_BV, _where_asked(steers_B, lambda scores_BV: filters.surprise(
       scores_BV, jnp.where(steers_B, mu_B, jnp.inf)), scores_BV)
+
+
+def _draw(scores_BV, keys_B, asked, mu_B):
+  """A token for each row, and mirostat's mu behind it."""
+  scores_BV, kept_BV = _leave_out(scores_BV, asked, mu_B)
   token_B = _choose(kept_BV, keys_B)
+  steers_B = asked.mirostat_tau_B > 0
 
   def steer(mu_B):
     chosen_B = jnp.take_along_axis(scores_BV, token_B[:, None], axis=1)[:, 0]

@@ -3,10 +3,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 
 from lm.inference import filters
-from lm.inference.sampling import begin, choices, sample, SamplingConfig
+from lm.inference.sampling import begin, choices, drawn_from, sample, SamplingConfig
 
 DRAWS = 6000
 
@@ -67,6 +68,21 @@ def test_draws_follow_the_filtered_distribution(logits, config):
   kept = expected > 0
   if kept.sum() > 1:
     assert scipy.stats.chisquare(counts[kept], expected[kept] * DRAWS).pvalue > 1e-3
+
+
+@pytest.mark.parametrize('config', [
+    SamplingConfig(temperature=1.3, min_p=0.2), SamplingConfig(temperature=1.0, typical_p=0.5),
+    SamplingConfig(temperature=0.9, eta_cutoff=0.3), SamplingConfig(mirostat_tau=1.2),
+    SamplingConfig(temperature=2.0, bad_words=((5,),), top_p=0.8)], ids=str)
+def test_draws_follow_the_scores_that_they_are_said_to_be_drawn_from(config):
+  asked = choices([config])
+  state = begin(asked, np.zeros((1, 1), np.int32), np.zeros(1, np.int32), 1)
+  scores = np.asarray(drawn_from(jnp.asarray(LOGITS, jnp.float32)[None], asked, state)[0])
+  expected, counts = scipy.special.softmax(scores), draws(LOGITS, config)
+  kept = expected > 0
+  assert 2 <= kept.sum() < 24 and not counts[~kept].any()
+  assert scipy.stats.chisquare(counts[kept], expected[kept] * DRAWS,
+                               sum_check=False).pvalue > 1e-3
 
 
 @pytest.mark.supports('decoding', 'greedy')
