@@ -60,13 +60,14 @@ def bottleneck(y: Float[Array, '*rows N'], leaves: Mapping[str, jax.Array], rule
 
 def attend_also(out_BTNH: Float[Array, 'B T N H'], lse_BNT: Float[Array, 'B N T'],
                 query_BTNH: Float[Array, 'B T N H'], key_PKH: Float[Array, 'P K H'],
-                value_PKH: Float[Array, 'P K H'], scale: float | None, softcap: float | None
-                ) -> Float[Array, 'B T N H']:
+                value_PKH: Float[Array, 'P K H'], scale: float | None, softcap: float | None,
+                bias: Float[Array, 'B X T P'] | None = None) -> Float[Array, 'B T N H']:
   """Attention to P more keys, which every query sees whatever its segment and place.
 
   out_BTNH, lse_BNT: of attention to the others, as `flash_attention` returns them; the two are
     merged by their log-sum-exp, so that it is one softmax.
   scale, softcap: of the scores.
+  bias: added to them, of all heads or of each; None is none.
   """
   B, T, N, H = query_BTNH.shape
   K = key_PKH.shape[1]
@@ -76,6 +77,9 @@ def attend_also(out_BTNH: Float[Array, 'B T N H'], lse_BNT: Float[Array, 'B N T'
   scores_BKGTP *= H**-0.5 if scale is None else scale
   if softcap is not None:
     scores_BKGTP = softcap * jnp.tanh(scores_BKGTP / softcap)
+  if bias is not None:
+    bias = jnp.broadcast_to(bias, (B, N, *bias.shape[2:]))
+    scores_BKGTP += bias.reshape(scores_BKGTP.shape)
   lse_BKGT = lse_BNT.reshape(B, K, N // K, T)
   total_BKGT = jnp.logaddexp(lse_BKGT, jax.nn.logsumexp(scores_BKGTP, -1))
   weights_BKGTP = jnp.exp(scores_BKGTP - total_BKGT[..., None])

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lm.errors import UserError
 from lm.layers import adapted
 from lm.layers import cache as caches
 from lm.layers.cache import KVCache, Places
@@ -16,13 +17,10 @@ from lm.layers.kernels import attend, attend_to_cache, dropout, Implementation
 from lm.layers.linear import Linear
 from lm.layers.positions import Rotation, rotary
 from lm.layers.products import Products
-from lm.layers.relative_bias import of_queries
+from lm.layers.relative_bias import of_distances
+from lm.layers.rolling import attend_rolling, Rolling
 from lm.parallel.rules import Rules, constrain
 from pallas_kernels.dropout import Draws
-
-
-# New tokens of a row that meet the cache where it stands; more of them are worth a copy of it.
-LONGEST_STEP = 8
 
 
 class Paths(NamedTuple):
@@ -108,14 +106,14 @@ class Attention(nn.Module):
   def __call__(self, x_BTD: Float[Array, 'B T D'], *, rotation: Rotation | None = None,
                segment_ids: Int[Array, 'B T'] | None = None,
                distance_bias: Float[Array, 'N X'] | None = None,
-               prefix: Bool[Array, 'B T'] | None = None, cache: KVCache | None = None,
+               prefix: Bool[Array, 'B T'] | None = None, cache: KVCache | Rolling | None = None,
                places: Places | None = None,
                is_local: Bool[Array, ''] | None = None,
                memory: tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']] | None = None,
                memory_segment_ids: Int[Array, 'B S'] | None = None,
                learned: KVCache | None = None, draws: Draws | None = None, zigzag: bool = False,
-               paths: Paths | None = None
-               ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
+               paths: Paths | None = None, shift: Rotation | None = None
+               ) -> tuple[Float[Array, 'B T D'], KVCache | Rolling | None]:
     """Attends to itself, to a cache, or to a memory.
 
     Args:
@@ -133,6 +131,7 @@ class Attention(nn.Module):
       zigzag: whether the tokens are in the order of `lm.parallel.ring.zigzag`.
       paths: of trees of tokens, in place of `segment_ids`: a token sees those before it on its
         path. Not with a cache, a memory or a prefix.
+      shift: see `attend_rolling`, for a `Rolling` cache.
 
     Returns:
       [B, T, D], and the cache with the new tokens.
@@ -149,16 +148,23 @@ class Attention(nn.Module):
     if paths is not None:
       query_BTNH, *memory = (_take(x, paths.tokens) for x in (query_BTNH, *memory))
       segment_ids = memory_segment_ids = paths.segment_ids
-    options = {'query': query_BTNH, 'scale': self.scale, 'softcap': self.softcap}
     learned = self._learned() if learned is None else tuple(
         jnp.swapaxes(x[0], 0, 1) for x in learned[:2])
+    if isinstance(cache, Rolling):
+      if learned is not None or prefix is not None:
+        raise UserError('a rolling cache forgets what all tokens see: learnt keys (PrefixTuning, '
+                        'PromptTuning) and prefixes; decode with CacheOptions() instead')
+      out_BTNH, cache = self._roll(query_BTNH, *memory, cache, places, distance_bias, shift)
+      return self._project(out_BTNH), cache
+    options = {'query': query_BTNH, 'scale': self.scale, 'softcap': self.softcap}
     T, length = x_BTD.shape[1], None if cache is None else places.length
     if cache is not None:
       cache = self._constrained(caches.write(cache, places, *memory), places)
-    if cache is not None and T <= LONGEST_STEP and learned is None and prefix is None:
+    if cache is not None and T <= caches.LONGEST_STEP and learned is None and prefix is None:
       bias = distance_bias
       if bias is not None:
-        bias = of_queries(bias, length[:, None] + jnp.arange(T), caches.num_keys(cache, places))
+        keys = jnp.arange(caches.num_keys(cache, places))
+        bias = of_distances(bias, places.of(T)[..., None] - keys)
       one = functools.partial(attend_to_cache, self.rules, lengths=length + T, bias=bias,
                               page_table=places.page_table, **cache._asdict(), **options)
     else:
@@ -178,7 +184,22 @@ class Attention(nn.Module):
       out_BTNH = adapted.attend_also(*out_BTNH, query_BTNH, *learned, self.scale, self.softcap)
     if paths is not None:
       out_BTNH = _take(out_BTNH, paths.places)
-    return checkpoint_name(jax.lax.optimization_barrier(self.out(out_BTNH)), 'attention_out'), cache
+    return self._project(out_BTNH), cache
+
+  def _project(self, out_BTNH):
+    return checkpoint_name(jax.lax.optimization_barrier(self.out(out_BTNH)), 'attention_out')
+
+  def _roll(self, query_BTNH, key_BTKH, value_BTKH, cache, places, distance_bias, shift):
+    """Attention to a cache of a window."""
+    terms, bias_of = {}, None
+    if distance_bias is not None:
+      bias_of = functools.partial(of_distances, distance_bias)
+      terms = {'distance_bias': distance_bias}
+    out_BTNH, cache = attend_rolling(
+        self.rules, self.implementation, cache, places, query=query_BTNH, key=key_BTKH,
+        value=value_BTKH, scale=self.scale, softcap=self.softcap, bias_of=bias_of, shift=shift,
+        **terms)
+    return out_BTNH, self._constrained(cache, places)
 
   def _constrained(self, cache, places):
     """The cache with its rows, or all of a pool, and heads on their devices."""

@@ -5,12 +5,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.decode_attention import quantize
+
+# New tokens of a row that meet the cache where it stands; more of them are worth a copy of it.
+LONGEST_STEP = 8
+
 
 class KVCache(NamedTuple):
   """Keys and values so far, [B, K, S, H] each: heads first, as decoding reads them. Where rows have
-  a page table, a pool of pages of tokens, [pages, K, page, H]."""
+  a page table, a pool of pages of tokens, [pages, K, page, H].
+
+  key_scale, value_scale: float32 [B, K, S] of keys and values of 8 bits (`quantize`), else None.
+  """
   key: jax.Array
   value: jax.Array
+  key_scale: jax.Array | None = None
+  value_scale: jax.Array | None = None
+
+  @classmethod
+  def zeros(cls, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> 'KVCache':
+    """An empty cache of this shape, [..., H]."""
+    scales = [jnp.zeros(shape[:-1]) for _ in range(2)] if jnp.dtype(dtype).itemsize == 1 else []
+    return cls(*(jnp.zeros(shape, dtype) for _ in range(2)), *scales)
 
 
 class Places(NamedTuple):
@@ -25,6 +41,15 @@ class Places(NamedTuple):
   new: jax.Array | None = None
   page_table: jax.Array | None = None
 
+  def of(self, T: int) -> Int[Array, 'B T']:
+    """The places of T new tokens."""
+    return self.length[:, None] + jnp.arange(T)
+
+  def are_real(self, T: int) -> jax.Array:
+    """Which of them are tokens, boolean [B, T]."""
+    new = jnp.full_like(self.length, T) if self.new is None else self.new
+    return jnp.arange(T) < new[:, None]
+
 
 def num_keys(cache: KVCache, places: Places) -> int:
   """Tokens that a row has room for."""
@@ -32,19 +57,53 @@ def num_keys(cache: KVCache, places: Places) -> int:
   return pages * cache.key.shape[2]
 
 
+def entries(cache: KVCache, key_BTKH: Float[Array, 'B T K H'], value_BTKH: Float[Array, 'B T K H']
+            ) -> KVCache:
+  """New keys and values as the cache keeps them, [B, T, K, H]; scales [B, T, K]."""
+  if cache.key_scale is None:
+    return KVCache(key_BTKH.astype(cache.key.dtype), value_BTKH.astype(cache.key.dtype))
+  (key, key_scale), (value, value_scale) = (
+      quantize(x, cache.key.dtype) for x in (key_BTKH, value_BTKH))
+  return KVCache(key, value, key_scale, value_scale)
+
+
+def values_of(kept: KVCache, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+  """The keys and values that entries of any shape stand for."""
+  if kept.key_scale is None:
+    return kept.key.astype(dtype), kept.value.astype(dtype)
+  return tuple((x.astype(jnp.float32) * scale[..., None]).astype(dtype)
+               for x, scale in zip(kept[:2], kept[2:]))
+
+
 def write(cache: KVCache, places: Places, key_BTKH: Float[Array, 'B T K H'],
           value_BTKH: Float[Array, 'B T K H']) -> KVCache:
   """Puts the new tokens behind those that stand.
 
-  By rows, padding is written too: behind the length, where the next token takes its place. In a
+  A cache by rows may get padding too, behind the length, where the next token takes its place. In a
   pool it is not written, nor is what is past the page table's end.
   """
-  new = KVCache(key_BTKH, value_BTKH)
-  if places.page_table is None:
-    return jax.tree.map(lambda old, x: _write_rows(old, x, places.length), cache, new)
-  pages_BT, offsets_BT = _addresses(cache, places, key_BTKH.shape[1])
-  return jax.tree.map(lambda pool, x: pool.at[pages_BT, :, offsets_BT].set(
-      x.astype(pool.dtype), mode='drop'), cache, new)
+  T, new = key_BTKH.shape[1], entries(cache, key_BTKH, value_BTKH)
+  if places.page_table is not None:
+    return scatter(cache, *_addresses(cache, places, T), new)
+  if T > LONGEST_STEP:
+    update = jax.vmap(lambda old, x, start: jax.lax.dynamic_update_slice_in_dim(
+        old, jnp.swapaxes(x, 0, 1), start, axis=1))
+    return jax.tree.map(lambda old, x: update(old, x, places.length), cache, new)
+  place_BT = places.of(T)
+  return scatter(cache, jnp.broadcast_to(jnp.arange(len(place_BT))[:, None], place_BT.shape),
+                 place_BT, new)
+
+
+def scatter(cache: KVCache, rows_BT: Int[Array, 'B T'], places_BT: Int[Array, 'B T'], new: KVCache
+            ) -> KVCache:
+  """Writes new entries to a place of a row, or page, each; where there is no such place, nowhere.
+  """
+  if rows_BT.size == 1:
+    # XLA:CPU would fuse a single update into each of its readers, and each would do it on a copy of
+    # the cache: seven times the time of a token. Two updates, of the same place, stand alone.
+    rows_BT, places_BT, new = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1),
+                                           (rows_BT, places_BT, new))
+  return jax.tree.map(lambda old, x: old.at[rows_BT, :, places_BT].set(x, mode='drop'), cache, new)
 
 
 def read(cache: KVCache, places: Places, dtype: jax.typing.DTypeLike
@@ -52,26 +111,18 @@ def read(cache: KVCache, places: Places, dtype: jax.typing.DTypeLike
   """The keys and values of all places of each row, side by side."""
   def rows(x):
     if places.page_table is None:
-      return jnp.swapaxes(x, 1, 2).astype(dtype)
-    x = jnp.swapaxes(x[places.page_table], 2, 3)  # [B, pages of a row, page, K, H]
-    return x.reshape(len(x), -1, *x.shape[3:]).astype(dtype)
+      return jnp.swapaxes(x, 1, 2)
+    x = jnp.swapaxes(x[places.page_table], 2, 3)  # [B, pages of a row, page, K, ...]
+    return x.reshape(len(x), -1, *x.shape[3:])
 
-  return rows(cache.key), rows(cache.value)
-
-
-def _write_rows(cache_BKSH, new_BTKH, start_B: Int[Array, ' B']):
-  new_BKTH = jnp.swapaxes(new_BTKH, 1, 2).astype(cache_BKSH.dtype)
-  update = lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (0, start, 0))
-  return jax.vmap(update)(cache_BKSH, new_BKTH, start_B)
+  return values_of(jax.tree.map(rows, cache), dtype)
 
 
 def _addresses(cache, places, T):
   """The page and the place within it of each new token, [B, T]; a page past the pool's last for
   what is not to be written."""
   table_BP, num_pages, page = places.page_table, *cache.key.shape[:3:2]
-  place_BT = places.length[:, None] + jnp.arange(T)
-  is_real_BT = place_BT < table_BP.shape[1] * page
-  if places.new is not None:
-    is_real_BT &= jnp.arange(T) < places.new[:, None]
+  place_BT = places.of(T)
+  is_real_BT = places.are_real(T) & (place_BT < table_BP.shape[1] * page)
   pages_BT = jnp.take_along_axis(table_BP, place_BT // page, axis=1, mode='clip')
   return jnp.where(is_real_BT, pages_BT, num_pages), place_BT % page

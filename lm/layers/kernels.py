@@ -165,7 +165,8 @@ def dropout(rate: float, draws: Draws | None, query_BTNH: jax.Array) -> dict[str
 
 
 def _call(kernel, rules, key_names, arguments, cuts_length=True):
-  names = _NAMES | {'key': key_names, 'value': key_names}
+  names = _NAMES | {'key': key_names, 'value': key_names, 'key_scale': key_names[:3],
+                    'value_scale': key_names[:3]}
   if not cuts_length:
     whole = lambda axes: tuple(None if name == 'length' else name for name in axes)
     names = {name: whole(axes) for name, axes in names.items()}
@@ -173,8 +174,8 @@ def _call(kernel, rules, key_names, arguments, cuts_length=True):
   kernel = functools.partial(kernel, **{name: x for name, x in arguments.items()
                                         if name not in arrays})
   shards, axis = rules.shards('heads'), key_names.index('heads')
-  for name in ('key', 'value'):  # more devices than key-value heads share them
-    heads = arrays[name].shape[axis]
+  for name in arrays.keys() & {'key', 'value', 'key_scale', 'value_scale'}:
+    heads = arrays[name].shape[axis]  # more devices than key-value heads share them
     if 1 < heads < shards and shards % heads == 0 and arrays['query'].shape[2] % shards == 0:
       arrays[name] = jnp.repeat(arrays[name], shards // heads, axis)
   out_names = names['query']

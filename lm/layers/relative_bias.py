@@ -74,9 +74,8 @@ def alibi(num_heads: int, reach: int) -> Float[Array, 'N X']:
   return -jnp.outer(jnp.asarray(slopes, jnp.float32), abs(jnp.arange(-reach, reach + 1)))
 
 
-def of_queries(distance_bias_NX: Float[Array, 'N X'], place_BT: Int[Array, 'B T'], num_keys: int
-               ) -> Float[Array, 'B N T S']:
-  """The bias of all keys for queries at these places of each row."""
+def of_distances(distance_bias_NX: Float[Array, 'N X'], distance_BTS: Int[Array, 'B T S']
+                 ) -> Float[Array, 'B N T S']:
+  """The bias of queries and keys: how far the key stands before the query, negative behind it."""
   reach = distance_bias_NX.shape[1] // 2
-  distance_BTS = jnp.clip(jnp.arange(num_keys) - place_BT[..., None], -reach, reach)
-  return distance_bias_NX[:, distance_BTS + reach].swapaxes(0, 1)
+  return distance_bias_NX[:, reach - jnp.clip(distance_BTS, -reach, reach)].swapaxes(0, 1)

@@ -1,10 +1,46 @@
-"""What decoding with a GPT keeps from call to call."""
+"""What decoding keeps from call to call, and how."""
+from collections.abc import Sequence
 import dataclasses
-from typing import Any
+from typing import Any, Literal, Optional
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
+
+from lm.errors import UserError
+from lm.layers.cache import KVCache
+from lm.layers.rolling import Rolling, SLACK
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheOptions:
+  """How much of a text a cache keeps, and how exactly. The defaults keep all of it, exactly.
+
+  dtype: of keys and values; None is that of the model's activations. 8 bits take a scale a key and
+    value, 4 bytes for each head's d_head.
+  rolling: layers that keep to a window hold no more than that. A row then takes back (`rewind`) at
+    most 31 tokens.
+  window: tokens that layers without a window keep to, so that a text of any length takes the same
+    memory and time; None is all.
+  num_sinks: first tokens of the text that these layers keep too (StreamingLLM, arXiv:2309.17453,
+    section 3.2: 4 keep a model trained without windows fluent).
+  """
+  dtype: Optional[Literal['int8', 'float8_e4m3fn']] = None
+  rolling: bool = False
+  window: Optional[int] = None
+  num_sinks: int = 0
+
+  def __post_init__(self):
+    if self.window is not None and self.window < 1:
+      raise ValueError(f'window={self.window} must be at least 1 token, or None for all')
+    if self.num_sinks < 0 or self.num_sinks and self.window is None:
+      raise ValueError(f'num_sinks={self.num_sinks} are kept beside a window={self.window}; give '
+                       'both, and no negative number')
+
+  @property
+  def rolls(self) -> bool:
+    """Whether anything is forgotten."""
+    return self.rolling or self.window is not None
 
 
 @jax.tree_util.register_dataclass
@@ -14,7 +50,7 @@ class Cache:
 
   length_B: int32 [B].
   layers: a `KVCache`, [L, B, K, S, H], where layers are scanned, else a list of L times [B, K, S,
-    H].
+    H]; where layers forget, a `Rolling`.
   page_table: int32 [B, pages of a row] where the rows share a pool of pages: the token of place p
     is in page `page_table[p // page]`, and `layers` are [L, pages, K, page, H] or a list of L times
     [pages, K, page, H]. Entries behind a row's last page may be any. Else None.
@@ -24,10 +60,16 @@ class Cache:
   page_table: Any = None
 
   @property
-  def num_places(self) -> int:
-    """Tokens that a row has room for."""
-    size = jax.tree.leaves(self.layers)[0].shape[-2]
+  def reach(self) -> int:
+    """The longest distance of two tokens that see each other."""
+    size = max(x.kept.key.shape[-2] + x.num_sinks if isinstance(x, Rolling) else x.key.shape[-2]
+               for x in self.kinds)
     return size if self.page_table is None else size * self.page_table.shape[1]
+
+  @property
+  def kinds(self) -> Sequence[KVCache | Rolling]:
+    """The caches of the layers, or the one of all."""
+    return self.layers if isinstance(self.layers, list) else [self.layers]
 
   def take(self, rows_R: Int[Array, ' R']) -> 'Cache':
     """The cache of these rows, in this order; of a pool they then share the pages."""
@@ -36,3 +78,33 @@ class Cache:
     axis = 0 if isinstance(self.layers, list) else 1
     return Cache(self.length_B[rows_R],
                  jax.tree.map(lambda x: jnp.take(x, rows_R, axis=axis), self.layers))
+
+
+def init_layers(options: CacheOptions, dtype: str, num_rows: int, num_places: int,
+                heads: tuple[int, int], windows: Sequence[int | None], scanned: bool
+                ) -> KVCache | Rolling | list[KVCache | Rolling]:
+  """Empty caches of layers, as `Cache.layers` has them.
+
+  Args:
+    dtype: of the model's activations.
+    heads: K and H.
+    windows: of each layer, None where it sees all.
+
+  Raises:
+    UserError: scanned layers are not all alike.
+  """
+  def one(window, *stacked):
+    own = window if options.rolling else None
+    num_sinks = 0 if window else options.num_sinks
+    window = own if window else options.window
+    shape = *stacked, num_rows, heads[0]
+    if window is None or num_places <= num_sinks + window + SLACK:
+      return KVCache.zeros((*shape, num_places, heads[1]), options.dtype or dtype)
+    return Rolling.zeros((*shape, heads[1]), options.dtype or dtype, window, num_sinks)
+
+  if not scanned:
+    return [one(window) for window in windows]
+  if len(set(windows)) > 1 and options.rolls:
+    raise UserError('scan_layers=True runs one program for all layers, and their caches differ '
+                    'where only some forget; set scan_layers=False')
+  return one(windows[0] if len(set(windows)) == 1 else None, len(windows))

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
+from lm.errors import UserError
 from lm.layers import linear
 from lm.layers import positions as positions_lib
 from lm.layers.attention import Attention, Paths
-from lm.layers.cache import KVCache, Places
+from lm.layers.cache import Places
 from lm.layers.heads import Scores
 from lm.layers.kernels import Implementation
 from lm.layers.mlp import MLP, Activation, is_gated
@@ -22,8 +23,9 @@ from lm.layers.norms import Norm
 from lm.layers.positions import RopeScaling
 from lm.layers.products import Products
 from lm.layers.relative_bias import alibi
+from lm.layers.rolling import Rolling, sink_shift
 from lm.layers.stack import Remat, Stack, unstack
-from lm.models.cache import Cache
+from lm.models.cache import Cache, CacheOptions, init_layers
 from lm.parallel import ring
 from lm.parallel.rules import Rules, constrain
 
@@ -169,24 +171,40 @@ class GPTConfig:
     """The module of this config, sharded by `rules`."""
     return GPT(self, rules)
 
-  def init_cache(self, batch_size: int, max_length: int) -> Cache:
-    """An empty cache for `max_length` tokens of each of `batch_size` sequences."""
-    return Cache(jnp.zeros((batch_size,), jnp.int32), self._layers(batch_size, max_length))
+  def init_cache(self, batch_size: int, max_length: int,
+                 options: CacheOptions = CacheOptions()) -> Cache:
+    """An empty cache for `max_length` tokens of each of `batch_size` sequences.
 
-  def init_pages(self, num_pages: int, page_size: int) -> Cache:
+    Raises:
+      UserError: learned positions do not go on where a window does.
+    """
+    if options.window is not None and self.positions == 'learned':
+      raise UserError(f'window={options.window} lets a text go on beyond the learned positions; '
+                      'leave it None, or take a model with rotary positions or ALiBi')
+    return Cache(jnp.zeros((batch_size,), jnp.int32),
+                 self._layers(batch_size, max_length, options))
+
+  def init_pages(self, num_pages: int, page_size: int, options: CacheOptions = CacheOptions()
+                 ) -> Cache:
     """A pool of pages of `page_size` tokens, as a cache that has no rows yet.
 
     Rows are given to it by `dataclasses.replace(pool, length_B=..., page_table=...)`, other ones at
     every call if need be; `layers` of what a call returns are the pool with the new tokens.
+
+    Raises:
+      UserError: the options forget tokens; those who own the pages do that.
     """
-    return Cache(jnp.zeros((0,), jnp.int32), self._layers(num_pages, page_size),
+    if options.rolls:
+      raise UserError('pages hold all tokens of a row; leave rolling and window to caches by rows')
+    return Cache(jnp.zeros((0,), jnp.int32), self._layers(num_pages, page_size, options),
                  jnp.zeros((0, 0), jnp.int32))
 
-  def _layers(self, rows, places):
-    shape = rows, self.kv_heads, places, self.head_dim
-    if self.scanned:
-      return KVCache(*jnp.zeros((2, self.num_layers, *shape), self.dtype))
-    return [KVCache(*jnp.zeros((2, *shape), self.dtype)) for _ in range(self.num_layers)]
+  def _layers(self, rows, places, options):
+    local = self.local_layers
+    local = [self.window is not None] * self.num_layers if local is None else local
+    windows = [self.window if is_local else None for is_local in local]
+    return init_layers(options, self.dtype, rows, places, (self.kv_heads, self.head_dim), windows,
+                       self.scanned)
 
   def init_carry(self, batch_size: int) -> None:
     """Nothing goes from one batch to the next."""
@@ -223,7 +241,7 @@ class Block(nn.Module):
     A pool that all layers share goes from block to block with x: x is (x, pool) then.
     """
     cfg = self.config
-    rotations, segment_ids, prefix, places, paths = rows
+    rotations, segment_ids, prefix, places, paths, shift = rows
     is_local, learned, first_page = per_layer
     is_shared = first_page is not None
     if is_shared:
@@ -244,7 +262,7 @@ class Block(nn.Module):
                                   distance_bias=distance_bias, segment_ids=segment_ids,
                                   prefix=prefix, cache=cache, places=places,
                                   is_local=is_local, learned=learned, draws=of_scores,
-                                  paths=paths,
+                                  paths=paths, shift=shift,
                                   zigzag=_is_zigzag(cfg, self.rules, x_BTD, prefix, cache, paths))
     if cfg.branch_norm:
       branch_BTD = norm(name='attention_branch_norm')(branch_BTD)
@@ -369,10 +387,11 @@ class GPT(nn.Module):
     x_BTD = linear.dropout(x_BTD, cfg.dropout_rate, of_embedding)
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
     num_keys = T if paths is None else paths.tokens.shape[1]
-    num_keys = num_keys if cache is None else cache.num_places
+    num_keys = num_keys if cache is None else cache.reach
     distance_bias = alibi(cfg.num_heads, num_keys) if cfg.positions == 'alibi' else None
     places = None if cache is None else Places(length_B, new_B, cache.page_table)
-    rows = self._rotations(positions), segment_ids, prefix, places, paths
+    rows = (self._rotations(positions), segment_ids, prefix, places, paths,
+            self._shift(cache, positions))
     x_BTD, layers, penalties = self._blocks(x_BTD, rows, distance_bias, cache, learned, of_layers)
     if cache is not None:
       length_B = length_B + (T if new_B is None else new_B)
@@ -419,7 +438,7 @@ class GPT(nn.Module):
     if cfg.positions == 'learned':
       x_1PD += linear.embed(self.position_embedding, positions, cfg.dtype)
     cache = cfg.init_cache(1, P)
-    rows = self._rotations(positions), None, None, Places(cache.length_B), None
+    rows = self._rotations(positions), None, None, Places(cache.length_B), None, None
     return self._blocks(x_1PD, rows, None, cache, None, None)[1]
 
   def _rotations(self, positions):
@@ -431,6 +450,16 @@ class GPT(nn.Module):
     whole = rotate(cfg.rope_theta, cfg.rope_scaling)
     differs = cfg.local_layers is not None and (cfg.rope_theta_local or cfg.rope_scaling)
     return whole, rotate(cfg.rope_theta_local or cfg.rope_theta) if differs else None
+
+  def _shift(self, cache, positions):
+    """The rotation by which tokens are nearer to the sinks of a cache than in the text."""
+    cfg = self.config
+    rolling = [] if cache is None else [x for x in cache.kinds
+                                        if isinstance(x, Rolling) and x.num_sinks]
+    if not rolling or cfg.positions != 'rotary':
+      return None
+    shift = sink_shift(positions, rolling[0].window, rolling[0].num_sinks)
+    return positions_lib.rotation(shift, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
 
   def initialize(self):
     """Touches every parameter: what `init` runs."""

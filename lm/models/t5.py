@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lm.errors import UserError
 from lm.layers import linear
 from lm.layers.attention import Attention
 from lm.layers.cache import KVCache, Places
@@ -18,6 +19,7 @@ from lm.layers.norms import Norm
 from lm.layers.products import Products
 from lm.layers.relative_bias import RelativeBias
 from lm.layers.stack import Remat, Stack, unstack
+from lm.models.cache import CacheOptions, init_layers
 from lm.parallel import ring
 from lm.parallel.rules import Rules, constrain
 
@@ -119,17 +121,21 @@ class T5Config:
     """The module of this config, sharded by `rules`."""
     return T5(self, rules)
 
-  def init_cache(self, batch_size: int, max_length: int) -> 'Cache':
+  def init_cache(self, batch_size: int, max_length: int,
+                 options: CacheOptions = CacheOptions()) -> 'Cache':
     """An empty cache for `max_length` tokens of each of `batch_size` outputs.
 
-    What `T5.decode` needs of the inputs enters with the first call.
+    What `T5.decode` needs of the inputs enters with the first call, in the dtype of activations.
+
+    Raises:
+      UserError: the options forget tokens, and no T5 was trained with a window.
     """
-    shape = batch_size, self.num_heads, max_length, self.head_dim
-    if self.scanned:
-      layers = LayerCache(KVCache(*jnp.zeros((2, self.decoder_layers, *shape), self.dtype)))
-    else:
-      layers = [LayerCache(KVCache(*jnp.zeros((2, *shape), self.dtype)))
-                for _ in range(self.decoder_layers)]
+    if options.rolls:
+      raise UserError('a T5 sees all of its output; leave rolling and window to other models')
+    layers = init_layers(options, self.dtype, batch_size, max_length,
+                         (self.num_heads, self.head_dim), [None] * self.decoder_layers,
+                         self.scanned)
+    layers = list(map(LayerCache, layers)) if isinstance(layers, list) else LayerCache(layers)
     return Cache(jnp.zeros((batch_size,), jnp.int32), layers)
 
   def init_carry(self, batch_size: int) -> None:
@@ -244,14 +250,14 @@ class Block(nn.Module):
       attention = self._attention('cross_attention', False)
       x_norm_BTD = self._norm('cross_attention_norm')(x_BTD)
       if rows.memory is None:
-        memory = _swap(cache.memory)
+        memory = _swap(cache.memory)[:2]
       else:
-        memory = KVCache(*attention.keys_values(rows.memory))
+        memory = attention.keys_values(rows.memory)
       branch_BTD, _ = attention(x_norm_BTD, segment_ids=rows.query_segment_ids, memory=memory,
                                 memory_segment_ids=rows.memory_segment_ids,
                                 draws=of[5])
       x_BTD = self._add(x_BTD, branch_BTD, of[1])
-      cache = None if cache is None else LayerCache(tokens, _swap(memory))
+      cache = None if cache is None else LayerCache(tokens, _swap(KVCache(*memory)))
     mlp = MLP(cfg.d_model, cfg.d_ff, cfg.activation, False, cfg.d_model**-0.5, cfg.d_ff**-0.5,
               self.rules, cfg.dropout_rate, cfg.products, name='mlp')
     branch_BTD = mlp(self._norm('mlp_norm')(x_BTD), of[2])
@@ -275,7 +281,7 @@ class Block(nn.Module):
 
 def _swap(memory: KVCache) -> KVCache:
   """[B, N, S, H], as a cache keeps it so that decoding moves nothing, <-> [B, S, N, H]."""
-  return KVCache(*(jnp.swapaxes(x, 1, 2) for x in memory))
+  return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), memory)
 
 
 class Trunk(nn.Module):
@@ -358,7 +364,7 @@ class T5(nn.Module):
   def decode(self, tokens_BT: Int[Array, 'B T'], memory_BSD: Float[Array, 'B S D'] | None = None,
              memory_segment_ids: Int[Array, 'B S'] | None = None,
              segment_ids: Int[Array, 'B T'] | None = None, cache: Cache | None = None,
-             draws: linear.Draws | None = None
+             draws: linear.Draws | None = None, new_B: Int[Array, ' B'] | None = None
              ) -> tuple[Float[Array, 'B T D'], Cache | None]:
     """The decoder's hidden states, normalised, and the cache with these tokens.
 
@@ -370,6 +376,7 @@ class T5(nn.Module):
       segment_ids: as `decoder_segment_ids` of a call; with a cache None.
       cache: from `T5Config.init_cache` or an earlier call, with room for T more tokens.
       draws: turn dropout on.
+      new_B: how many tokens of each row the cache gets; those behind are padding. None: all T.
     """
     if cache is not None and segment_ids is not None:
       raise ValueError('segment_ids pack outputs for training; with a cache each row is one '
@@ -392,7 +399,7 @@ class T5(nn.Module):
       places = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
       draws = dataclasses.replace(draws, places=ring.zigzag(places, self.rules))
     length_B = None if cache is None else cache.length_B
-    places = None if cache is None else Places(length_B)
+    places = None if cache is None else Places(length_B, new_B)
     rows = Rows(segment_ids, places, memory_BSD, memory_segment_ids, query_segment_ids)
     x_BTD = linear.embed(self.token_embedding, tokens_BT, self.config.dtype, self.rules)
     hidden_BTD, layers = self.decoder(x_BTD, rows, None if cache is None else cache.layers,
@@ -400,7 +407,8 @@ class T5(nn.Module):
     if is_zigzag:
       hidden_BTD = ring.unzigzag(hidden_BTD, self.rules)
     if cache is not None:
-      cache = Cache(length_B + tokens_BT.shape[1], layers, memory_segment_ids)
+      length_B = length_B + (tokens_BT.shape[1] if new_B is None else new_B)
+      cache = Cache(length_B, layers, memory_segment_ids)
     return hidden_BTD, cache
 
   def initialize(self):

@@ -40,10 +40,14 @@ def visible(options: Options, T: int, S: int, lengths: jax.Array) -> jax.Array:
 
 def gathered(cache: Cache) -> Cache:
   """The pages of each row side by side, as a cache without a page table."""
+  K = cache.key.shape[1]
+  # Heads of pages in the order of the result: XLA:CPU takes a fifth of the time of a transposition.
+  index_BKP = cache.page_table[:, None] * K + jnp.arange(K)[:, None]
+
   def rows(pages):
     if pages is None:
       return None
-    x = jnp.swapaxes(pages[cache.page_table], 1, 2)  # [B, K, pages of a row, page, ...]
+    x = pages.reshape(-1, *pages.shape[2:])[index_BKP]
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
   return Cache(*map(rows, cache[:4]))

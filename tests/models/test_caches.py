@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.layers.rolling import Rolling, SLACK
+from lm.models.cache import CacheOptions
+
 B, T = 3, 12
 GPTS = {
     'learned, scanned': dict(),
@@ -100,3 +103,31 @@ def test_decoding_changes_a_pool_where_it_is(tiny_configs):
     size = sum(x.nbytes for x in jax.tree.leaves(cache.layers))
     assert memory.alias_size_in_bytes >= size
     assert memory.temp_size_in_bytes < size / 10
+
+
+def decoded(config, params, ids, cache, sizes=(7, 1, 1, 3, 1)):
+  """The logits of the tokens, in chunks of these sizes and the rest one by one; and the cache."""
+  parts, start = [], 0
+  for size in (*sizes, *[1] * (ids.shape[1] - sum(sizes))):
+    part, cache = jitted(config)(params, ids[:, start:start + size], cache)
+    parts.append(part)
+    start += size
+  return np.concatenate(parts, axis=1), cache
+
+
+ROTARY = dict(positions='rotary', num_kv_heads=2, window=4, scan_layers=False)
+ALIBI = dict(positions='alibi', attention_pattern='L', window=4)
+
+
+@pytest.mark.supports('inference', 'sliding-window cache')
+@pytest.mark.parametrize('changes', [ROTARY | dict(attention_pattern='LG', attention_softcap=5.0),
+                                     ALIBI], ids=['some layers', 'all layers'])
+def test_a_cache_of_the_window_is_as_the_whole_one(tiny_configs, changes):
+  config = tiny_configs['gpt2'](**changes, max_length=64)
+  params, ids = init(config), tokens(config, 2, 60)
+  want = jitted(config)(params, ids)[0]
+  cache = config.init_cache(2, 60, CacheOptions(rolling=True))
+  got, cache = decoded(config, params, ids, cache, (45, 1, 3, 1))
+  np.testing.assert_allclose(got, want, atol=3e-5)
+  local = cache.kinds[0]
+  assert isinstance(local, Rolling) and local.kept.key.shape[-2] == 4 + SLACK

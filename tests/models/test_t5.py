@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.layers.relative_bias import alibi, of_queries, relative_buckets, RelativeBias
+from lm.layers.relative_bias import alibi, of_distances, relative_buckets, RelativeBias
 from lm.models.t5 import T5Config
 from pallas_kernels.dropout import Draws
 
@@ -273,7 +273,7 @@ def test_the_bias_is_looked_up_by_distance():
   @jax.jit
   def of_places(table):
     distance_bias = RelativeBias(3, 8, 10, True, 1.0).apply({'params': {'embedding': table}})
-    return distance_bias, of_queries(distance_bias, places[:, None], 14)
+    return distance_bias, of_distances(distance_bias, (places[:, None] - jnp.arange(14))[:, None])
 
   distance_bias, moved = of_places(table)
   distance = np.arange(14) - np.arange(14)[:, None]
