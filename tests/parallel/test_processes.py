@@ -30,8 +30,8 @@ TINY = (*(f'--gin_file={ROOT}/gin/{name}.gin' for name in FILES),
 
 def environment(devices: int) -> dict[str, str]:
   """Of a process with so many devices."""
-  return {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} '
-          '--xla_backend_optimization_level=0'}
+  return {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS':
+          f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'}
 
 
 class Processes:
