@@ -3,6 +3,7 @@
 Imported before any `lm` module, so that jaxtyping checks each annotated shape while tests run.
 """
 import functools
+import gc
 import json
 import os
 import pathlib
@@ -38,6 +39,16 @@ def pytest_configure(config):
 @pytest.fixture(scope='session', autouse=True)
 def _warm_builder():
   warm_builder.install()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _bounded_memory():
+  """Forgets what jax has traced and compiled where it has grown to gigabytes."""
+  yield
+  pages = pathlib.Path('/proc/self/statm')
+  if pages.exists() and int(pages.read_text().split()[1]) * os.sysconf('SC_PAGESIZE') > 3 << 30:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """A process that has imported TensorFlow, and forks to build the caches of the tests.
 
 `lm.data.tasks` builds a cache in a new process whose workers import TensorFlow, seconds each, for
-texts of some kilobytes. The tests of the data room (tests/data) and every `lm` in a process of its
-own build as users do; the others send their task here, and `lm.data.build` does the same work in
-forks of this process.
+texts of some kilobytes. data/test_cache_build.py and every `lm` in a process of its own build as
+users do; the other tests send their task here, and `lm.data.build` does the same work in forks of
+this process.
 """
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ def install():
   build = tasks._build
 
   def build_warm(task, workers, progress, beam_options):
-    if beam_options is not None or os.environ['PYTEST_CURRENT_TEST'].startswith('tests/data/'):
+    if beam_options is not None or 'test_cache_build.py' in os.environ['PYTEST_CURRENT_TEST']:
       return build(task, workers, progress, beam_options)
     specification = {'workers': workers, 'progress': progress, 'beam_options': None}
     arguments = {'task': dataclasses.asdict(task), 'specification': specification}
