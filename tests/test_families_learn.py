@@ -39,6 +39,8 @@ def folder(tmp_path_factory):
   library = pathlib.Path(json.__file__).parents[1]
   for module in MODULES:
     shutil.copy(library / f'{module}.py', folder / 'texts')
+  for name in FAMILIES:
+    tiny(name, folder).task.prepare()  # most have the same cache
   return folder
 
 

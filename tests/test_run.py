@@ -52,8 +52,8 @@ def flags(text, tmp_path_factory) -> list[str]:
 
 def start(*argv, devices=1, **options) -> subprocess.Popen:
   """Starts `lm` in a child process."""
-  env = os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-                      'JAX_PLATFORMS': 'cpu'}
+  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
+  env = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
   return subprocess.Popen([sys.executable, '-m', 'lm.main', *map(str, argv)], cwd=ROOT, env=env,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 

@@ -221,8 +221,9 @@ def test_processes_share_a_study_and_survive_a_kill(tmp_path):
   for i in range(4):
     (tmp_path / 'text' / f'{i}.txt').write_text('to be or not to be that is the question ' * 40)
   study = tmp_path / 'study'
-  flags = [*TINY, f"--gin.FILES='{tmp_path}/text/*.txt'", f"--gin.CACHE_DIR='{tmp_path}/cache'",
-           '--gin.NUM_STEPS=240', '--gin.EVAL_EVERY=80', '--gin.CHECKPOINT_EVERY=60',
+  flags = [*TINY, f"--gin.FILES='{tmp_path}/text/*.txt'", f"--gin.CACHE_DIR='{tmp_path}/cache'"]
+  assert main.main(['cache', *flags]) == 0
+  flags = [*flags, '--gin.NUM_STEPS=240', '--gin.EVAL_EVERY=80', '--gin.CHECKPOINT_EVERY=60',
            '--gin.LEARNING_RATE=choice(0.01, 0.003, 0.001)', '--sampler=grid']
 
   def has_checkpoint(number):

@@ -297,7 +297,8 @@ def test_a_killed_evaluation_goes_on_where_it_was(name, folder, rows_of, tmp_pat
 
 def start(folder, run, names, mesh=1, devices=1, kill_after=0, address=()):
   """A child that predicts."""
-  flags = f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'
+  flags = (f'{predicting.os.environ["XLA_FLAGS"]} '
+           f'--xla_force_host_platform_device_count={devices}')
   return subprocess.Popen(
       [sys.executable, str(CHILD), *map(str, (folder, run, names, mesh, kill_after, *address))],
       env={**predicting.os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags,

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from lm import main
 from lm.training import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -30,8 +31,8 @@ TINY = (*(f'--gin_file={ROOT}/gin/{name}.gin' for name in FILES),
 
 def environment(devices: int) -> dict[str, str]:
   """Of a process with so many devices."""
-  return {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} '
-          '--xla_backend_optimization_level=0'}
+  return {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS':
+          f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'}
 
 
 class Processes:
@@ -93,7 +94,9 @@ def flags(tmp_path_factory) -> list[str]:
     words = rng.choices('the of and to in a is that for it as was with be by on'.split(), k=200)
     (folder / f'{i:02}.txt').write_text(' '.join(words) + '\n')
   cache = tmp_path_factory.mktemp('cache')
-  return [*TINY, f"--gin.FILES='{folder}/*.txt'", f"--gin.CACHE_DIR='{cache}'"]
+  made = [*TINY, f"--gin.FILES='{folder}/*.txt'", f"--gin.CACHE_DIR='{cache}'"]
+  assert main.main(['cache', *made]) == 0
+  return made
 
 
 @pytest.fixture(scope='session')

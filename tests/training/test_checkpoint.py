@@ -63,8 +63,9 @@ def largest_file(directory):
 
 
 def run_child(code: str, *arguments, devices: int = 1):
+  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(REPOSITORY),
-                 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+                 'XLA_FLAGS': flags}
   return subprocess.run([sys.executable, '-c', textwrap.dedent(code), *map(str, arguments)],
                         env=environment, capture_output=True, text=True, timeout=120)
 
