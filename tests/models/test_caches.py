@@ -119,7 +119,7 @@ ROTARY = dict(positions='rotary', num_kv_heads=2, window=4, scan_layers=False)
 ALIBI = dict(positions='alibi', attention_pattern='L', window=4)
 
 
-@pytest.mark.supports('inference', 'sliding-window cache')
+@pytest.mark.supports('decoding', 'sliding-window cache')
 @pytest.mark.parametrize('changes', [ROTARY | dict(attention_pattern='LG', attention_softcap=5.0),
                                      ALIBI], ids=['some layers', 'all layers'])
 def test_a_cache_of_the_window_is_as_the_whole_one(tiny_configs, changes):
