@@ -168,12 +168,14 @@ def matmul_equals_reference(s: Subject, dtype: str) -> tuple[float, float]:
 
 def cached_equals_full(s: Subject) -> tuple[float, float]:
   """Decoding token by token behind prompts of different lengths sees what a full pass sees."""
-  cfg, module = s.exact, s.exact.build(s.rules)
+  cfg = s.exact
   if not hasattr(cfg, 'init_cache') or 'decoder_input_tokens' not in s.batch:
     raise Skipped('the model does not decode with a cache of keys and values')
   tokens_BT = jnp.asarray(s.batch['decoder_input_tokens'])
   B, T = tokens_BT.shape
-  num_steps = min(CACHED_STEPS, T - 1)
+  if hasattr(cfg, 'memory_length'):  # a full pass sees all of a segment, decoding this many tokens
+    cfg = dataclasses.replace(cfg, memory_length=max(cfg.memory_length, T))
+  module, num_steps = cfg.build(s.rules), min(CACHED_STEPS, T - 1)
   if not num_steps:
     raise Skipped('sequence_length=1 has nothing to decode; make it longer')
   inputs = s.batch.get('encoder_input_tokens')  # of an encoder-decoder

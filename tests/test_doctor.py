@@ -7,7 +7,7 @@ import pytest
 
 from lm import doctor
 from lm.data.loader import Loader
-from lm.layers import attention, kernels, stack
+from lm.layers import cache, kernels, stack
 from lm.models import gpt
 from lm.parallel.mesh import MeshConfig
 from lm.parallel.rules import Rules
@@ -82,8 +82,8 @@ def twice_as_large(tree, original=stack.unstack):
   return original(jax.tree.map(lambda x: 2 * x, tree))
 
 
-def one_place_late(cache, new, start, original=attention._write):
-  return original(cache, new, start + 1)
+def one_place_late(old, rows, places, new, original=cache.scatter):
+  return original(old, rows, places + 1, new)
 
 
 def by_the_row(self, x, rate):
@@ -106,7 +106,7 @@ ILLNESSES = [
     ('kernel == reference (attention, bfloat16)', cpu, 'forward', without_mask),
     ('kernel == reference (cross_entropy, bfloat16)', blocks, 'loss_and_gradients', slightly_wrong),
     ('kernel == reference (matmul, bfloat16)', doctor, 'matmul', wrong_product),
-    ('cached decoding == full forward', attention, '_write', one_place_late),
+    ('cached decoding == full forward', cache, 'scatter', one_place_late),
     ('resumed == uninterrupted', checkpoint.Checkpointer, 'restore', forgetful),
 ]
 

@@ -20,9 +20,11 @@ class Decoder:
   Attributes:
     module: from `config.build(rules)`. An encoder-decoder has `encode` and `decode`.
     start_id: the first token of an encoder-decoder's output; else unused.
+    cache: `CacheOptions` for `config.init_cache`; None keeps all tokens, exactly.
   """
   module: nn.Module
   start_id: int = 0
+  cache: Any = None
 
   @property
   def has_encoder(self) -> bool:
@@ -45,17 +47,16 @@ class Decoder:
       float32 logits of the first new token, and the cache.
     """
     B = len(inputs_BT)
-    cache, memory = self.module.config.init_cache(B, num_places), ()
+    options = () if self.cache is None else (self.cache,)
+    cache, memory = self.module.config.init_cache(B, num_places, *options), ()
     if self.has_encoder:
       segments_BT = (jnp.arange(inputs_BT.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
       batch = {'encoder_input_tokens': inputs_BT, 'encoder_segment_ids': segments_BT}
       memory = self._apply(params, batch, method='encode'), segments_BT
       inputs_BT, lengths_B = self.first(B)
-    hidden_BTD, cache = self._forward(params, inputs_BT, *memory, cache=cache)
+    hidden_BTD, cache = self._forward(params, inputs_BT, *memory, cache=cache, new_B=lengths_B)
     last_B1D = jnp.take_along_axis(hidden_BTD, lengths_B[:, None, None] - 1, axis=1)
-    # Keys of padding stand behind a row's length: a new token takes their place before a query
-    # sees it.
-    return self._logits(params, last_B1D)[:, 0], self.rewind(cache, lengths_B)
+    return self._logits(params, last_B1D)[:, 0], cache
 
   def first(self, num_rows: int) -> tuple[Int[Array, 'B 1'], Int[Array, ' B']]:
     """What an encoder-decoder's decoder reads before it writes, and its length."""

@@ -7,15 +7,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lm.errors import UserError
 from lm.layers import linear
 from lm.layers.adaptive import AdaptiveEmbedding, AdaptiveScores
+from lm.layers.cache import Places
 from lm.layers.heads import Scores
 from lm.layers.kernels import Implementation
 from lm.layers.mlp import MLP
 from lm.layers.norms import Norm
 from lm.layers.products import Products
-from lm.layers.relative_attention import HeadBiases, RelativeAttention, sinusoids
+from lm.layers.relative_attention import (HeadBiases, RelativeAttention, RelativeCache,
+                                          sinusoids)
+from lm.layers.rolling import Rolling
 from lm.layers.stack import Remat, Stack, unstack
+from lm.models.cache import CacheOptions
 from lm.parallel.rules import Rules, constrain
 
 SCAN_FROM_LAYERS = 16  # shallower stacks compile fast enough unrolled, and run faster
@@ -119,6 +124,33 @@ class TransformerXLConfig:
     shape = batch_size, self.num_layers, self.memory_length, self.d_model
     return Memory(jnp.zeros(shape, self.dtype), jnp.zeros((batch_size,), jnp.int32))
 
+  @property
+  def window(self) -> int:
+    """Tokens that one sees in decoding, its own included: the M before it in every layer, as where
+    the published model is evaluated token by token (section 3.3, eval_tgt_len 1)."""
+    return self.memory_length + (0 if self.same_length else 1)
+
+  def init_cache(self, batch_size: int, max_length: int,
+                 options: CacheOptions = CacheOptions()) -> 'Cache':
+    """An empty cache for each of `batch_size` texts of `max_length` tokens.
+
+    It holds keys and values of the last `window` tokens, however long a text becomes. A row takes
+    back at most 31 tokens.
+
+    Raises:
+      UserError: another window than the memory's is asked for.
+    """
+    if options.window is not None:
+      raise UserError(f'window={options.window} is for models that see all of a text; set '
+                      f'memory_length={self.memory_length} to what this one is to see')
+    shape, dtype = (batch_size, self.num_heads, self.head_dim), options.dtype or self.dtype
+    window = min(self.window, max_length)
+    if self.scanned:
+      layers = RelativeCache(Rolling.zeros((self.num_layers, *shape), dtype, window))
+    else:
+      layers = [RelativeCache(Rolling.zeros(shape, dtype, window)) for _ in range(self.num_layers)]
+    return Cache(jnp.zeros((batch_size,), jnp.int32), layers)
+
   def unstack(self, params: Any) -> Any:
     """The parameters with unrolled layers as a list: sliced once, not at every turn of a loop."""
     if self.scanned:
@@ -144,16 +176,38 @@ class Memory(NamedTuple):
   filled: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """What all layers keep of the tokens before, and how many of them each row has had.
+
+  length_B: int32 [B].
+  layers: a `RelativeCache`, [L, B, N, S, H], where layers are scanned, else a list of L.
+  """
+  length_B: Any
+  layers: Any
+
+  def take(self, rows_R: Int[Array, ' R']) -> 'Cache':
+    """The cache of these rows, in this order."""
+    axis = 0 if isinstance(self.layers, list) else 1
+    is_layer = lambda x: isinstance(x, RelativeCache)
+    rows = lambda layer: layer._replace(tokens=jax.tree.map(
+        lambda x: jnp.take(x, rows_R, axis=axis), layer.tokens))
+    return Cache(self.length_B[rows_R], jax.tree.map(rows, self.layers, is_leaf=is_layer))
+
+
 class Block(nn.Module):
   """norm(x + attention(x)), then norm(x + mlp(x))."""
   config: TransformerXLConfig
   rules: Rules
 
   @nn.compact
-  def __call__(self, x_BTD: Float[Array, 'B T D'], segment_ids, shared, memory_BMD, per_layer,
-               draws):
-    """Returns x [B, T, D], and the layer's next memory [B, M, D]."""
-    cfg = self.config
+  def __call__(self, x_BTD: Float[Array, 'B T D'], rows, shared, memory_BMD, per_layer, draws):
+    """Returns x [B, T, D], and the layer's next memory [B, M, D], or its cache in the place of
+    that."""
+    cfg, (segment_ids, places), cache = self.config, rows, None
+    if places is not None:
+      cache, memory_BMD = memory_BMD, None
     sinusoids_SD, biases = shared
     of_attention, of_hidden, of_mlp, of_scores = linear.split(draws, 4)
     norm = lambda name: Norm('layernorm', cfg.norm_epsilon, True, name=name)
@@ -172,11 +226,13 @@ class Block(nn.Module):
       memory_BMD = jax.lax.stop_gradient(memory_BMD)
       memory = jnp.concatenate([memory_BMD, jax.lax.stop_gradient(x_BTD)], 1)
       memory = memory[:, -cfg.memory_length:]
-    branch_BTD = attention(x_BTD, sinusoids_SD, biases, memory_BMD, segment_ids, of_scores)
+    branch_BTD, cache = attention(x_BTD, sinusoids_SD, biases, memory_BMD, segment_ids, of_scores,
+                                  cache, places)
     x_BTD = norm('attention_norm')(x_BTD + drop(branch_BTD, of_attention))
     x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
     x_BTD = norm('mlp_norm')(x_BTD + drop(mlp(x_BTD, of_hidden), of_mlp))
-    return constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed'), memory
+    x_BTD = constrain(x_BTD, self.rules, 'batch', 'act_length', 'act_embed')
+    return x_BTD, memory if cache is None else cache
 
 
 class TransformerXL(nn.Module):
@@ -200,9 +256,10 @@ class TransformerXL(nn.Module):
                         cfg.remat, cfg.layer_drop_rate, self.rules)
 
   def __call__(self, tokens_BT: Int[Array, 'B T'], memory: Memory | None = None,
-               segment_ids: Int[Array, 'B T'] | None = None, draws: linear.Draws | None = None
-               ) -> tuple[Float[Array, 'B T D'], Memory | None]:
-    """The last hidden states, and the memory with these tokens.
+               segment_ids: Int[Array, 'B T'] | None = None, draws: linear.Draws | None = None,
+               cache: Cache | None = None, new_B: Int[Array, ' B'] | None = None
+               ) -> tuple[Float[Array, 'B T D'], Memory | Cache | None]:
+    """The last hidden states, and the memory, or the cache, with these tokens.
 
     Args:
       tokens_BT: a segment: `decoder_input_tokens` of a batch.
@@ -211,9 +268,15 @@ class TransformerXL(nn.Module):
       segment_ids: a token sees only its own segment (packing); not with a memory, whose rows are
         one stream each.
       draws: turn dropout on.
+      cache: from `TransformerXLConfig.init_cache` or an earlier call, in the place of a memory: each
+        token sees the `window` up to its own, however the text is cut.
+      new_B: how many tokens of each row the cache gets; those behind are padding. None: all T.
     """
     cfg = self.config
     B, T = tokens_BT.shape
+    if cache is not None and not (memory is None and segment_ids is None):
+      raise ValueError('with a cache each row is one text, which the cache remembers; leave memory '
+                       'and segment_ids out')
     if memory is not None and segment_ids is not None:
       raise ValueError('segment_ids pack texts that know nothing of each other; with a memory each '
                        'row is one stream, so leave them out')
@@ -222,7 +285,9 @@ class TransformerXL(nn.Module):
       raise ValueError(f'the memory has {memory.hidden.shape[2]} places and memory_length={M}; '
                        "make it with this config's init_carry")
     of_tokens, of_distances, of_layers, of_hidden = linear.split(draws, 4)
-    distance_S = jnp.arange(M + T)
+    layers = None if cache is None else cache.layers
+    first = layers[0] if isinstance(layers, list) else layers
+    distance_S = jnp.arange(M + T if cache is None else first.tokens.window)
     if cfg.clamp_length is not None:
       distance_S = jnp.minimum(distance_S, cfg.clamp_length)
     sinusoids_SD = sinusoids(distance_S, cfg.d_model)
@@ -238,7 +303,11 @@ class TransformerXL(nn.Module):
       ones_BT = jnp.ones((B, T), jnp.int32)
       pairs = ones_BT, jnp.concatenate([stands_BM.astype(jnp.int32), ones_BT], axis=1)
     shared = sinusoids_SD, None if cfg.untie_biases else self.head_biases()
-    x_BTD, layers = self.blocks(x_BTD, pairs, shared, hidden, (), of_layers)
+    places = None if cache is None else Places(cache.length_B, new_B)
+    x_BTD, layers = self.blocks(x_BTD, (pairs, places), shared,
+                                hidden if cache is None else layers, (), of_layers)
+    if cache is not None:
+      return x_BTD, Cache(cache.length_B + (T if new_B is None else new_B), layers)
     if memory is not None:
       hidden = jnp.swapaxes(layers, 0, 1) if cfg.scanned else jnp.stack(layers, axis=1)
       memory = Memory(hidden, jnp.minimum(memory.filled + T, M))

@@ -10,6 +10,7 @@ import pytest
 
 from lm.layers.rolling import Rolling, SLACK
 from lm.models.cache import CacheOptions
+from lm.models.transformer_xl import TransformerXLConfig
 
 B, T = 3, 12
 GPTS = {
@@ -50,9 +51,9 @@ def tokens(config, batch=B, length=T):
   return rng.integers(1, config.vocab_size, (batch, length)).astype(np.int32)
 
 
-def pages(config, num_pages=12, page_size=4):
+def pages(config, num_pages=12, page_size=4, options=CacheOptions()):
   """A pool whose every place holds what nobody should read, and rows with pages out of order."""
-  pool = config.init_pages(num_pages, page_size)
+  pool = config.init_pages(num_pages, page_size, options)
   layers = jax.tree.map(lambda x: jnp.full_like(x, 7), pool.layers)
   table = np.array([[5, 2, 9], [1, 11, 3], [8, 4, 10]], np.int32)
   return dataclasses.replace(pool, layers=layers, page_table=jnp.asarray(table),
@@ -131,3 +132,91 @@ def test_a_cache_of_the_window_is_as_the_whole_one(tiny_configs, changes):
   np.testing.assert_allclose(got, want, atol=3e-5)
   local = cache.kinds[0]
   assert isinstance(local, Rolling) and local.kept.key.shape[-2] == 4 + SLACK
+
+
+@pytest.mark.parametrize('changes', [ROTARY | dict(window=None), dict(
+    positions='alibi', scan_layers=False)], ids=['rotary', 'alibi'])
+@pytest.mark.supports('inference', 'attention sinks (StreamingLLM)')
+def test_a_text_goes_on_from_its_first_tokens_and_the_last(tiny_configs, changes):
+  """By section 3.2 of the paper: a token sees them at the places that they have in the cache."""
+  config = tiny_configs['gpt2'](**changes, num_layers=1, max_length=16)
+  params, ids = init(config), tokens(config, 2, 50)
+  options = CacheOptions(window=6, num_sinks=2)
+  got, cache = decoded(config, params, ids, config.init_cache(2, 1000, options), (3, 2, 1, 9, 20))
+  whole = jitted(config)(params, ids[:, :8])[0]
+  np.testing.assert_allclose(got[:, :8], whole, atol=3e-5)
+  for end in (9, 20, 35, 50):
+    seen = np.concatenate([ids[:, :2], ids[:, end - 6:end]], axis=1)
+    np.testing.assert_allclose(got[:, end - 1], jitted(config)(params, seen)[0][:, -1], atol=3e-5)
+  assert cache.kinds[0].kept.key.shape[-2] == 6 + SLACK
+
+
+def test_chunks_of_a_stream_are_as_its_tokens_one_by_one(tiny_configs):
+  config = tiny_configs['gpt2'](**ROTARY | dict(window=None))
+  params, ids = init(config), tokens(config, 2, 50)
+  options = CacheOptions(window=6, num_sinks=2, dtype='int8')
+  empty = config.init_cache(2, 1000, options)
+  one, _ = decoded(config, params, ids, empty, (1,))
+  chunks, _ = decoded(config, params, ids, empty, (9, 20, 9, 9, 3))
+  np.testing.assert_allclose(chunks, one, atol=3e-5)
+
+
+XL = TransformerXLConfig(vocab_size=37, max_length=16, memory_length=6, d_model=16, num_layers=3,
+                         num_heads=4, d_ff=24, dtype='float32', init_std=0.2, scan_layers=True)
+
+
+@pytest.mark.supports('inference', 'Transformer-XL decoding')
+@pytest.mark.parametrize('changes', [
+    {}, dict(same_length=True, scan_layers=False, untie_biases=True),
+    dict(clamp_length=3, cutoffs=(10, 20), div_val=2)], ids=['plain', 'same length', 'adaptive'])
+def test_transformer_xl_decodes_as_it_is_evaluated_token_by_token(changes):
+  config = dataclasses.replace(XL, **changes)
+  params, ids = init(config), tokens(config, 2, 60)
+  window = dataclasses.replace(config, same_length=True, memory_length=config.window)
+  want = jitted(window)(params, ids)[0]
+  got, cache = decoded(config, params, ids, config.init_cache(2, 60), (13, 30, 3, 1))
+  np.testing.assert_allclose(got, want, atol=5e-5)
+  module, memory = config.build(), config.init_carry(2)
+  step = jax.jit(lambda memory, ids: module.apply({'params': params}, ids, memory))
+  for t in range(20):  # as published: the memory of hidden states, segments of one token
+    hidden, memory = step(memory, ids[:, t:t + 1])
+  logits = module.apply({'params': params}, hidden, method='logits')
+  np.testing.assert_allclose(got[:, 19:20], logits, atol=5e-5)
+  moved = cache.take(jnp.array([1, 0]))
+  swapped = jitted(config)(params, ids[::-1, :1], moved)[0]
+  np.testing.assert_allclose(swapped[::-1], jitted(config)(params, ids[:, :1], cache)[0], atol=5e-5)
+
+
+@pytest.mark.parametrize('kind', ['rows', 'pages', 'window', 'transformer_xl'])
+@pytest.mark.parametrize('dtype, bound', [('int8', 0.02), ('float8_e4m3fn', 0.08)])
+@pytest.mark.supports('inference', 'int8 and float8 KV caches')
+def test_a_cache_of_8_bits_is_near_the_exact_one(tiny_configs, kind, dtype, bound):
+  config = XL if kind == 'transformer_xl' else tiny_configs['gpt2'](
+      **ROTARY | dict(attention_pattern='LG', max_length=64))
+  params, ids = init(config), tokens(config, B, 12 if kind == 'pages' else 40)
+
+  def run(options):
+    cache = (pages(config, options=options) if kind == 'pages' else
+             config.init_cache(B, ids.shape[1], options))
+    return decoded(config, params, ids, cache, (7, 1, 3))
+  options = CacheOptions(rolling=kind == 'window')
+  (want, exact), (got, small) = run(options), run(dataclasses.replace(options, dtype=dtype))
+  size = lambda cache: sum(x.nbytes for x in jax.tree.leaves(cache.layers))
+  assert 1e-5 < np.std(got - want) / np.std(want) < bound
+  assert size(small) < size(exact) * (0.9 if kind == 'transformer_xl' else 0.55)
+
+
+@pytest.mark.parametrize('kind', ['rows', 'window', 'transformer_xl'])
+def test_drafts_that_are_taken_back_leave_no_trace(tiny_configs, kind):
+  config = XL if kind == 'transformer_xl' else tiny_configs['gpt2'](
+      **ROTARY | dict(attention_pattern='LG', max_length=64))
+  params, ids = init(config), tokens(config, 2, 60)
+  cache = config.init_cache(2, 60, CacheOptions(rolling=kind == 'window'))
+  want, _ = decoded(config, params, ids, cache, (45,))
+  _, cache = decoded(config, params, ids[:, :45], cache, (45,))
+  drafts = np.full((2, 8), 5, np.int32)
+  for _ in range(3):
+    _, cache = jitted(config)(params, drafts, cache)
+  cache = dataclasses.replace(cache, length_B=jnp.array([45, 45], jnp.int32))
+  got, _ = decoded(config, params, ids[:, 45:], cache, (1,))
+  np.testing.assert_allclose(got, want[:, 45:], atol=5e-5)

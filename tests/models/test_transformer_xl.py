@@ -186,8 +186,8 @@ def test_relative_attention_is_the_formula_of_the_paper(memory_length):
   places = sinusoids(jnp.arange(S), D)
   boxed = jax.eval_shape(module.init, jax.random.key(0), x, places, biases, memory)['params']
   params = jax.tree.map(lambda p: draw(*p.shape), nn.meta.unbox(boxed))
-  got = jax.jit(module.apply)({'params': params}, x, places, biases,
-                              memory if memory_length else None)
+  got, _ = jax.jit(module.apply)({'params': params}, x, places, biases,
+                                 memory if memory_length else None)
   x, memory, biases = (np.asarray(a, np.float64) for a in (x, memory, biases))
 
   w = {name: np.asarray(p['kernel'], np.float64) for name, p in params.items()}
