@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.inference.decoder import Decoder
 from lm.layers.rolling import Rolling, SLACK
 from lm.models.cache import CacheOptions
 from lm.models.transformer_xl import TransformerXLConfig
@@ -220,3 +221,28 @@ def test_drafts_that_are_taken_back_leave_no_trace(tiny_configs, kind):
   cache = dataclasses.replace(cache, length_B=jnp.array([45, 45], jnp.int32))
   got, _ = decoded(config, params, ids[:, 45:], cache, (1,))
   np.testing.assert_allclose(got, want[:, 45:], atol=5e-5)
+
+
+@pytest.mark.parametrize('kind', ['rows', 'window', 'transformer_xl'])
+def test_neither_padding_nor_neighbours_change_what_a_row_reads(tiny_configs, kind):
+  config = XL if kind == 'transformer_xl' else tiny_configs['gpt2'](
+      **ROTARY | dict(attention_pattern='LG', max_length=64))
+  decoder = Decoder(config.build(), cache=CacheOptions(rolling=kind == 'window'))
+  params, ids = init(config), tokens(config, 3, 60)
+  lengths = np.array([2, 45, 50], np.int32)
+
+  @jax.jit
+  def run(params, ids, lengths, new):
+    logits, cache = decoder.start(params, ids, lengths, 64)
+    return logits, decoder.extend(params, new, cache)[0]
+
+  new = np.full((3, 2), 3, np.int32)
+  junk = np.where(np.arange(60) < lengths[:, None], ids, 36)
+  want = run(params, ids, lengths, new)
+  order = np.array([2, 0, 1])
+  got = run(params, junk[order], lengths[order], new)
+  for x, y in zip(want, got):
+    np.testing.assert_allclose(y, x[order], atol=1e-5)
+  alone = jitted(config)(params, np.concatenate([ids[:1, :2], new[:1]], axis=1))[0]
+  np.testing.assert_allclose(want[0][0], alone[0, 1], atol=3e-5)
+  np.testing.assert_allclose(want[1][0], alone[0, 2:], atol=3e-5)
