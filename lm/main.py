@@ -9,6 +9,7 @@ import signal
 import sys
 from typing import Any
 
+from lm.commands import sampling_flags
 from lm.errors import HostError, UserError
 
 COMMANDS = {
@@ -26,7 +27,8 @@ COMMANDS = {
     'convert': "make a run of other people's weights (--from), or the reverse (--to)",
     'explain': 'show every value of a config and the file and line it came from',
 }
-_MODULES = ('convert', 'compile', 'corpus', 'plan', 'sweep', 'tokenizer')  # of lm.commands
+# Of lm.commands.
+_MODULES = ('convert', 'compile', 'corpus', 'generate', 'plan', 'sweep', 'tokenizer')
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,14 +58,14 @@ def _parser() -> argparse.ArgumentParser:
       command.add_argument('--seeds', type=int, metavar='K', help='train with SEED = 0 to K - 1, '
                            'in RUN_DIR/seed-N; mean, deviation and interval of every metric')
     if name == 'generate':
-      command.add_argument('--prompt', action='append', required=True, help='repeatable')
+      command.add_argument('--prompt', action='append', help='repeatable')
+      command.add_argument('--prompts', metavar='FILE', help='lines of {"prompt": ...}, that may '
+                           'have a "seed", a "temperature", ... of their own; the same command '
+                           'continues')
+      command.add_argument('--out', metavar='FILE', help='--prompts: answers, a line of JSON each')
       command.add_argument('--chat', action='store_true', help="a prompt is a user's message, put "
                            "into the run's chat template, and the assistant answers")
-      command.add_argument('--max_new_tokens', type=int)
-      command.add_argument('--temperature', type=float, help='0 takes the most probable token')
-      command.add_argument('--top_k', type=int)
-      command.add_argument('--top_p', type=float)
-      command.add_argument('--seed', type=int, default=0)
+      sampling_flags.add(command)
     if name in ('compile', 'plan'):
       command.add_argument('--topology', required=True, help='chips and grid, such as v5e:16x16; '
                            'hosts and GPUs, h100:4x8; cpu:8')
@@ -166,16 +168,6 @@ def _bindings(rest: list[str]) -> list[tuple[str, str]]:
   return bindings
 
 
-def _sampling(args: argparse.Namespace, default: Any) -> Any:
-  import dataclasses
-  names = ('max_new_tokens', 'temperature', 'top_k', 'top_p')
-  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-  try:
-    return dataclasses.replace(default, **given)
-  except ValueError as error:
-    raise UserError(str(error)) from error
-
-
 def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[str, Any]:
   """Runs one command and returns what --json holds."""
   if args.command in _MODULES:
@@ -206,14 +198,7 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
     raise UserError(f'`lm {args.command}` needs --run_dir=DIR, where the run is or shall be')
   if args.command == 'train':
     return _train(experiment, args)
-  if args.command == 'evaluate':
-    return _evaluate(experiment, args)
-  result = run.generate(experiment, args.run_dir, args.prompt, _sampling(args, experiment.sampling),
-                        args.seed, args.chat)
-  for completion in result['completions']:
-    between = '\n' if args.chat else ''
-    print(f'{completion["prompt"]}{between}{completion["text"]}\n')
-  return result
+  return _evaluate(experiment, args)
 
 
 def _explain(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[str, Any]:

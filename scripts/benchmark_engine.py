@@ -76,7 +76,7 @@ def timed(function, *args):
 def batching(params, count, rows, rounds, sigma):
   """Compares both ways on one trace; returns figures."""
   requests = trace(count, np.log(32), sigma, 448, np.random.default_rng(0))
-  engine = Engine(MODEL.build(), params, EngineConfig(num_rows=rows), MODEL.max_length)
+  engine = Engine(MODEL.build(), params, EngineConfig(num_rows=rows, steps=32), MODEL.max_length)
   continuous(engine, requests)  # compiles
   engine.pool.forget()
   wanted = static(params, requests, rows)
@@ -105,7 +105,7 @@ def prefixes(params, count, length, rounds):
   """Compares prompts that share `length` tokens with prompts that share none."""
   rng = np.random.default_rng(1)
   draw = lambda size: rng.integers(3, MODEL.vocab_size, size)
-  engine = Engine(MODEL.build(), params, EngineConfig(cache_tokens=32768), MODEL.max_length)
+  engine = Engine(MODEL.build(), params, EngineConfig(cache_tokens=32768, steps=16), MODEL.max_length)
   times = {'shared': [], 'own': []}
   for _ in range(rounds + 1):  # the first compiles
     shared = draw(length)

@@ -9,6 +9,11 @@ what the text so far does to the scores of its next token (repetition, bad words
 which tokens may be drawn (top-k, top-p, typical, mirostat), `stops.py` for stop strings and for
 text that is streamed, `generate.py` for how prompts are batched, the cache is filled, and decoding
 stops.
+
+Requests that come and go: `engine.py` is the loop that decodes all that are there, `scheduler.py`
+says which are worked on and which wait, `pages.py` who holds which page of the cache and which
+beginnings of texts stand in them, `paged.py` has the programs of the device, `texts.py` makes
+requests of texts and texts of answers.
 """
 from lm.inference.generate import complete, Completion, generate
 from lm.inference.sampling import SamplingConfig

@@ -26,8 +26,9 @@ from lm.inference import paged
 from lm.inference.decoder import Decoder
 from lm.inference.generate import BOS_ID, Completion, request_key, Stopped
 from lm.inference.pages import PagePool
-from lm.inference.sampling import choices, SamplingConfig
+from lm.inference.sampling import choices, SamplingConfig, Sizes, sizes
 from lm.inference.scheduler import Row, Scheduler
+from lm.inference.stops import Stop
 
 LEAST_CHUNK = 16    # tokens of a prompt; fewer cost the same
 LEAST_PLACES = 256  # of a row in a program; fewer cost nearly the same
@@ -65,13 +66,6 @@ class Constraint(Protocol):
 
   def advance(self, token: int) -> None:
     """The text goes on with this token."""
-
-
-class Stop(Protocol):
-  """What ends a text besides the end of document."""
-
-  def advance(self, token: int) -> bool:
-    """The text goes on with this token; returns whether it shall end there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +162,7 @@ class Engine:
     row = self._sampler(IDLE, [0])  # One more than rows: that of those that are idle.
     self._samplers = jax.tree.map(lambda x: jnp.repeat(x, config.num_rows + 1, 0), row)
     self._idle_key = _key(np.zeros(1, np.int32), 0)
-    self._asked = functools.lru_cache(64)(lambda *configs: choices(configs))
+    self._asked = functools.lru_cache(64)(_choices)
     self._numbers, self._lock = itertools.count(), threading.Condition()
     self._new: list[Ticket] = []
     self._tickets: dict[Row, Ticket] = {}
@@ -182,7 +176,8 @@ class Engine:
     """Puts a request behind those that wait.
 
     Raises:
-      UserError: its prompt leaves no room in the context, or is empty where nothing stands before.
+      UserError: its prompt leaves no room in the context, or is empty where nothing stands before;
+        or it has more bad words than there is room for.
     """
     prompt = np.asarray(request.prompt, np.int32).reshape(-1)
     if len(prompt) >= self._max_length:
@@ -192,6 +187,9 @@ class Engine:
     if not tokens:
       raise UserError('the prompt is empty and this model has no token that begins a text; give it '
                       'at least one')
+    if sizes([request.sampling]) != Sizes():
+      raise UserError(f'a request may have {Sizes().sequences} bad words and biased tokens, of at '
+                      f'most {Sizes().words} tokens; leave some out')
     limit = min(request.sampling.max_new_tokens, self._max_length - len(prompt))
     row = Row(next(self._numbers), tokens, limit)
     ticket = Ticket(request, row, _key(prompt, request.seed))
@@ -285,7 +283,7 @@ class Engine:
     """The sampler's state of a text that begins with these tokens."""
     tokens_1T = np.zeros((1, self._max_length), np.int32)
     tokens_1T[0, :len(tokens)] = tokens
-    return paged.begin_row(choices([config]), tokens_1T, np.full(1, len(tokens), np.int32),
+    return paged.begin_row(_choices((config, -1)), tokens_1T, np.full(1, len(tokens), np.int32),
                            self._max_length + 1)
 
   def _decode(self, reads: bool):
@@ -378,7 +376,8 @@ class Engine:
       for i, ticket in enumerate(tickets):
         if ticket.request.constraint is not None:
           allowed[i] = ticket.request.constraint.mask()
-    asked = self._asked(*(ticket.request.sampling for ticket in tickets), *[IDLE] * idle)
+    asked = self._asked(*((ticket.request.sampling, ticket.request.eos_id) for ticket in tickets),
+                        *[(IDLE, -1)] * idle)
     *results, self._pool, self._samplers = paged.decode(
         self._decoder, self._max_length, self.config.steps, self._in_place, self._params,
         self._pool, self._samplers, arrays, asked, allowed, np.int32(steps), np.bool_(is_eager))
@@ -392,6 +391,12 @@ class Engine:
       own = own[:width]
       table_BP[row, :len(own)] = own
     return table_BP
+
+
+def _choices(*asked):
+  """What (config, end of text) each asks, in tables of one size: the programs are those of all."""
+  configs, ends = zip(*asked)
+  return choices(configs, ends, Sizes())
 
 
 def _key(prompt, seed):

@@ -1,4 +1,4 @@
-"""What an engine runs on the device: programs over a pool of pages, for rows of their own lengths."""
+"""What an engine runs on the device: programs over a pool of pages, for rows of any lengths."""
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -51,7 +51,8 @@ class _Loop(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6))
 def decode(decoder: Decoder, max_length: int, most_steps: int, in_place: bool, params: Any,
            pool: Any, samplers: SamplerState, rows: Rows, asked: Choices, allowed_BX: Any,
-           steps: jax.Array, is_eager: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, Any, SamplerState]:
+           steps: jax.Array, is_eager: jax.Array
+           ) -> tuple[jax.Array, jax.Array, jax.Array, Any, SamplerState]:
   """Chooses up to `steps` tokens for each row.
 
   Args:

@@ -1,4 +1,4 @@
-"""Pages of a KV cache: who holds which, and which may be used again for the same beginning of a text.
+"""Pages of a KV cache: who holds which, and which hold the beginning of another text too.
 
 A page holds the keys and values of `page_size` tokens in a row; here are only their numbers. Page 0
 belongs to nobody: what must be written somewhere and is never read goes there.

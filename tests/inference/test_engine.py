@@ -142,7 +142,7 @@ def test_what_prompts_share_is_read_once(tiny):
 
 @pytest.mark.supports('decoding', 'nothing compiles after warm-up')
 def test_nothing_compiles_after_warm_up():
-  engine, _ = build(config=dataclasses.replace(TINY, num_rows=5))
+  engine, _ = build(config=dataclasses.replace(TINY, num_rows=2))
   engine.warm_up(constrained=True)
   expected()
   compiled = []
@@ -168,7 +168,7 @@ def test_nothing_compiles_after_warm_up():
 def test_other_decoders_give_their_texts_too(changes):
   model = dataclasses.replace(MODEL, **changes)
   engine, _ = build(model)
-  asked = [dataclasses.replace(requests()[i], sampling=WARM) for i in (1, 5, 7, 8, 9)]
+  asked = [dataclasses.replace(requests()[i], sampling=WARM) for i in (5, 7, 8, 9)]
   tickets = [engine.submit(request) for request in asked]
   engine.run()
   assert all(same(t.result(0), wanted) for t, wanted in zip(tickets, plain(model, asked)))
