@@ -26,7 +26,7 @@ class TokenBytes(NamedTuple):
 def token_bytes(vocabulary: Any) -> TokenBytes:
   """Returns the bytes of a vocabulary's tokens, so that joined they are what it decodes.
 
-  The escapes of a SentencePiece vocabulary of ours (of U+2581 and what escapes it) stay as they are.
+  What stands here for U+2581 in a SentencePiece vocabulary of ours is `vocabularies.escape`'s.
   """
   within = _within(vocabulary)
   special = set(vocabulary.special_tokens.values())
@@ -72,15 +72,16 @@ def _tokenizer(vocabulary):
   kinds = {part['type'] for part in decoder.get('decoders', [decoder])}
   added = tokenizer.get_added_tokens_decoder()
   found = [b''] * vocabulary.size
+  special = set(vocabulary.special_tokens.values())
+  anchor = next(id_ for id_ in range(vocabulary.size) if id_ not in special)
+  alone = vocabulary.decode([anchor])
   for token, id_ in tokenizer.get_vocab(with_added_tokens=True).items():
     if id_ in added:
       found[id_] = token.encode()
     elif 'ByteLevel' in kinds:
       found[id_] = b''.join(_byte_of().get(c, c.encode()) for c in token)
-    elif 'WordPiece' in kinds:
-      prefix = decoder['prefix']
-      plain = token.removeprefix(prefix) if token.startswith(prefix) else ' ' + token
-      found[id_] = plain.encode()
+    elif 'WordPiece' in kinds:  # Which spaces it leaves out depends on the token.
+      found[id_] = vocabulary.decode([anchor, id_]).removeprefix(alone).encode()
     elif 'ByteFallback' in kinds and len(token) == 6 and token.startswith('<0x'):
       found[id_] = bytes([int(token[3:5], 16)])
     else:

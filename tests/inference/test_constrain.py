@@ -1,6 +1,8 @@
 """Completions follow their rule, whatever the model would rather say."""
 import dataclasses
+import functools
 import json
+import pathlib
 import re
 
 from hypothesis import given, settings, strategies as st
@@ -9,8 +11,11 @@ import numpy as np
 import pytest
 from test_generate import GPT2, params_of
 
+from lm.corpus.document import Document
+from lm.data import vocabulary_training
+from lm.data.pretrained_vocabularies import open_pretrained
 from lm.data.token_bytes import token_bytes
-from lm.data.vocabularies import ByteVocabulary
+from lm.data.vocabularies import ByteVocabulary, VocabularyConfig
 from lm.errors import UserError
 from lm.inference import complete, SamplingConfig
 from lm.inference.constrain import Automata, of_vocabulary, Rule
@@ -110,24 +115,29 @@ def test_where_one_text_may_follow_it_follows():
   assert only['text'] == 'grüne Äpfel' and only['stopped'] == 'eos'
 
 
-def test_what_must_follow_is_spelt_with_the_tokens_of_the_vocabulary(pretrained):
-  automata = of_vocabulary(pretrained, pretrained.eos_id, pretrained.size)
-  text = '{"name": "x", "is it ok?": "' if pretrained.decode(
-      pretrained.encode('{"a": 1}')) == '{"a": 1}' else 'some words'
+@functools.cache
+def vocabulary_of(kind):
+  """Whose tokens are pieces of words; of llama2c from the shared data."""
+  if kind == 'llama2c':
+    path = pathlib.Path(__file__).resolve().parents[3] / 'shared/data/weights/stories260K/tok512.bin'
+    if not path.exists():
+      pytest.skip(f'{path} is not there')
+    return open_pretrained(path)
+  text = 'once upon a time there was a cat called {"Tim"}: yes, no, maybe?\n' * 40
+  config = VocabularyConfig(kind, {'wordpiece': 75, 'byte_bpe': 295}.get(kind, 330))
+  return vocabulary_training.train(config, [Document('one', text)], len(text))
+
+
+@pytest.mark.parametrize('kind', ['llama2c', 'bpe', 'byte_bpe', 'wordpiece'])
+def test_what_must_follow_is_spelt_with_the_pieces_of_the_vocabulary(kind):
+  vocabulary = vocabulary_of(kind)
+  automata = of_vocabulary(vocabulary, vocabulary.eos_id, vocabulary.size + 3)
+  text = vocabulary.decode(vocabulary.encode('a cat called: upon yes, a time'))
   tokens = finished(automata, Rule(choices=(text,)), 0)
-  assert pretrained.decode(tokens) == text
-  ids = pretrained.encode(text).tolist()
-  assert tokens == ids or len(tokens) <= len(ids)
-
-
-@pytest.fixture(params=['sentencepiece', 'wordpiece', 'byte-level'], scope='module')
-def pretrained(request, tmp_path_factory):
-  """A vocabulary of each kind whose tokens are pieces of words."""
-  from lm.data import vocabulary_training
-  from lm.data.pretrained_vocabularies import open_pretrained
-  from lm.data.vocabularies import VocabularyConfig
-  del vocabulary_training, open_pretrained, VocabularyConfig, tmp_path_factory
-  return BYTES
+  assert vocabulary.decode(tokens) == text and len(tokens) <= len(vocabulary.encode(text)) + 1
+  for seed in range(8):
+    tokens = finished(automata, Rule(regex='(yes|a cat|no, maybe){1,2}'), seed)
+    assert re.fullmatch('(yes|a cat|no, maybe){1,2}', vocabulary.decode(tokens))
 
 
 @pytest.mark.parametrize('rule, says', [
