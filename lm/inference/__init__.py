@@ -8,8 +8,9 @@ Change `sampling.py` for what a request may ask and how the next token is chosen
 what the text so far does to the scores of its next token (repetition, bad words), `filters.py` for
 which tokens may be drawn (top-k, top-p, typical, mirostat), `stops.py` for stop strings and for
 text that is streamed, `constrain.py` for rules that a completion follows (regular expression,
-choice, JSON schema, grammar), `generate.py` for how prompts are batched, the cache is filled, and decoding
-stops.
+choice, JSON schema, grammar), `scores.py` for log-probabilities of a text's tokens, `best_of.py`
+for the best of several samples, `generate.py` for how prompts are batched, the cache is filled, and
+decoding stops.
 """
 from lm.inference.generate import complete, Completion, generate
 from lm.inference.sampling import SamplingConfig
