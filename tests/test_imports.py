@@ -28,6 +28,7 @@ ONLY = {
     'safetensors': [],  # maps files and takes all tensors at once; see lm/interop
     'torch': ['lm/interop/*'],
     'transformers': ['lm/interop/*'],
+    'llguidance': ['lm/inference/constrain.py'],
     'optuna': ['lm/commands/sweep_study.py'],
     'lm_eval': ['lm/evaluation/harness.py', 'lm/commands/harness.py'],
     'lm.main': [],
@@ -59,7 +60,7 @@ LAZY = ['tensorflow', 'apache_beam', 'tensorboard', 'sentencepiece', 'zstandard'
         'pyarrow', 'msgpack', 'ftfy', 'fasttext', 'sklearn', 'scipy', 'fastwarc', 'trafilatura',
         'resiliparse', 'lxml', 'tensorflow_datasets', 'charset_normalizer',
         'phonenumbers', 'stdnum', 'seqeval', 'sacrebleu', 'rouge_score', 'nltk', 'lm_eval',
-        'jinja2']
+        'jinja2', 'llguidance']
 EAGER = {'lm/data/seqio_tasks.py', 'lm/data/seqio_examples.py'}  # itself imported lazily
 
 

@@ -7,8 +7,10 @@ text.
 Change `sampling.py` for what a request may ask and how the next token is chosen, `penalties.py` for
 what the text so far does to the scores of its next token (repetition, bad words), `filters.py` for
 which tokens may be drawn (top-k, top-p, typical, mirostat), `stops.py` for stop strings and for
-text that is streamed, `generate.py` for how prompts are batched, the cache is filled, and decoding
-stops.
+text that is streamed, `constrain.py` for rules that a completion follows (regular expression,
+choice, JSON schema, grammar), `scores.py` for log-probabilities of a text's tokens, `best_of.py`
+for the best of several samples, `generate.py` for how prompts are batched, the cache is filled, and
+decoding stops.
 
 Requests that come and go: `engine.py` is the loop that decodes all that are there, `scheduler.py`
 says which are worked on and which wait, `pages.py` who holds which page of the cache and which

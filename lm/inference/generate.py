@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.errors import UserError
+from lm.inference import constrain
 from lm.inference.decoder import Decoder
 from lm.inference.sampling import begin, choices, sample, SamplerState, SamplingConfig, with_ids
 from lm.inference.stops import Stop, Stream
@@ -71,7 +72,8 @@ class CompletedText(TypedDict):
 def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
              config: SamplingConfig | Sequence[SamplingConfig], seed: int | Sequence[int],
              max_length: int, eos_id: int, bos_id: int | None = BOS_ID,
-             stops: Sequence[Stop | None] | None = None) -> list[Completion]:
+             stops: Sequence[Stop | None] | None = None,
+             constraints: Sequence[constrain.Constraint | None] | None = None) -> list[Completion]:
   """Completes each prompt; the result for a prompt depends on it, its config and seed alone.
 
   Args:
@@ -80,23 +82,26 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
     prompts: int [tokens] each, of any length from 0, without the beginning of document. Those of an
       encoder-decoder go to its encoder, and the end of document behind them, as in training (T5).
     config: how to choose tokens, and how many; one for all prompts, or one a prompt. Its stop
-      strings are of `complete` alone.
+      strings and its rule are of `complete` alone.
     seed: one for all prompts (equal prompts then get equal completions), or one a prompt.
     max_length: the model's context: prompt and completion together, in tokens; of an
       encoder-decoder each of them.
     eos_id: ends a completion.
     bos_id: stands before every prompt; None for models that begin with the prompt itself.
     stops: of each prompt what ends its completion besides the end of document, or None.
+    constraints: of each prompt what its completion must be, at its beginning, or None. The host
+      then looks at each token before the next.
 
   Raises:
     UserError: a prompt leaves no room in the context for a single new token, or is empty where
-      nothing stands before it.
+      nothing stands before it; or no token can follow by a constraint.
   """
   decoder = Decoder(module)
   prompts = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
   seeds = _each(seed, (int, np.integer), 'seeds', len(prompts))
   configs = _each(config, SamplingConfig, 'configs', len(prompts))
   stops = _each(stops, type(None), 'stops', len(prompts))
+  constraints = _each(constraints, type(None), 'constraints', len(prompts))
   buckets: dict[tuple[int, int], list[int]] = {}
   for i, prompt in enumerate(prompts):
     if len(prompt) > max_length - 1:
@@ -113,7 +118,8 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
   for bucket, members in sorted(buckets.items()):
     for start in range(0, len(members), LARGEST_BATCH):
       rows = members[start:start + LARGEST_BATCH]
-      requests = [(prompts[i], seeds[i], configs[i], stops[i]) for i in rows]
+      requests = [_Request(prompts[i], seeds[i], configs[i], stops[i], constraints[i])
+                  for i in rows]
       done = _generate_batch(decoder, params, requests, bucket, max_length, eos_id, bos_id)
       for i, completion in zip(rows, done):
         completions[i] = completion
@@ -143,7 +149,11 @@ def complete(module: Any, params: Any, vocabulary: Vocabulary, prompts: Sequence
              for one in _each(config, SamplingConfig, 'configs', len(prompts))]
   streams = [Stream(vocabulary.decode, one.stop) for one in configs]
   stops = [stream if one.stop else None for stream, one in zip(streams, configs)]
-  completions = generate(module, params, ids, configs, seed, max_length, end, begin_with, stops)
+  automata = functools.cache(lambda: constrain.of_vocabulary(
+      vocabulary, end, module.config.vocab_size))
+  constraints = [one.rule and automata().constraint(one.rule) for one in configs]
+  completions = generate(module, params, ids, configs, seed, max_length, end, begin_with, stops,
+                         constraints)
   completed = []
   for prompt, done, stream, one in zip(prompts, completions, streams, configs):
     if one.stop:
@@ -180,6 +190,15 @@ def request_key(prompt: np.ndarray, seed: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(prompt.tobytes()))
 
 
+class _Request(NamedTuple):
+  """What `generate` is asked for one prompt."""
+  prompt: np.ndarray
+  seed: int
+  config: SamplingConfig
+  stop: Stop | None
+  constraint: constrain.Constraint | None
+
+
 def _generate_batch(decoder, params, requests, bucket, max_length, eos_id, bos_id):
   """Completes requests of one bucket: builds the arrays of `_decode` and reads its results."""
   size, encodes = round_up(len(requests)), decoder.has_encoder
@@ -187,20 +206,20 @@ def _generate_batch(decoder, params, requests, bucket, max_length, eos_id, bos_i
   lengths_B = np.ones(size, np.int32)
   before = [] if encodes or bos_id is None else [bos_id]
   limits_B = np.zeros(size, np.int32)  # a row of limit 0 is idle
-  for row, (prompt, _, config, _) in enumerate(requests):
-    ids = [*before, *prompt, *([eos_id] if encodes else [])]
+  for row, request in enumerate(requests):
+    ids = [*before, *request.prompt, *([eos_id] if encodes else [])]
     inputs_BT[row, :len(ids)] = ids
     lengths_B[row] = len(ids)
-    limits_B[row] = min(config.max_new_tokens, max_length - (0 if encodes else len(prompt)))
-  _, _, configs, stops = zip(*requests)
-  keys = [request_key(prompt, seed) for prompt, seed, _, _ in requests]
-  idle = size - len(requests)
-  asked = choices([*configs, *configs[:1] * idle], eos_id)
+    limits_B[row] = min(request.config.max_new_tokens,
+                        max_length - (0 if encodes else len(request.prompt)))
+  keys = [request_key(request.prompt, request.seed) for request in requests]
+  configs, idle = [request.config for request in requests], size - len(requests)
+  asked = choices(configs + configs[:1] * idle, eos_id)
   state = _start(decoder, bucket[1], max_length, params, inputs_BT, lengths_B, limits_B, asked)
   keys_B = jnp.stack(keys + keys[:1] * idle)
-  decode = lambda state, until: _decode(decoder, params, state, keys_B, asked, limits_B, eos_id,
-                                        until)
-  state, stopped = _watched(decode, state, stops, bucket[1], eos_id)
+  decode = lambda state, until, allowed_BW: _decode(
+      decoder, params, state, keys_B, asked, limits_B, eos_id, until, allowed_BW)
+  state, stopped = _watched(decode, state, requests, bucket[1], eos_id)
   tokens_BP, log_probs_BP, counts_B = jax.device_get(
       (state.tokens_BP, state.log_probs_BP, state.counts_B))
   completions = []
@@ -213,21 +232,30 @@ def _generate_batch(decoder, params, requests, bucket, max_length, eos_id, bos_i
   return completions
 
 
-def _watched(decode, state, stops, num_new, eos_id):
+def _watched(decode, state, requests, num_new, eos_id):
   """Decodes to the end; returns the state, and how many tokens each row has that was stopped."""
-  watched, stopped = {row: stop for row, stop in enumerate(stops) if stop is not None}, {}
-  for done in range(0, num_new, UNWATCHED if watched else num_new):
-    state = decode(state, min(done + UNWATCHED, num_new) if watched else num_new)
-    step, tokens_BP, counts_B, done_B = jax.device_get(
-        (state.step, state.tokens_BP, state.counts_B, state.done_B))
-    for row in watched.keys() - stopped.keys():
-      tokens = tokens_BP[row, :counts_B[row]]
-      end = next((place + 1 for place in range(done, len(tokens)) if tokens[place] != eos_id
-                  and watched[row].advance(int(tokens[place]))), None)
-      if end is not None:
-        stopped[row] = end
+  is_constrained = any(request.constraint for request in requests)
+  stride = 1 if is_constrained else UNWATCHED if any(x.stop for x in requests) else num_new
+  stopped, allowed_BW, done_B = {}, None, np.zeros(len(state.done_B), bool)
+  for done in range(0, num_new, stride):
+    if is_constrained:
+      words = -(-state.logits_BV.shape[1] // 32)
+      allowed_BW = np.full((len(done_B), words), 0xffffffff, np.uint32)
+      for row, request in enumerate(requests):
+        if request.constraint and not done_B[row]:
+          allowed_BW[row] = request.constraint.mask()
+    state = decode(state, min(done + stride, num_new), allowed_BW)
+    tokens_BP, counts_B, done_B = jax.device_get((state.tokens_BP, state.counts_B, state.done_B))
+    for row, request in enumerate(requests):
+      for place in range(done, counts_B[row] if row not in stopped else 0):
+        token = int(tokens_BP[row, place])
+        if request.constraint:
+          request.constraint.advance(token)
+        if request.stop and token != eos_id and request.stop.advance(token):
+          stopped[row] = place + 1
+          break
     done_B = done_B | np.isin(np.arange(len(done_B)), list(stopped))
-    if done_B.all() or step == num_new:
+    if done_B.all():
       break
     state = state._replace(done_B=jnp.asarray(done_B))
   return state, stopped
@@ -259,11 +287,12 @@ def _start(decoder, num_new, max_length, params, inputs_BT, lengths_B, limits_B,
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(decoder, params, state, keys_B, asked, limits_B, eos_id, until):
-  """Chooses tokens up to step `until`, and up to `limits_B` a row."""
+def _decode(decoder, params, state, keys_B, asked, limits_B, eos_id, until, allowed_BW):
+  """Chooses tokens up to step `until`, up to `limits_B` a row, of those that are allowed."""
   def decode(state):
     step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.step)
-    token_B, log_prob_B, sampler = sample(state.logits_BV, step_keys_B, asked, state.sampler)
+    token_B, log_prob_B, sampler = sample(state.logits_BV, step_keys_B, asked, state.sampler,
+                                          allowed_BW)
     put = lambda table, column: lax.dynamic_update_slice(table, column[:, None], (0, state.step))
     counts_B = state.counts_B + ~state.done_B
     done_B = state.done_B | (token_B == eos_id) | (counts_B >= limits_B)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Key, UInt32
 import numpy as np
 
 from lm.inference import filters, penalties
+from lm.inference.constrain import Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,8 @@ class SamplingConfig:
     mirostat_eta times what the last token surprised beyond tau. As in the paper, and other than in
     llama.cpp, that is under the probabilities before tokens were left out.
   mirostat_eta: see there.
-  stop: texts at which a completion ends, before them; for those who complete texts.
+  stop: texts at which a completion ends, before them; for those who complete texts, as is
+  rule: what the completion must be.
   """
   max_new_tokens: int = 128
   min_new_tokens: int = 0
@@ -59,6 +61,7 @@ class SamplingConfig:
   mirostat_tau: Optional[float] = None
   mirostat_eta: float = 0.1
   stop: tuple[str, ...] = ()
+  rule: Optional[Rule] = None
 
   def __post_init__(self):
     positive, part = lambda x: 0 < x < np.inf, lambda x: 0 < x <= 1

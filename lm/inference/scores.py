@@ -1,0 +1,157 @@
+"""How probable each token of a text is, and which others would have been.
+
+For the likelihood of many texts as a whole see `lm.evaluation.likelihood`, which packs them; here
+each token's distribution is looked at, in programs of a few shapes.
+"""
+from collections.abc import Sequence
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.errors import UserError
+from lm.inference.decoder import Decoder
+from lm.inference.generate import begin_id, LARGEST_BATCH, round_up, SHORTEST_BUCKET
+
+CHUNK = 32  # tokens whose distributions are in memory at once
+
+Ids = Sequence[int] | np.ndarray
+
+
+class Scores(NamedTuple):
+  """Of the n tokens of a text, under the model itself: temperature 1, no filter.
+
+  tokens: int32 [n].
+  log_probs: float32 [n], nats.
+  top_tokens: int32 [n, k], the k most probable at each place, the most probable first.
+  top_log_probs: float32 [n, k].
+  """
+  tokens: np.ndarray
+  log_probs: np.ndarray
+  top_tokens: np.ndarray
+  top_log_probs: np.ndarray
+
+
+def score(module: Any, params: Any, requests: Sequence[tuple[Ids, Ids]], num_top: int = 0,
+          max_length: int | None = None) -> list[Scores]:
+  """Scores the tokens of each continuation behind its context; see `Scores`.
+
+  Args:
+    module: the model, from `config.build(rules)`.
+    params: its parameters.
+    requests: (context, continuation), ids. Contexts are complete: with what begins a text, or for
+      an encoder with what ends one. A continuation that the model's context does not take at once
+      is cut, and each part scored behind as much as there is room for.
+    num_top: k.
+    max_length: the model's context, in tokens; None is its own.
+
+  Raises:
+    UserError: a context is empty.
+  """
+  decoder, longest = Decoder(module), max_length or module.config.max_length
+  if not 0 <= num_top <= module.config.vocab_size:
+    raise UserError(f'num_top={num_top} must be from 0 to vocab_size={module.config.vocab_size}')
+  parts, buckets = [], {}
+  for number, (context, continuation) in enumerate(requests):
+    if not len(context):
+      raise UserError(f'request {number} has an empty context, and nothing scores a first token; '
+                      'put the token that begins a text before it')
+    for part in _parts(context, continuation, longest, decoder.has_encoder):
+      sizes = [round_up(max(len(ids), SHORTEST_BUCKET)) for ids in part]
+      bucket = min(sizes[0], longest), min(sizes[1], longest)
+      buckets.setdefault(bucket, []).append(len(parts))
+      parts.append((number, *part))
+  params, found = decoder.prepare(params), [None] * len(parts)
+  for bucket, members in sorted(buckets.items()):
+    for start in range(0, len(members), LARGEST_BATCH):
+      rows = members[start:start + LARGEST_BATCH]
+      for i, scores in zip(rows, _score_batch(decoder, params, [parts[i][1:] for i in rows], bucket,
+                                              num_top, longest)):
+        found[i] = scores
+  of = lambda number: [one for (owner, _, _), one in zip(parts, found) if owner == number]
+  empty = [np.zeros((0, *tail), kind) for tail, kind in (
+      ((), np.int32), ((), np.float32), ((num_top,), np.int32), ((num_top,), np.float32))]
+  return [Scores(*map(np.concatenate, zip(empty, *of(number)))) for number in range(len(requests))]
+
+
+def score_texts(module: Any, params: Any, vocabulary: Any, texts: Sequence[str], num_top: int = 0,
+                max_length: int | None = None) -> list[Scores]:
+  """Scores the tokens of whole texts, of any length, behind the token that begins texts.
+
+  Args:
+    vocabulary: its `begin_id` stands before a text; where it has none, the first token is context,
+      and `Scores` begin with the second.
+    max_length: see `score`.
+
+  Raises:
+    UserError: a text is too short to be scored.
+  """
+  begin, requests = begin_id(vocabulary), []
+  for text in texts:
+    ids = vocabulary.encode(text)
+    before = ids[:1] if begin is None else np.array([begin], np.int32)
+    requests.append((before, ids[1:] if begin is None else ids))
+  return score(module, params, requests, num_top, max_length)
+
+
+def _parts(context, continuation, longest, encodes):
+  """(context, continuation) each, that the model takes, together the whole continuation."""
+  context, continuation = (np.asarray(ids, np.int32).reshape(-1) for ids in (context, continuation))
+  if encodes:
+    if len(continuation) > longest:
+      raise UserError(f'a text of {len(continuation)} tokens is longer than what the decoder '
+                      f'writes, {longest}; cut it')
+    return [(context[-longest:], continuation)] if len(continuation) else []
+  whole, parts, done = np.concatenate([context, continuation]), [], len(context)
+  room = len(whole) if len(whole) <= longest + 1 else longest // 2 + 1
+  while done < len(whole):
+    end = min(done + room, len(whole))
+    parts.append((whole[max(0, end - longest - 1):done], whole[done:end]))
+    done = end
+  return parts
+
+
+def _score_batch(decoder, params, parts, bucket, num_top, longest):
+  """Yields `Scores` of (context, continuation) of one bucket of sizes."""
+  (T, N), size = bucket, round_up(len(parts))
+  inputs_BT, lengths_B = np.zeros((size, T), np.int32), np.ones(size, np.int32)
+  read_BN, next_BN, first_B = (np.zeros(shape, np.int32) for shape in ((size, N), (size, N), size))
+  starts = []
+  for row, (context, continuation) in enumerate(parts):
+    inputs_BT[row, :len(context)], lengths_B[row] = context, len(context)
+    before = [decoder.start_id] if decoder.has_encoder else context
+    whole = np.concatenate([before, continuation])
+    # Places behind the context's last are beyond what positions there are, also for padding: so
+    # the end of the context is read again where the last of N places would be there.
+    first_B[row] = first = min(len(before) - 1, longest - N)
+    read, behind = whole[first:first + N], whole[first + 1:first + 1 + N]
+    read_BN[row, :len(read)], next_BN[row, :len(behind)] = read, behind
+    starts.append(len(before) - 1 - first)
+  results = jax.device_get(_score(decoder, num_top, min(T + N, longest), params, inputs_BT,
+                                  lengths_B, first_B, read_BN, next_BN))
+  for row, (start, (_, continuation)) in enumerate(zip(starts, parts)):
+    yield [continuation, *(x[row, start:start + len(continuation)] for x in results)]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _score(decoder, num_top, num_places, params, inputs_BT, lengths_B, first_B, read_BN, next_BN):
+  """Behind `first` places of the inputs reads tokens; returns the log-probabilities [B, N] of what
+  follows each, and the top [B, N, K]: tokens and theirs."""
+  B, N = read_BN.shape
+  _, cache = decoder.start(params, inputs_BT, lengths_B, num_places)
+  chunk = next(size for size in range(min(N, CHUNK), 0, -1) if N % size == 0)
+
+  def step(cache, tokens):
+    read_BP, next_BP = tokens
+    logits_BPV, cache = decoder.extend(params, read_BP, cache)
+    log_probs_BPV = jax.nn.log_softmax(logits_BPV)
+    chosen_BP = jnp.take_along_axis(log_probs_BPV, next_BP[..., None], axis=-1)[..., 0]
+    top_BPK, tokens_BPK = lax.top_k(log_probs_BPV, num_top)
+    return cache, (chosen_BP, tokens_BPK, top_BPK)
+
+  chunks = [jnp.moveaxis(x_BN.reshape(B, -1, chunk), 1, 0) for x_BN in (read_BN, next_BN)]
+  _, results = lax.scan(step, decoder.rewind(cache, first_B), tuple(chunks))
+  return tuple(jnp.moveaxis(x, 0, 1).reshape(B, N, *x.shape[3:]) for x in results)
