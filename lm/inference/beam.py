@@ -10,7 +10,7 @@ Reference: Vijayakumar et al. 2016, arXiv:1610.02424 (groups); Post and Vilar 20
 from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Optional
 
 import jax
 from jax import lax
@@ -40,7 +40,7 @@ class BeamConfig:
     they may still have; with a length_penalty of at most 0 no better text is missed.
   num_return_sequences: the best of all beams that a prompt gets.
   min_new_tokens: before these a text does not end.
-  no_repeat_ngram_size: no n tokens of prompt and completion stand there twice; 0 allows it.
+  no_repeat_ngram_size: no n tokens of prompt and completion stand there twice; None: they may.
   """
   num_beams: int = 4
   num_groups: int = 1
@@ -50,13 +50,16 @@ class BeamConfig:
   num_return_sequences: int = 1
   max_new_tokens: int = 128
   min_new_tokens: int = 0
-  no_repeat_ngram_size: int = 0
+  no_repeat_ngram_size: Optional[int] = None
 
   def __post_init__(self):
     for name in ('num_beams', 'num_groups', 'num_return_sequences', 'max_new_tokens'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
-    for name in ('diversity_penalty', 'min_new_tokens', 'no_repeat_ngram_size'):
+    if self.no_repeat_ngram_size is not None and self.no_repeat_ngram_size < 1:
+      raise ValueError(f'no_repeat_ngram_size={self.no_repeat_ngram_size} must be at least 1; set '
+                       'None to allow repetition')
+    for name in ('diversity_penalty', 'min_new_tokens'):
       if not 0 <= getattr(self, name) < float('inf'):
         raise ValueError(f'{name}={getattr(self, name)} must be 0 or more')
     if self.num_beams % self.num_groups:
@@ -111,7 +114,7 @@ def beam_search(decoder: Decoder, params: Any, prompts: Sequence[np.ndarray], co
   params = decoder.prepare(params)
   found: list[list[Hypothesis]] = [[] for _ in prompts]
   shape = Shape(config.num_groups, config.num_beams // config.num_groups,
-                config.no_repeat_ngram_size)
+                config.no_repeat_ngram_size or 0)
   rules = Rules(config.length_penalty, config.diversity_penalty, config.min_new_tokens,
                 config.early_stopping is True, config.early_stopping == 'never', eos_id)
   for batch in batches(decoder, prompts, config.max_new_tokens, max_length, eos_id, bos_id,

@@ -75,8 +75,9 @@ def step(ngram_size: int, search: Search, log_probs_MV: Float[Array, 'M V'],
 
   ranks_X, flat_X = _candidates(totals_MV - loss_V, words, search.progress)
   beams_X, tokens_X, scores_X = flat_X // V, flat_X % V, totals_MV.reshape(-1)[flat_X]
-  ends_X = (tokens_X == rules.eos_id) | (num_done + 1 >= limit)
-  progress, best_M, on_M = _choose(ranks_X, beams_X, tokens_X, ends_X, words, search.progress)
+  is_eos_X = tokens_X == rules.eos_id
+  ends_X = is_eos_X | (num_done + 1 >= limit)
+  progress, best_M, on_M = _choose(ranks_X, beams_X, tokens_X, is_eos_X, words, search.progress)
 
   def text(choice_M):
     put = lambda table, x_X: table[beams_X[choice_M]].at[:, place].set(x_X[choice_M])
@@ -89,7 +90,7 @@ def step(ngram_size: int, search: Search, log_probs_MV: Float[Array, 'M V'],
   new = (text(best_M), penalised_X[best_M], jnp.full_like(best_M, num_done + 1),
          forced_words.lacks(progress)[best_M] | (penalised_X[best_M] == -jnp.inf))
   search = _end(search, new)._replace(
-      texts=text(on_M), scores_M=jnp.where(ends_X, -jnp.inf, scores_X)[on_M],
+      texts=text(on_M), scores_M=jnp.where(is_eos_X, -jnp.inf, scores_X)[on_M],
       progress=jax.tree.map(lambda x: x[on_M], progress))
   return search._replace(is_open=_is_open(search, num_done + 1, limit, rules)), beams_X[on_M]
 
@@ -127,17 +128,17 @@ def _candidates(ranks_MV, words, progress):
   return lax.top_k(all_of_them, min(few + M * (N + 1), M * V))
 
 
-def _choose(ranks_X, beams_X, tokens_X, ends_X, words, progress):
+def _choose(ranks_X, beams_X, tokens_X, is_eos_X, words, progress):
   """Progress of the candidates, the M best of them, and the M best that do not end."""
   M = len(progress.met_MN)
   progress = jax.tree.map(lambda x: x[beams_X], progress)
   if not len(words.lengths_N):
-    return progress, jnp.arange(M), jnp.argsort(ends_X, stable=True)[:M]
+    return progress, jnp.arange(M), jnp.argsort(is_eos_X, stable=True)[:M]
   progress = forced_words.advance(words, progress, tokens_X)
   bank_X, total = forced_words.bank(words, progress), words.lengths_N.sum() + 1
   allocate = lambda ranks_X: forced_words.allocate(ranks_X, bank_X, total,
                                                    words.tokens_NP.size + 1, M)
-  return progress, allocate(ranks_X), allocate(jnp.where(ends_X, -jnp.inf, ranks_X))
+  return progress, allocate(ranks_X), allocate(jnp.where(is_eos_X, -jnp.inf, ranks_X))
 
 
 def _end(search, new):

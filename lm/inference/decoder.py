@@ -46,6 +46,13 @@ class Decoder:
     Returns:
       float32 logits of the first new token, and the cache.
     """
+    hidden_BTD, cache = self.read(params, inputs_BT, lengths_B, num_places)
+    last_B1D = jnp.take_along_axis(hidden_BTD, cache.length_B[:, None, None] - 1, axis=1)
+    return self.logits(params, last_B1D)[:, 0], cache
+
+  def read(self, params: Any, inputs_BT: Int[Array, 'B T'], lengths_B: Int[Array, ' B'],
+           num_places: int) -> tuple[Float[Array, 'B T D'], Any]:
+    """`start`, and in place of logits the hidden states of what stands in the cache."""
     B = len(inputs_BT)
     options = () if self.cache is None else (self.cache,)
     cache, memory = self.module.config.init_cache(B, num_places, *options), ()
@@ -54,9 +61,7 @@ class Decoder:
       batch = {'encoder_input_tokens': inputs_BT, 'encoder_segment_ids': segments_BT}
       memory = self._apply(params, batch, method='encode'), segments_BT
       inputs_BT, lengths_B = self.first(B)
-    hidden_BTD, cache = self._forward(params, inputs_BT, *memory, cache=cache, new_B=lengths_B)
-    last_B1D = jnp.take_along_axis(hidden_BTD, lengths_B[:, None, None] - 1, axis=1)
-    return self._logits(params, last_B1D)[:, 0], cache
+    return self._forward(params, inputs_BT, *memory, cache=cache, new_B=lengths_B)
 
   def first(self, num_rows: int) -> tuple[Int[Array, 'B 1'], Int[Array, ' B']]:
     """What an encoder-decoder's decoder reads before it writes, and its length."""
@@ -68,8 +73,17 @@ class Decoder:
 
     `options` are the module's own: a GPT's `new_B`, how many of a row's T tokens are no padding.
     """
-    hidden_BTD, cache = self._forward(params, tokens_BT, cache=cache, **options)
-    return self._logits(params, hidden_BTD), cache
+    hidden_BTD, cache = self.hidden(params, tokens_BT, cache, **options)
+    return self.logits(params, hidden_BTD), cache
+
+  def hidden(self, params: Any, tokens_BT: Int[Array, 'B T'], cache: Any,
+             **options: Any) -> tuple[Float[Array, 'B T D'], Any]:
+    """`extend`, and in place of logits the last hidden states, normalised."""
+    return self._forward(params, tokens_BT, cache=cache, **options)
+
+  def logits(self, params: Any, hidden_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
+    """float32 scores of what follows these hidden states."""
+    return self._apply(params, hidden_BTD, method='logits')
 
   def take(self, cache: Any, rows_R: Int[Array, ' R']) -> Any:
     """The cache of these rows, in this order; a row may be there more than once."""
@@ -85,9 +99,6 @@ class Decoder:
   def _forward(self, params, *args, **kwargs):
     method = {'method': 'decode'} if self.has_encoder else {}
     return self._apply(params, *args, **kwargs, **method)
-
-  def _logits(self, params, hidden_BTD):
-    return self._apply(params, hidden_BTD, method='logits')
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -11,6 +11,7 @@ import functools
 from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 import zlib
 
+import flax.linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
   """Completes each prompt; the result for a prompt depends on it, its config and seed alone.
 
   Args:
-    module: the model, from `config.build(rules)`.
+    module: the model, from `config.build(rules)`; or what decodes as a `Decoder` does (`Guided`).
     params: its parameters; matrices are cast once to the compute dtype.
     prompts: int [tokens] each, of any length from 0, without the beginning of document. Those of an
       encoder-decoder go to its encoder, and the end of document behind them, as in training (T5).
@@ -96,7 +97,7 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
     UserError: a prompt leaves no room in the context for a single new token, or is empty where
       nothing stands before it; or no token can follow by a constraint.
   """
-  decoder = Decoder(module)
+  decoder = Decoder(module) if isinstance(module, nn.Module) else module
   prompts = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
   seeds = _each(seed, (int, np.integer), 'seeds', len(prompts))
   configs = _each(config, SamplingConfig, 'configs', len(prompts))
