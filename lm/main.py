@@ -9,12 +9,14 @@ import signal
 import sys
 from typing import Any
 
+from lm.commands import sampling_flags
 from lm.errors import HostError, UserError
 
 COMMANDS = {
     'train': 'prepare the data, train, evaluate, sample, report; the same command continues',
     'evaluate': 'score the held-out files with the last checkpoint of a run',
     'generate': 'continue prompts with the last checkpoint of a run',
+    'edit': 'write a marked span of a text anew, with all else kept byte for byte',
     'corpus': 'raw documents to clean, deduplicated, documented text; why; classifier',
     'cache': 'train the vocabulary and build the token cache, without training',
     'tokenizer': 'train vocabularies of many sizes and kinds, and show what each makes of the text',
@@ -26,7 +28,7 @@ COMMANDS = {
     'convert': "make a run of other people's weights (--from), or the reverse (--to)",
     'explain': 'show every value of a config and the file and line it came from',
 }
-_MODULES = ('convert', 'compile', 'corpus', 'plan', 'sweep', 'tokenizer')  # of lm.commands
+_MODULES = ('convert', 'compile', 'corpus', 'edit', 'plan', 'sweep', 'tokenizer')  # of lm.commands
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,11 +61,10 @@ def _parser() -> argparse.ArgumentParser:
       command.add_argument('--prompt', action='append', required=True, help='repeatable')
       command.add_argument('--chat', action='store_true', help="a prompt is a user's message, put "
                            "into the run's chat template, and the assistant answers")
-      command.add_argument('--max_new_tokens', type=int)
-      command.add_argument('--temperature', type=float, help='0 takes the most probable token')
-      command.add_argument('--top_k', type=int)
-      command.add_argument('--top_p', type=float)
-      command.add_argument('--seed', type=int, default=0)
+    if name in ('generate', 'edit'):
+      sampling_flags.add(command)
+    if name == 'edit':
+      _edit_flags(command)
     if name in ('compile', 'plan'):
       command.add_argument('--topology', required=True, help='chips and grid, such as v5e:16x16; '
                            'hosts and GPUs, h100:4x8; cpu:8')
@@ -118,6 +119,16 @@ def _evaluate_flags(command: argparse.ArgumentParser):
   command.add_argument('--num_fewshot', type=int, help='--harness: examples before a question')
 
 
+def _edit_flags(command: argparse.ArgumentParser):
+  command.add_argument('--text', help='with the span to rewrite in [[double brackets]]')
+  command.add_argument('--file', help='or a file, whose bytes --start to --end are the span')
+  command.add_argument('--start', type=int, metavar='BYTE', help='--file: the first of the span')
+  command.add_argument('--end', type=int, metavar='BYTE', help='--file: the first behind it')
+  command.add_argument('--out', metavar='FILE', help='the best candidate goes here, such as --file')
+  command.add_argument('--candidates', type=int, default=4, metavar='N', help='at most, the first '
+                       'of them greedy; 4')
+
+
 def _sweep_flags(command: argparse.ArgumentParser):
   numbers = lambda text: [float(number) for number in text.split(',')]
   command.epilog += (
@@ -166,16 +177,6 @@ def _bindings(rest: list[str]) -> list[tuple[str, str]]:
   return bindings
 
 
-def _sampling(args: argparse.Namespace, default: Any) -> Any:
-  import dataclasses
-  names = ('max_new_tokens', 'temperature', 'top_k', 'top_p')
-  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-  try:
-    return dataclasses.replace(default, **given)
-  except ValueError as error:
-    raise UserError(str(error)) from error
-
-
 def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[str, Any]:
   """Runs one command and returns what --json holds."""
   if args.command in _MODULES:
@@ -208,8 +209,8 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
     return _train(experiment, args)
   if args.command == 'evaluate':
     return _evaluate(experiment, args)
-  result = run.generate(experiment, args.run_dir, args.prompt, _sampling(args, experiment.sampling),
-                        args.seed, args.chat)
+  sampling = sampling_flags.chosen(args, experiment.sampling)
+  result = run.generate(experiment, args.run_dir, args.prompt, sampling, args.seed, args.chat)
   for completion in result['completions']:
     between = '\n' if args.chat else ''
     print(f'{completion["prompt"]}{between}{completion["text"]}\n')

@@ -8,7 +8,8 @@ Change `sampling.py` for what a request may ask and how the next token is chosen
 what the text so far does to the scores of its next token (repetition, bad words), `filters.py` for
 which tokens may be drawn (top-k, top-p, typical, mirostat), `stops.py` for stop strings and for
 text that is streamed, `generate.py` for how prompts are batched, the cache is filled, and decoding
-stops.
+stops; `speculative.py` for who drafts tokens that one pass checks (prompt lookup, early exit,
+another model), `infill.py` for what stands in a gap.
 """
 from lm.inference.generate import complete, Completion, generate
 from lm.inference.sampling import SamplingConfig

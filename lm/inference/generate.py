@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.errors import UserError
+from lm.inference import speculative
 from lm.inference.decoder import Decoder
 from lm.inference.sampling import begin, choices, sample, SamplerState, SamplingConfig, with_ids
 from lm.inference.stops import Stop, Stream
@@ -54,10 +55,12 @@ class Completion(NamedTuple):
     filter).
   stopped: at the end of the document, after `max_new_tokens`, because the context was full, or
     where a stop string was complete.
+  drafts: what became of them, with a drafter.
   """
   tokens: np.ndarray
   log_probs: np.ndarray
   stopped: Stopped
+  drafts: speculative.Drafts | None = None
 
 
 class CompletedText(TypedDict):
@@ -71,7 +74,8 @@ class CompletedText(TypedDict):
 def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
              config: SamplingConfig | Sequence[SamplingConfig], seed: int | Sequence[int],
              max_length: int, eos_id: int, bos_id: int | None = BOS_ID,
-             stops: Sequence[Stop | None] | None = None) -> list[Completion]:
+             stops: Sequence[Stop | None] | None = None,
+             drafter: speculative.Drafting | None = None) -> list[Completion]:
   """Completes each prompt; the result for a prompt depends on it, its config and seed alone.
 
   Args:
@@ -87,6 +91,7 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
     eos_id: ends a completion.
     bos_id: stands before every prompt; None for models that begin with the prompt itself.
     stops: of each prompt what ends its completion besides the end of document, or None.
+    drafter: decodes speculatively: the same distribution, sooner (see `speculative.py`).
 
   Raises:
     UserError: a prompt leaves no room in the context for a single new token, or is empty where
@@ -109,12 +114,19 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
               min(round_up(configs[i].max_new_tokens), max_length))
     buckets.setdefault(bucket, []).append(i)
   params = decoder.prepare(params)
+  begin_with, go_on = _start, _decode
+  if drafter is not None:
+    bound, draft_params = drafter.bind(decoder, params)
+    begin_with, go_on = (functools.partial(function, bound)
+                         for function in (speculative.start, speculative.decode))
+    params = params, draft_params
   completions: list[Completion | None] = [None] * len(prompts)
   for bucket, members in sorted(buckets.items()):
     for start in range(0, len(members), LARGEST_BATCH):
       rows = members[start:start + LARGEST_BATCH]
       requests = [(prompts[i], seeds[i], configs[i], stops[i]) for i in rows]
-      done = _generate_batch(decoder, params, requests, bucket, max_length, eos_id, bos_id)
+      done = _generate_batch(decoder, begin_with, go_on, params, requests, bucket, max_length,
+                             eos_id, bos_id)
       for i, completion in zip(rows, done):
         completions[i] = completion
   return completions
@@ -180,7 +192,7 @@ def request_key(prompt: np.ndarray, seed: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(prompt.tobytes()))
 
 
-def _generate_batch(decoder, params, requests, bucket, max_length, eos_id, bos_id):
+def _generate_batch(decoder, start, go_on, params, requests, bucket, max_length, eos_id, bos_id):
   """Completes requests of one bucket: builds the arrays of `_decode` and reads its results."""
   size, encodes = round_up(len(requests)), decoder.has_encoder
   inputs_BT = np.full((size, bucket[0]), BOS_ID if bos_id is None else bos_id, np.int32)
@@ -196,20 +208,21 @@ def _generate_batch(decoder, params, requests, bucket, max_length, eos_id, bos_i
   keys = [request_key(prompt, seed) for prompt, seed, _, _ in requests]
   idle = size - len(requests)
   asked = choices([*configs, *configs[:1] * idle], eos_id)
-  state = _start(decoder, bucket[1], max_length, params, inputs_BT, lengths_B, limits_B, asked)
+  state = start(decoder, bucket[1], max_length, params, inputs_BT, lengths_B, limits_B, asked)
   keys_B = jnp.stack(keys + keys[:1] * idle)
-  decode = lambda state, until: _decode(decoder, params, state, keys_B, asked, limits_B, eos_id,
-                                        until)
+  decode = lambda state, until: go_on(decoder, params, state, keys_B, asked, limits_B, eos_id, until)
   state, stopped = _watched(decode, state, stops, bucket[1], eos_id)
   tokens_BP, log_probs_BP, counts_B = jax.device_get(
       (state.tokens_BP, state.log_probs_BP, state.counts_B))
+  drafts = getattr(state, 'drafts', None)
   completions = []
   for row, config in enumerate(configs):
+    of_row = drafts and speculative.Drafts(*(int(x[row]) for x in drafts))
     count = stopped.get(row, counts_B[row])
     tokens = tokens_BP[row, :count]
     why = 'length' if limits_B[row] == config.max_new_tokens else 'context'
     why = 'stop' if row in stopped else 'eos' if tokens[-1] == eos_id else why
-    completions.append(Completion(tokens, log_probs_BP[row, :count], why))
+    completions.append(Completion(tokens, log_probs_BP[row, :count], why, of_row))
   return completions
 
 
