@@ -96,8 +96,8 @@ def sentinels(experiment: run.Experiment, vocabulary: Vocabulary) -> infill.FIM 
 def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[str, Any]:
   """Rewrites the span; prints the candidates, best first, and returns what --json holds."""
   if (args.text is None) == (args.file is None):
-    raise UserError('`lm edit` needs --text=TEXT with a span in [[double brackets]], or --file=FILE '
-                    'with --start=BYTE and --end=BYTE; give one of them')
+    raise UserError('`lm edit` needs --text=TEXT with a span in [[double brackets]], or '
+                    '--file=FILE with --start=BYTE and --end=BYTE; give one of them')
   if args.run_dir is None:
     raise UserError('`lm edit` needs --run_dir=DIR, where the run is')
   if args.candidates < 1:
@@ -105,8 +105,8 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
   is_text = args.file is None
   marked = marked_text(args.text) if is_text else marked_file(args.file, args.start, args.end)
   experiment = run.open_experiment(args.gin_file, bindings, args.run_dir)
-  candidates = edit(experiment, args.run_dir, marked, sampling_flags.chosen(args, experiment.sampling),
-                    args.candidates, args.seed)
+  sampling = sampling_flags.chosen(args, experiment.sampling)
+  candidates = edit(experiment, args.run_dir, marked, sampling, args.candidates, args.seed)
   if args.out:
     try:
       pathlib.Path(args.out).write_bytes(marked.rewritten(candidates[0]['span']))

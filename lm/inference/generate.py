@@ -210,7 +210,8 @@ def _generate_batch(decoder, start, go_on, params, requests, bucket, max_length,
   asked = choices([*configs, *configs[:1] * idle], eos_id)
   state = start(decoder, bucket[1], max_length, params, inputs_BT, lengths_B, limits_B, asked)
   keys_B = jnp.stack(keys + keys[:1] * idle)
-  decode = lambda state, until: go_on(decoder, params, state, keys_B, asked, limits_B, eos_id, until)
+  decode = lambda state, until: go_on(decoder, params, state, keys_B, asked, limits_B, eos_id,
+                                      until)
   state, stopped = _watched(decode, state, stops, bucket[1], eos_id)
   tokens_BP, log_probs_BP, counts_B = jax.device_get(
       (state.tokens_BP, state.log_probs_BP, state.counts_B))

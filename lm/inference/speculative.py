@@ -1,7 +1,7 @@
 """Speculative decoding: several cheap drafts of the next tokens, checked by one pass of the model.
 
-A pass over T = 1 + num_tokens places reads the weights once, as a pass over one does, so drafts that
-the model agrees with are nearly free. The text follows the model's own distribution, whatever the
+A pass over T = 1 + num_tokens places reads the weights once, as a pass over one does, so drafts
+that the model agrees with are nearly free. The text follows the model's own distribution, whatever the
 drafts were; greedy, it is the plain decoder's, but for the rounding of a pass over more places.
 
 Drafts that are found, as by lookup, are taken where the token that `sample` chooses is the draft:
@@ -70,8 +70,8 @@ class PromptLookup:
   def __post_init__(self):
     _check(self.num_tokens)
     if not 1 <= self.shortest <= self.longest:
-      raise ValueError(f'shortest={self.shortest} and longest={self.longest} must be 1 or more, and '
-                       'the second not below the first')
+      raise ValueError(f'shortest={self.shortest} and longest={self.longest} must be 1 or more, '
+                       'and the second not below the first')
 
   def bind(self, decoder: Decoder, params: Any) -> tuple[Drafter, Any]:
     """The drafter of a model, and its parameters."""

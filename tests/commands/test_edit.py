@@ -50,8 +50,8 @@ def trained(tmp_path_factory):
       model, objective, name, vocab_size, bindings = FAMILIES[family]
       runs[family] = folder / family
       assert main.main([
-          'train', f'--gin_file=gin/models/{model}.gin', f'--gin_file=gin/objectives/{objective}.gin',
-          *RUN, f'--gin.VOCAB_SIZE={vocab_size}', f'--gin.EXTRA_IDS={vocab_size - 259}',
+          'train', f'--gin_file=gin/models/{model}.gin',
+          f'--gin_file=gin/objectives/{objective}.gin', *RUN, f'--gin.VOCAB_SIZE={vocab_size}', f'--gin.EXTRA_IDS={vocab_size - 259}',
           f'--gin.{name}.d_model=32', f'--gin.{name}.num_layers=2', f'--gin.{name}.num_heads=4',
           f'--gin.{name}.d_ff=64', *bindings, f"--gin.FILES='{folder}/letters.jsonl'",
           f"--gin.CACHE_DIR='{folder}/cache'", f'--run_dir={runs[family]}']) == 0
@@ -82,7 +82,8 @@ def test_a_span_that_can_only_be_one_is_filled_with_it(trained, family):
 
 def test_all_bytes_outside_the_span_of_a_file_stay(trained, tmp_path):
   path = tmp_path / 'text.txt'
-  before, after = b'\xef\xbb\xbf \t\r\n\xff\r defg', 'no \u2028\u00e9\U0001f600\r\r\n'.encode() + b'\x80'
+  before = b'\xef\xbb\xbf \t\r\n\xff\r defg'
+  after = 'no \u2028\u00e9\U0001f600\r\r\n'.encode() + b'\x80'
   path.write_bytes(before + b'\xe9gone' + after)
   flags = f'--file={path}', f'--start={len(before)}', f'--end={len(before) + 5}', f'--out={path}'
   candidates, _ = lm_edit(trained('gpt'), *flags, '--max_new_tokens=4', '--candidates=2')
@@ -143,7 +144,8 @@ def test_the_model_is_asked_as_it_was_trained(order, spm_rate):
   text = np.arange(10, 22, dtype=np.int32)
   packed = Packed(np.append(text, 1).astype(np.int32), np.ones(13, np.int32),
                   np.arange(13, dtype=np.int32), np.int32(-1))
-  row = objective(packed, np.random.default_rng(3), lambda: packed)['decoder_target_tokens'].tolist()
+  features = objective(packed, np.random.default_rng(3), lambda: packed)
+  row = features['decoder_target_tokens'].tolist()
   sentinels = infill.FIM(*objective.fim_ids, order)
   middle_at, suffix_at = row.index(sentinels.middle_id), row.index(sentinels.suffix_id)
   after = row[suffix_at + 1:middle_at]

@@ -107,7 +107,8 @@ def filtered(logits, config):
 @pytest.mark.parametrize('drafter', [DraftModel, PromptLookup])
 @pytest.mark.parametrize('config', [
     SamplingConfig(temperature=1.3, max_new_tokens=3),
-    SamplingConfig(temperature=1.1, top_k=4, top_p=0.9, max_new_tokens=3)], ids=['warm', 'filtered'])
+    SamplingConfig(temperature=1.1, top_k=4, top_p=0.9, max_new_tokens=3)],
+                         ids=['warm', 'filtered'])
 def test_texts_follow_the_models_own_distribution(drafter, config):
   rows, tiny = 6000, dataclasses.replace(LEARNED, vocab_size=5, num_layers=2, max_length=16)
   small = dataclasses.replace(tiny, num_layers=1)
