@@ -16,6 +16,7 @@ COMMANDS = {
     'train': 'prepare the data, train, evaluate, sample, report; the same command continues',
     'evaluate': 'score the held-out files with the last checkpoint of a run',
     'generate': 'continue prompts with the last checkpoint of a run',
+    'edit': 'write a marked span of a text anew, with all else kept byte for byte',
     'corpus': 'raw documents to clean, deduplicated, documented text; why; classifier',
     'cache': 'train the vocabulary and build the token cache, without training',
     'tokenizer': 'train vocabularies of many sizes and kinds, and show what each makes of the text',
@@ -28,7 +29,7 @@ COMMANDS = {
     'explain': 'show every value of a config and the file and line it came from',
 }
 # Of lm.commands.
-_MODULES = ('convert', 'compile', 'corpus', 'generate', 'plan', 'sweep', 'tokenizer')
+_MODULES = ('convert', 'compile', 'corpus', 'edit', 'generate', 'plan', 'sweep', 'tokenizer')
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
       command.add_argument('--out', metavar='FILE', help='--prompts: answers, a line of JSON each')
       command.add_argument('--chat', action='store_true', help="a prompt is a user's message, put "
                            "into the run's chat template, and the assistant answers")
+    if name in ('generate', 'edit'):
       sampling_flags.add(command)
+    if name == 'edit':
+      _edit_flags(command)
     if name in ('compile', 'plan'):
       command.add_argument('--topology', required=True, help='chips and grid, such as v5e:16x16; '
                            'hosts and GPUs, h100:4x8; cpu:8')
@@ -118,6 +122,16 @@ def _evaluate_flags(command: argparse.ArgumentParser):
                        "lm-evaluation-harness, or YAML files of tasks, in the objective's place")
   command.add_argument('--limit', type=int, help='--harness: examples of each task')
   command.add_argument('--num_fewshot', type=int, help='--harness: examples before a question')
+
+
+def _edit_flags(command: argparse.ArgumentParser):
+  command.add_argument('--text', help='with the span to rewrite in [[double brackets]]')
+  command.add_argument('--file', help='or a file, whose bytes --start to --end are the span')
+  command.add_argument('--start', type=int, metavar='BYTE', help='--file: the first of the span')
+  command.add_argument('--end', type=int, metavar='BYTE', help='--file: the first behind it')
+  command.add_argument('--out', metavar='FILE', help='the best candidate goes here, such as --file')
+  command.add_argument('--candidates', type=int, default=4, metavar='N', help='at most, the first '
+                       'of them greedy; 4')
 
 
 def _sweep_flags(command: argparse.ArgumentParser):

@@ -10,7 +10,8 @@ which tokens may be drawn (top-k, top-p, typical, mirostat), `stops.py` for stop
 text that is streamed, `constrain.py` for rules that a completion follows (regular expression,
 choice, JSON schema, grammar), `scores.py` for log-probabilities of a text's tokens, `best_of.py`
 for the best of several samples, `generate.py` for how prompts are batched, the cache is filled, and
-decoding stops.
+decoding stops; `speculative.py` for who drafts tokens that one pass checks (prompt lookup, early
+exit, another model), `infill.py` for what stands in a gap.
 
 Requests that come and go: `engine.py` is the loop that decodes all that are there, `scheduler.py`
 says which are worked on and which wait, `pages.py` who holds which page of the cache and which

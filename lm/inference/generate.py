@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.errors import UserError
-from lm.inference import constrain
+from lm.inference import constrain, speculative
 from lm.inference.decoder import Decoder
 from lm.inference.sampling import begin, choices, sample, SamplerState, SamplingConfig, with_ids
 from lm.inference.stops import Stop, Stream
@@ -56,10 +56,12 @@ class Completion(NamedTuple):
     filter).
   stopped: at the end of the document, after `max_new_tokens`, because the context was full, or
     where a stop string was complete.
+  drafts: what became of them, with a drafter.
   """
   tokens: np.ndarray
   log_probs: np.ndarray
   stopped: Stopped
+  drafts: speculative.Drafts | None = None
 
 
 class CompletedText(TypedDict):
@@ -74,7 +76,8 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
              config: SamplingConfig | Sequence[SamplingConfig], seed: int | Sequence[int],
              max_length: int, eos_id: int, bos_id: int | None = BOS_ID,
              stops: Sequence[Stop | None] | None = None,
-             constraints: Sequence[constrain.Constraint | None] | None = None) -> list[Completion]:
+             constraints: Sequence[constrain.Constraint | None] | None = None,
+             drafter: speculative.Drafting | None = None) -> list[Completion]:
   """Completes each prompt; the result for a prompt depends on it, its config and seed alone.
 
   Args:
@@ -92,6 +95,7 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
     stops: of each prompt what ends its completion besides the end of document, or None.
     constraints: of each prompt what its completion must be, at its beginning, or None. The host
       then looks at each token before the next.
+    drafter: decodes speculatively: the same distribution, sooner (see `speculative.py`).
 
   Raises:
     UserError: a prompt leaves no room in the context for a single new token, or is empty where
@@ -115,13 +119,23 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
               min(round_up(configs[i].max_new_tokens), max_length))
     buckets.setdefault(bucket, []).append(i)
   params = decoder.prepare(params)
+  begin_with, go_on = _start, _decode
+  if drafter is not None and any(constraints):
+    raise UserError(f'{type(drafter).__name__} drafts several tokens at once, and a rule is asked '
+                    'about each before the next; leave one of them out')
+  if drafter is not None:
+    bound, draft_params = drafter.bind(decoder, params)
+    begin_with, go_on = (functools.partial(function, bound)
+                         for function in (speculative.start, speculative.decode))
+    params = params, draft_params
   completions: list[Completion | None] = [None] * len(prompts)
   for bucket, members in sorted(buckets.items()):
     for start in range(0, len(members), LARGEST_BATCH):
       rows = members[start:start + LARGEST_BATCH]
       requests = [_Request(prompts[i], seeds[i], configs[i], stops[i], constraints[i])
                   for i in rows]
-      done = _generate_batch(decoder, params, requests, bucket, max_length, eos_id, bos_id)
+      done = _generate_batch(decoder, begin_with, go_on, params, requests, bucket, max_length,
+                             eos_id, bos_id)
       for i, completion in zip(rows, done):
         completions[i] = completion
   return completions
@@ -200,7 +214,7 @@ class _Request(NamedTuple):
   constraint: constrain.Constraint | None
 
 
-def _generate_batch(decoder, params, requests, bucket, max_length, eos_id, bos_id):
+def _generate_batch(decoder, start, go_on, params, requests, bucket, max_length, eos_id, bos_id):
   """Completes requests of one bucket: builds the arrays of `_decode` and reads its results."""
   size, encodes = round_up(len(requests)), decoder.has_encoder
   inputs_BT = np.full((size, bucket[0]), BOS_ID if bos_id is None else bos_id, np.int32)
@@ -216,20 +230,22 @@ def _generate_batch(decoder, params, requests, bucket, max_length, eos_id, bos_i
   keys = [request_key(request.prompt, request.seed) for request in requests]
   configs, idle = [request.config for request in requests], size - len(requests)
   asked = choices(configs + configs[:1] * idle, eos_id)
-  state = _start(decoder, bucket[1], max_length, params, inputs_BT, lengths_B, limits_B, asked)
+  state = start(decoder, bucket[1], max_length, params, inputs_BT, lengths_B, limits_B, asked)
   keys_B = jnp.stack(keys + keys[:1] * idle)
-  decode = lambda state, until, allowed_BW: _decode(
-      decoder, params, state, keys_B, asked, limits_B, eos_id, until, allowed_BW)
+  decode = lambda state, until, *allowed_BW: go_on(decoder, params, state, keys_B, asked, limits_B,
+                                                   eos_id, until, *allowed_BW)
   state, stopped = _watched(decode, state, requests, bucket[1], eos_id)
   tokens_BP, log_probs_BP, counts_B = jax.device_get(
       (state.tokens_BP, state.log_probs_BP, state.counts_B))
+  drafts = getattr(state, 'drafts', None)
   completions = []
   for row, config in enumerate(configs):
+    of_row = drafts and speculative.Drafts(*(int(x[row]) for x in drafts))
     count = stopped.get(row, counts_B[row])
     tokens = tokens_BP[row, :count]
     why = 'length' if limits_B[row] == config.max_new_tokens else 'context'
     why = 'stop' if row in stopped else 'eos' if tokens[-1] == eos_id else why
-    completions.append(Completion(tokens, log_probs_BP[row, :count], why))
+    completions.append(Completion(tokens, log_probs_BP[row, :count], why, of_row))
   return completions
 
 
@@ -245,7 +261,7 @@ def _watched(decode, state, requests, num_new, eos_id):
       for row, request in enumerate(requests):
         if request.constraint and not done_B[row]:
           allowed_BW[row] = request.constraint.mask()
-    state = decode(state, min(done + stride, num_new), allowed_BW)
+    state = decode(state, min(done + stride, num_new), *([allowed_BW] if is_constrained else []))
     tokens_BP, counts_B, done_B = jax.device_get((state.tokens_BP, state.counts_B, state.done_B))
     for row, request in enumerate(requests):
       for place in range(done, counts_B[row] if row not in stopped else 0):
@@ -288,7 +304,8 @@ def _start(decoder, num_new, max_length, params, inputs_BT, lengths_B, limits_B,
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(decoder, params, state, keys_B, asked, limits_B, eos_id, until, allowed_BW):
+def _decode(decoder, params, state, keys_B, asked, limits_B, eos_id, until,
+            allowed_BW=None):
   """Chooses tokens up to step `until`, up to `limits_B` a row, of those that are allowed."""
   def decode(state):
     step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.step)

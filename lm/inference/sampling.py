@@ -206,7 +206,8 @@ def begin(asked: Choices, inputs_BT: Int[Array, 'B T'], lengths_B: Int[Array, ' 
 
 
 def sample(logits_BV: Float[Array, 'B V'], keys_B: Key[Array, ' B'], asked: Choices,
-           state: SamplerState, allowed_BW: UInt32[Array, 'B W'] | None = None
+           state: SamplerState, allowed_BW: UInt32[Array, 'B W'] | None = None,
+           choose: Callable[[jax.Array, jax.Array], jax.Array] | None = None
            ) -> tuple[Int[Array, ' B'], Float[Array, ' B'], SamplerState]:
   """Draws one token a row from softmax(logits / temperature), filtered and renormalised.
 
@@ -220,6 +221,7 @@ def sample(logits_BV: Float[Array, 'B V'], keys_B: Key[Array, ' B'], asked: Choi
     asked: traced, so that a program serves whatever is asked.
     state: from `begin`, then from the step before.
     allowed_BW: tokens that may follow, 32 a word, the lowest bit first; W = ceil(V / 32).
+    choose: (scores_BV, keys_B) -> tokens_B in the place of `choose_from`, for rows that are drawn.
 
   Returns:
     tokens, int32; their log-probabilities under the model itself (temperature 1, nothing filtered),
@@ -231,7 +233,7 @@ def sample(logits_BV: Float[Array, 'B V'], keys_B: Key[Array, ' B'], asked: Choi
   warm_B = asked.temperature_B > 0
 
   def draw(token_B, mu_B):
-    drawn_B, mu_B = _draw(scores_BV, keys_B, asked, mu_B)
+    drawn_B, mu_B = _draw(scores_BV, keys_B, asked, mu_B, choose or choose_from)
     return jnp.where(warm_B, drawn_B, token_B), mu_B
 
   token_B, mu_B = lax.cond(warm_B.any(), draw, lambda *same: same, token_B, state.mu_B)
@@ -314,10 +316,10 @@ def _leave_out(scores_BV, asked, mu_B):
       scores_BV, jnp.where(steers_B, mu_B, jnp.inf)), scores_BV)
 
 
-def _draw(scores_BV, keys_B, asked, mu_B):
+def _draw(scores_BV, keys_B, asked, mu_B, choose):
   """A token for each row, and mirostat's mu behind it."""
   scores_BV, kept_BV = _leave_out(scores_BV, asked, mu_B)
-  token_B = _choose(kept_BV, keys_B)
+  token_B = choose(kept_BV, keys_B)
   steers_B = asked.mirostat_tau_B > 0
 
   def steer(mu_B):
@@ -328,7 +330,7 @@ def _draw(scores_BV, keys_B, asked, mu_B):
   return token_B, lax.cond(steers_B.any(), steer, lambda mu_B: mu_B, mu_B)
 
 
-def _choose(scores_BV, keys_B):
+def choose_from(scores_BV: Float[Array, 'B V'], keys_B: Key[Array, ' B']) -> Int[Array, ' B']:
   """Draws from softmax(scores), by inverting sums of probabilities in two steps: a block, and a
   token of it. One random number a row: Gumbel noise for 49,152 tokens takes XLA:CPU six times as
   long."""

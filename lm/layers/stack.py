@@ -66,6 +66,20 @@ def unstack(tree: Any) -> list[Any]:
   return [treedef.unflatten(layer) for layer in zip(*parts)]
 
 
+def first_layers(tree: Any, num_layers: int) -> Any:
+  """The first of [L, ...] leaves, or of a list of L trees.
+
+  Raises:
+    UserError: there are not so many.
+  """
+  L = len(tree) if isinstance(tree, list) else len(jax.tree.leaves(tree)[0])
+  if not 1 <= num_layers < L:
+    raise UserError(f'num_layers={num_layers} of a draft must be 1 to {L - 1}: fewer than the '
+                    f'{L} of the model')
+  cut = lambda x: x[:num_layers]
+  return cut(tree) if isinstance(tree, list) else jax.tree.map(cut, tree)
+
+
 class Stack(nn.Module):
   """x -> block_L(...block_1(x)), each with its own parameters.
 

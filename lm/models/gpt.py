@@ -24,7 +24,7 @@ from lm.layers.positions import RopeScaling
 from lm.layers.products import Products
 from lm.layers.relative_bias import alibi
 from lm.layers.rolling import Rolling, sink_shift
-from lm.layers.stack import Remat, Stack, unstack
+from lm.layers.stack import first_layers, Remat, Stack, unstack
 from lm.models.cache import Cache, CacheOptions, init_layers
 from lm.parallel import ring
 from lm.parallel.rules import Rules, constrain
@@ -214,6 +214,12 @@ class GPTConfig:
     if self.scanned:
       return params
     return {**params, 'blocks': {'layers': unstack(params['blocks']['layers'])}}
+
+  def first_layers(self, params: Any, num_layers: int) -> tuple['GPTConfig', Any]:
+    """The model of these layers with the same norm and head behind them, and its parameters."""
+    config = dataclasses.replace(self, num_layers=num_layers, scan_layers=self.scanned)
+    layers = first_layers(params['blocks']['layers'], num_layers)
+    return config, {**params, 'blocks': {'layers': layers}}
 
   def flops_per_token(self, length: int) -> int:
     """FLOPs of a training step for each token of a sequence of `length` tokens.

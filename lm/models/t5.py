@@ -18,7 +18,7 @@ from lm.layers.mlp import MLP, Activation, is_gated
 from lm.layers.norms import Norm
 from lm.layers.products import Products
 from lm.layers.relative_bias import RelativeBias
-from lm.layers.stack import Remat, Stack, unstack
+from lm.layers.stack import first_layers, Remat, Stack, unstack
 from lm.models.cache import CacheOptions, init_layers
 from lm.parallel import ring
 from lm.parallel.rules import Rules, constrain
@@ -148,6 +148,14 @@ class T5Config:
     trunks = {name: params[name] for name in ('encoder', 'decoder') if name in params}
     layers = lambda trunk: {'blocks': {'layers': unstack(trunk['blocks']['layers'])}}
     return {**params, **{name: {**trunk, **layers(trunk)} for name, trunk in trunks.items()}}
+
+  def first_layers(self, params: Any, num_layers: int) -> tuple['T5Config', Any]:
+    """The model of the encoder and these layers of the decoder, with the same norm and head behind
+    them, and its parameters."""
+    config = dataclasses.replace(self, num_decoder_layers=num_layers, scan_layers=self.scanned)
+    trunk = params['decoder']
+    layers = first_layers(trunk['blocks']['layers'], num_layers)
+    return config, {**params, 'decoder': {**trunk, 'blocks': {'layers': layers}}}
 
   def flops_per_token(self, length: int, target_length: int | None = None) -> int:
     """FLOPs of a training step for each token of an input of `length` tokens, which is what a run

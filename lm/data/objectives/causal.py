@@ -164,6 +164,12 @@ class FillInTheMiddle(Base):
     row = (pad(values, length) for values in (tokens, segment_ids, positions))
     return decoder_features(Packed(*row, previous), self.bos_id)
 
+  @property
+  def fim_ids(self) -> tuple[int, int, int]:
+    """The ids before prefix, middle and suffix; known after `bind`."""
+    before, middle, after = (int(self._ids(name)[0]) for name in self._special())
+    return before, middle, after
+
   def _special(self) -> tuple[str, ...]:
     return ('fim_prefix_id', 'fim_middle_id', 'fim_suffix_id')
 

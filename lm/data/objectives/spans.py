@@ -25,6 +25,11 @@ class _Spans(Base):
 
   num_sentinels: int = 100
 
+  @property
+  def sentinel_ids(self) -> np.ndarray:
+    """What stands for the spans, the first one first; known after `bind`."""
+    return self._ids('sentinels')
+
   def _special(self) -> tuple[str, ...]:
     return ('sentinels',)
 
