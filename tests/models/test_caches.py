@@ -137,7 +137,7 @@ def test_a_cache_of_the_window_is_as_the_whole_one(tiny_configs, changes):
 
 @pytest.mark.parametrize('changes', [ROTARY | dict(window=None), dict(
     positions='alibi', scan_layers=False)], ids=['rotary', 'alibi'])
-@pytest.mark.supports('inference', 'attention sinks (StreamingLLM)')
+@pytest.mark.supports('decoding', 'attention sinks (StreamingLLM)')
 def test_a_text_goes_on_from_its_first_tokens_and_the_last(tiny_configs, changes):
   """By section 3.2 of the paper: a token sees them at the places that they have in the cache."""
   config = tiny_configs['gpt2'](**changes, num_layers=1, max_length=16)
@@ -166,7 +166,7 @@ XL = TransformerXLConfig(vocab_size=37, max_length=16, memory_length=6, d_model=
                          num_heads=4, d_ff=24, dtype='float32', init_std=0.2, scan_layers=True)
 
 
-@pytest.mark.supports('inference', 'Transformer-XL decoding')
+@pytest.mark.supports('decoding', 'Transformer-XL decoding')
 @pytest.mark.parametrize('changes', [
     {}, dict(same_length=True, scan_layers=False, untie_biases=True),
     dict(clamp_length=3, cutoffs=(10, 20), div_val=2)], ids=['plain', 'same length', 'adaptive'])
@@ -190,7 +190,7 @@ def test_transformer_xl_decodes_as_it_is_evaluated_token_by_token(changes):
 
 @pytest.mark.parametrize('kind', ['rows', 'pages', 'window', 'transformer_xl'])
 @pytest.mark.parametrize('dtype, bound', [('int8', 0.02), ('float8_e4m3fn', 0.08)])
-@pytest.mark.supports('inference', 'int8 and float8 KV caches')
+@pytest.mark.supports('decoding', 'int8 and float8 KV caches')
 def test_a_cache_of_8_bits_is_near_the_exact_one(tiny_configs, kind, dtype, bound):
   config = XL if kind == 'transformer_xl' else tiny_configs['gpt2'](
       **ROTARY | dict(attention_pattern='LG', max_length=64))

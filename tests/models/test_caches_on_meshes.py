@@ -4,7 +4,7 @@ import pathlib
 import pytest
 
 
-@pytest.mark.supports('inference', 'caches on meshes: rows over data, heads over tensor')
+@pytest.mark.supports('decoding', 'caches on meshes: rows over data, heads over tensor')
 def test_decoding_on_a_mesh_is_the_full_forward_pass_on_one_device(child_with_devices):
   script = pathlib.Path(__file__).parent / 'sharded_caches.py'
   found = child_with_devices(script)
