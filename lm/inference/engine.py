@@ -31,7 +31,8 @@ from lm.inference.scheduler import Row, Scheduler
 from lm.inference.stops import Stop
 
 LEAST_CHUNK = 16    # tokens of a prompt; fewer cost the same
-LEAST_PLACES = 256  # of a row in a program; fewer cost nearly the same
+LEAST_PLACES = 128  # of a row in a program; fewer cost nearly the same
+PATIENCE = 8        # steps that a request waits for the place of one that has ended
 IDLE = SamplingConfig(temperature=0)
 
 
@@ -44,7 +45,7 @@ class EngineConfig:
   cache_tokens: tokens whose keys and values there is room for, together; one text of the full
     context fits in any case.
   chunk: tokens of prompts that are read before all rows decode again.
-  steps: that are decoded at once while nobody waits for the device.
+  steps: that are decoded at once while no prompt is to be read; their tokens come together.
   """
   num_rows: int = 16
   page_size: int = 16
@@ -226,7 +227,7 @@ class Engine:
         self._run_read(np.zeros(size, np.int32), [], 0, 0, 0, places)
       for size in _buckets(1, self.config.num_rows, 4):
         for allowed in (False, True)[:1 + constrained]:
-          self._run_decode([], size, places, 1, False, allowed)
+          self._run_decode([], size, places, 1, allowed)
     scratch = np.int32(self.config.num_rows)
     row = paged.take_row(self._samplers, scratch)
     self._samplers = paged.put_row(self._samplers, scratch, row)
@@ -293,8 +294,9 @@ class Engine:
       reads: whether prompts are left to be read, which shall not wait for long.
     """
     constrained = any(self._tickets[row].request.constraint for row in self.scheduler.running)
+    most = PATIENCE if self.scheduler.waiting else self.config.steps
     rows, steps, stopped = self.scheduler.reserve(
-        1 if reads or constrained else self.config.steps)
+        1 if reads or constrained else min(most, self.config.steps))
     for row, slot in stopped:
       self._tickets[row]._sampler = paged.take_row(self._samplers, np.int32(slot))
     self.counts.preempted += len(stopped)
@@ -304,7 +306,7 @@ class Engine:
     longest = max(row.num_read + min(steps, row.num_left) for row in rows)
     places = _bucket(min(longest + 1, self._max_length), LEAST_PLACES, self._max_length, 2)
     tokens_BX, log_probs_BX, counts_B = self._run_decode(
-        rows, size, places, steps, bool(self.scheduler.waiting), constrained)
+        rows, size, places, steps, constrained)
     self.counts.steps += int(counts_B.max())
     for i, row in enumerate(rows):
       self._extend(row, tokens_BX[i, :counts_B[i]].tolist(), log_probs_BX[i].tolist())
@@ -356,7 +358,7 @@ class Engine:
     self._pool = paged.read(self._decoder, self._params, self._pool, tokens[None],
                             self._table([pages], 1, places), one(start), one(first), one(count))
 
-  def _run_decode(self, rows, size, places, steps, is_eager, is_constrained):
+  def _run_decode(self, rows, size, places, steps, is_constrained):
     """Returns tokens and log-probabilities [size, X] and how many they are [size]."""
     tickets = [self._tickets[row] for row in rows]
     idle = size - len(rows)
@@ -380,7 +382,7 @@ class Engine:
                         *[(IDLE, -1)] * idle)
     *results, self._pool, self._samplers = paged.decode(
         self._decoder, self._max_length, self.config.steps, self._in_place, self._params,
-        self._pool, self._samplers, arrays, asked, allowed, np.int32(steps), np.bool_(is_eager))
+        self._pool, self._samplers, arrays, asked, allowed, np.int32(steps))
     return jax.device_get(results)
 
   def _table(self, pages, size, places):
