@@ -1,6 +1,6 @@
 """How much faster requests of mixed lengths are answered when they come and go at every step.
 
-    python scripts/benchmark_engine.py --requests=64 --rounds=3
+    python scripts/benchmark_engine.py --requests=128 --rounds=3
 
 Two traces, on a GPT of 6 layers and 512 dimensions (vocabulary 32,000, bfloat16), greedy:
 - continuous batching: prompts of 16 to 64 tokens, answers of lognormal lengths. Static batches take
@@ -75,7 +75,7 @@ def timed(function, *args):
 
 def batching(params, count, rows, rounds, sigma):
   """Compares both ways on one trace; returns figures."""
-  requests = trace(count, np.log(32), sigma, 448, np.random.default_rng(0))
+  requests = trace(count, np.log(24), sigma, 448, np.random.default_rng(0))
   engine = Engine(MODEL.build(), params, EngineConfig(num_rows=rows, steps=32), MODEL.max_length)
   continuous(engine, requests)  # compiles
   engine.pool.forget()
@@ -105,7 +105,8 @@ def prefixes(params, count, length, rounds):
   """Compares prompts that share `length` tokens with prompts that share none."""
   rng = np.random.default_rng(1)
   draw = lambda size: rng.integers(3, MODEL.vocab_size, size)
-  engine = Engine(MODEL.build(), params, EngineConfig(cache_tokens=32768, steps=16), MODEL.max_length)
+  config = EngineConfig(cache_tokens=32768, steps=16)
+  engine = Engine(MODEL.build(), params, config, MODEL.max_length)
   times = {'shared': [], 'own': []}
   for _ in range(rounds + 1):  # the first compiles
     shared = draw(length)
@@ -122,14 +123,14 @@ def prefixes(params, count, length, rounds):
 def main():
   """Measures, and prints a line of JSON for each trace."""
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--requests', type=int, default=64)
+  parser.add_argument('--requests', type=int, default=128)
   parser.add_argument('--rows', type=int, default=16)
   parser.add_argument('--rounds', type=int, default=3)
-  parser.add_argument('--sigma', type=float, default=1.0, help='of the logarithm of lengths')
+  parser.add_argument('--sigma', type=float, default=1.25, help='of the logarithm of lengths')
   args = parser.parse_args()
   params = params_of(MODEL)
+  print(json.dumps(prefixes(params, 32, 256, args.rounds)), flush=True)
   print(json.dumps(batching(params, args.requests, args.rows, args.rounds, args.sigma)))
-  print(json.dumps(prefixes(params, 32, 256, args.rounds)))
 
 
 if __name__ == '__main__':

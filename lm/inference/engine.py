@@ -31,7 +31,8 @@ from lm.inference.scheduler import Row, Scheduler
 from lm.inference.stops import Stop
 
 LEAST_CHUNK = 16    # tokens of a prompt; fewer cost the same
-LEAST_PLACES = 256  # of a row in a program; fewer cost nearly the same
+LEAST_PLACES = 128  # of a row in a program; fewer cost nearly the same
+PATIENCE = 8        # steps that a request waits for the place of one that has ended
 IDLE = SamplingConfig(temperature=0)
 
 
@@ -44,7 +45,7 @@ class EngineConfig:
   cache_tokens: tokens whose keys and values there is room for, together; one text of the full
     context fits in any case.
   chunk: tokens of prompts that are read before all rows decode again.
-  steps: that are decoded at once while nobody waits for the device.
+  steps: that are decoded at once while no prompt is to be read; their tokens come together.
   """
   num_rows: int = 16
   page_size: int = 16
@@ -201,7 +202,7 @@ class Engine:
   def wait(self, timeout: float | None = None) -> bool:
     """Waits until there is something to do; returns whether there is."""
     with self._lock:
-      return self._lock.wait_for(lambda: self._new or self._tickets, timeout)
+      return self._lock.wait_for(lambda: bool(self._new or self._tickets), timeout)
 
   def run(self):
     """Steps until nothing is left to do."""
@@ -223,10 +224,11 @@ class Engine:
     """
     for places in _buckets(LEAST_PLACES, self._max_length, 2):
       for size in _buckets(LEAST_CHUNK, min(self.config.chunk, self._max_length), 4):
-        self._run_read(np.zeros(size, np.int32), [], 0, 0, 0, places)
+        if size <= places:
+          self._run_read(np.zeros(size, np.int32), [], 0, 0, 0, places)
       for size in _buckets(1, self.config.num_rows, 4):
-        for allowed in (False, True)[:1 + constrained]:
-          self._run_decode([], size, places, 1, False, allowed)
+        for masks in (None, {})[:1 + constrained]:
+          self._run_decode([], size, places, 1, masks)
     scratch = np.int32(self.config.num_rows)
     row = paged.take_row(self._samplers, scratch)
     self._samplers = paged.put_row(self._samplers, scratch, row)
@@ -293,21 +295,36 @@ class Engine:
       reads: whether prompts are left to be read, which shall not wait for long.
     """
     constrained = any(self._tickets[row].request.constraint for row in self.scheduler.running)
+    most = PATIENCE if self.scheduler.waiting else self.config.steps
     rows, steps, stopped = self.scheduler.reserve(
-        1 if reads or constrained else self.config.steps)
+        1 if reads or constrained else min(most, self.config.steps))
     for row, slot in stopped:
       self._tickets[row]._sampler = paged.take_row(self._samplers, np.int32(slot))
     self.counts.preempted += len(stopped)
+    masks = self._masks(rows)
+    rows = [row for row in rows if row in self._tickets]
     if not rows:
       return
     size = _bucket(len(rows), 1, self.config.num_rows, 4)
     longest = max(row.num_read + min(steps, row.num_left) for row in rows)
     places = _bucket(min(longest + 1, self._max_length), LEAST_PLACES, self._max_length, 2)
     tokens_BX, log_probs_BX, counts_B = self._run_decode(
-        rows, size, places, steps, bool(self.scheduler.waiting), constrained)
+        rows, size, places, steps, masks if constrained else None)
     self.counts.steps += int(counts_B.max())
     for i, row in enumerate(rows):
       self._extend(row, tokens_BX[i, :counts_B[i]].tolist(), log_probs_BX[i].tolist())
+
+  def _masks(self, rows):
+    """What may follow, of the rows that have a constraint."""
+    masks = {}
+    for row in rows:
+      ticket = self._tickets[row]
+      if ticket.request.constraint is not None:
+        try:
+          masks[row] = ticket.request.constraint.mask()
+        except Exception as raised:  # The others go on.
+          self._end(ticket, 'cancelled', raised)
+    return masks
 
   def _extend(self, row, tokens, log_probs):
     """Puts chosen tokens behind a row, up to where it ends."""
@@ -356,7 +373,7 @@ class Engine:
     self._pool = paged.read(self._decoder, self._params, self._pool, tokens[None],
                             self._table([pages], 1, places), one(start), one(first), one(count))
 
-  def _run_decode(self, rows, size, places, steps, is_eager, is_constrained):
+  def _run_decode(self, rows, size, places, steps, masks):
     """Returns tokens and log-probabilities [size, X] and how many they are [size]."""
     tickets = [self._tickets[row] for row in rows]
     idle = size - len(rows)
@@ -370,17 +387,16 @@ class Engine:
         column((len(ticket.tokens) for ticket in tickets), 0), np.stack(keys),
         column((ticket.request.eos_id for ticket in tickets), -1))
     allowed = None
-    if is_constrained:
-      allowed = np.full((size, -(-self._decoder.module.config.vocab_size // 32)), -1, np.int32)
-      allowed = allowed.view(np.uint32)
-      for i, ticket in enumerate(tickets):
-        if ticket.request.constraint is not None:
-          allowed[i] = ticket.request.constraint.mask()
+    if masks is not None:
+      words = -(-self._decoder.module.config.vocab_size // 32)
+      allowed = np.full((size, words), 0xffffffff, np.uint32)
+      for i, row in enumerate(rows):
+        allowed[i] = masks.get(row, allowed[i])
     asked = self._asked(*((ticket.request.sampling, ticket.request.eos_id) for ticket in tickets),
                         *[(IDLE, -1)] * idle)
     *results, self._pool, self._samplers = paged.decode(
         self._decoder, self._max_length, self.config.steps, self._in_place, self._params,
-        self._pool, self._samplers, arrays, asked, allowed, np.int32(steps), np.bool_(is_eager))
+        self._pool, self._samplers, arrays, asked, allowed, np.int32(steps))
     return jax.device_get(results)
 
   def _table(self, pages, size, places):

@@ -51,8 +51,7 @@ class _Loop(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6))
 def decode(decoder: Decoder, max_length: int, most_steps: int, in_place: bool, params: Any,
            pool: Any, samplers: SamplerState, rows: Rows, asked: Choices, allowed_BX: Any,
-           steps: jax.Array, is_eager: jax.Array
-           ) -> tuple[jax.Array, jax.Array, jax.Array, Any, SamplerState]:
+           steps: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, Any, SamplerState]:
   """Chooses up to `steps` tokens for each row.
 
   Args:
@@ -63,17 +62,12 @@ def decode(decoder: Decoder, max_length: int, most_steps: int, in_place: bool, p
     pool: from `begin_pool`.
     samplers: of all slots.
     allowed_BX: see `sample`; None for any token. Then for one step alone.
-    is_eager: whether it shall stop as soon as a row is done, since another waits for its place.
 
   Returns:
     tokens and log-probabilities [B, most_steps], how many they are [B], and what was given away.
   """
   B = len(rows.slots_B)
   keys_B = jax.random.wrap_key_data(rows.keys_B)
-
-  def go_on(loop):
-    new = loop.done_B & (rows.limit_B > 0)
-    return ~loop.done_B.all() & (loop.step < steps) & ~(is_eager & new.any())
 
   def one(loop):
     # A finished row's position stays within the context. What it writes there nobody reads: in
@@ -97,7 +91,7 @@ def decode(decoder: Decoder, max_length: int, most_steps: int, in_place: bool, p
            else _gather(decoder, pool, rows.table_BP, rows.length_B))
   loop = _Loop(jnp.int32(0), rows.token_B, jnp.zeros(B, jnp.int32), rows.limit_B == 0,
                table_BX.astype(jnp.int32), table_BX, cache, state)
-  loop = lax.while_loop(go_on, one, loop)
+  loop = lax.while_loop(lambda loop: ~loop.done_B.all() & (loop.step < steps), one, loop)
   samplers = jax.tree.map(lambda x, new: x.at[rows.slots_B].set(new), samplers, loop.sampler)
   pool = (dataclasses.replace(pool, layers=loop.cache.layers) if in_place else
           _put(pool, loop.cache, rows.table_BP, rows.length_B, loop.counts_B, most_steps))

@@ -52,8 +52,9 @@ def requests():
   rng = np.random.default_rng(0)
   prompts = [rng.integers(6, 37, length) for length in (0, 1, 4, 7, 11, 19, 27, 31)]
   prompts += [np.concatenate([prompts[5], rng.integers(6, 37, length)]) for length in (1, 4, 9)]
-  sampling = (GREEDY, WARM, dataclasses.replace(WARM, max_new_tokens=40))
-  return [Request(prompt, sampling[i % 3], seed=i, eos_id=EOS)
+  sampling = (GREEDY, WARM, dataclasses.replace(WARM, max_new_tokens=40, mirostat_tau=3.0),
+              dataclasses.replace(WARM, repetition_penalty=1.5, no_repeat_ngram_size=2))
+  return [Request(prompt, sampling[i % 4], seed=i, eos_id=EOS)
           for i, prompt in enumerate(prompts * 2)]
 
 
@@ -182,6 +183,8 @@ class Only:
     self.tokens, self.seen = tokens, []
 
   def mask(self):
+    if not self.tokens:
+      raise RuntimeError('nothing may follow')
     bits = np.zeros(64, np.uint32)
     bits[list(self.tokens)] = 1
     return (bits.reshape(2, 32) << np.arange(32, dtype=np.uint32)).sum(1, dtype=np.uint32)
@@ -194,8 +197,10 @@ def test_a_constraint_holds_its_own_row_alone(tiny):
   engine, _ = tiny
   only = Only({7, 9, 33, 36})
   asked = [dataclasses.replace(requests()[1], constraint=only), *requests()[2:5]]
+  broken = engine.submit(dataclasses.replace(requests()[1], constraint=Only(())))
   tickets = [engine.submit(request) for request in asked]
   engine.run()
+  assert broken.result(0).stopped == 'cancelled' and 'nothing may' in str(broken.error)
   held, *free = [ticket.result(0) for ticket in tickets]
   assert set(held.tokens) <= only.tokens and only.seen == held.tokens.tolist()
   assert len(set(held.tokens)) > 1 and held.stopped == 'length'
