@@ -1,4 +1,5 @@
-"""Writes reference_beams.json: what `transformers` finds by beam search (needs the extra `parity`).
+"""Writes reference_beams.json and reference_guidance.json: what `transformers` finds by beam search,
+and by classifier-free guidance (needs the extra `parity`).
 
     python tests/inference/make_beam_references.py DIRECTORY_OF_STORIES260K
 
@@ -72,6 +73,19 @@ def beams(model, prompts_, eos, settings):
   return [every[i:i + size] for i in range(0, len(every), size)]
 
 
+def guided(model, scale, negative, seed):
+  """A case of guidance: greedy tokens behind each prompt, alone."""
+  import torch
+  cases = []
+  for prompt in prompts(seed, model.config.vocab_size):
+    found = model.generate(
+        input_ids=torch.tensor([prompt]), guidance_scale=scale, max_new_tokens=MAX_NEW_TOKENS,
+        negative_prompt_ids=None if negative is None else torch.tensor([negative]),
+        eos_token_id=ENDS[0], pad_token_id=0, do_sample=False)
+    cases.append([prompt, found[0, len(prompt):].tolist()])
+  return {'scale': scale, 'negative': negative, 'eos': ENDS[0], 'completions': cases}
+
+
 def main(stories260k):
   import torch
   import transformers
@@ -89,6 +103,9 @@ def main(stories260k):
                     'beams': beams(model, read, eos, settings)})
   text = json.dumps(cases, separators=(',', ':')).replace('{"model"', '\n{"model"')
   (HERE / 'reference_beams.json').write_text(text + '\n')
+  cases = [guided(llama, *case) for case in (
+      (3.0, None, 1), (2.0, [403, 407, 261, 378, 432], 3))]
+  (HERE / 'reference_guidance.json').write_text(json.dumps(cases) + '\n')
 
 
 if __name__ == '__main__':
