@@ -68,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
                            "into the run's chat template, and the assistant answers")
     if name in ('generate', 'edit'):
       sampling_flags.add(command)
+    if name in ('generate', 'evaluate'):
+      sampling_flags.add_decoding(command)
     if name == 'edit':
       _edit_flags(command)
     if name in ('compile', 'plan'):
@@ -212,7 +214,7 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
     raise UserError(f'`lm {args.command}` needs --run_dir=DIR, where the run is or shall be')
   if args.command == 'train':
     return _train(experiment, args)
-  return _evaluate(experiment, args)
+  return _evaluate(sampling_flags.decoded(experiment, args), args)
 
 
 def _explain(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[str, Any]:

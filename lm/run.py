@@ -22,7 +22,7 @@ from lm.data.mixtures import Mixture, PreparedMixture
 from lm.data.tasks import Prepared, TextTask
 from lm.errors import UserError
 from lm.evaluation import evaluator, live, predictions, reference, report
-from lm.inference.generate import complete
+from lm.inference import complete, methods, runs
 from lm.inference.sampling import SamplingConfig
 from lm.interop import initial as initial_weights
 from lm.models import adapters
@@ -55,6 +55,7 @@ class Experiment(adapters.Tunable):
   task: a text, or a mixture of texts, each with an objective of its own; or labelled examples.
   objective, loss: what the model is asked, and how its answer counts.
   prompts: texts that the trained model goes on with, for the report.
+  decoding: how texts are written where that is not by sampling: `gin/decoding/`.
   writers: who get the metrics beside metrics.jsonl and TensorBoard; see `lm/training/writers.py`.
   initial: the parameters from which a new run begins; None draws them.
   adapter, frozen: what trains; see `adapters.Tunable`.
@@ -69,6 +70,7 @@ class Experiment(adapters.Tunable):
   mesh: MeshConfig = MeshConfig()
   rules: Rules = Rules()
   sampling: SamplingConfig = SamplingConfig()
+  decoding: Optional[runs.Decoding] = None
   prompts: tuple[str, ...] = ()
   writers: tuple[Any, ...] = ()
   initial: Optional[initial_weights.Weights] = None
@@ -381,12 +383,15 @@ def evaluate_examples(experiment: Experiment, run_dir: str, wanted: Sequence[Pre
     {task: {metric: value}} with the step; of the last of several splits.
   """
   path, result = pathlib.Path(run_dir) / 'evaluation.json', {}
+  if not isinstance(experiment.decoding, methods.Method | None):
+    raise UserError(f'examples are answered by the run alone, and decoding={experiment.decoding} '
+                    'asks for others; take a file of gin/decoding that names no other run')
   step, module, params = load_on_mesh(experiment, run_dir, hosts)
   model = predictions.Model(
       module, params, functools.partial(_alone, experiment, hosts, params), step,
       checkpoint.digest(path.parent / 'checkpoints', step), experiment.train.sequence_length,
       experiment.train.batch_size, path.parent, isinstance(experiment.task, ExampleTask), trained,
-      hosts)
+      hosts, experiment.decoding)
   for prepared, split in itertools.product(wanted, splits):
     found = {'step': step, **predictions.evaluate(model, prepared, split)}
     result[prepared.task.name] = found
@@ -402,10 +407,22 @@ def generate(experiment: Experiment, run_dir: str, prompts: Sequence[str], sampl
              seed: int = 0, chat: bool = False) -> dict[str, Any]:
   """Continues each prompt with a run's last good checkpoint; under early stopping, its best. In a
   `chat` a prompt is a user's message, and the assistant answers."""
-  _, module, params = load(experiment, run_dir)
+  _, module, params, method = load_writer(experiment, run_dir)
   vocabulary, template = run_directory.load_vocabulary(pathlib.Path(run_dir), chat)
   return {'completions': complete(module, params, vocabulary, list(prompts), sampling, seed,
-                                  experiment.model.max_length, template)}
+                                  experiment.model.max_length, template, method)}
+
+
+def load_writer(experiment: Experiment, run_dir: str) -> tuple[int, Any, Any, methods.Method | None]:
+  """The step, and what writes texts: the run's model, or it and those of other runs that its way of
+  decoding asks for; parameters; and the method."""
+  step, module, params = load(experiment, run_dir)
+
+  def other(path):
+    adapter = config.value(pathlib.Path(path) / 'config.gin', 'run.Experiment.adapter')
+    its = dataclasses.replace(experiment, model=of_run.model(path), adapter=adapter, decoding=None)
+    return load(its, path)[1:]
+  return step, *runs.resolve(experiment.decoding, module, params, other)
 
 
 def check_invariants(experiment: Experiment) -> dict[str, Any]:

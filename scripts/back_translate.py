@@ -28,7 +28,7 @@ from lm.data import vocabularies
 from lm.data.examples import ExampleTask
 from lm.data.examples.augment.base import TEXTS
 from lm.errors import UserError
-from lm.inference.generate import complete
+from lm.inference import complete
 from lm.inference.sampling import SamplingConfig
 
 Translate = Callable[[Sequence[str], Sequence[int]], list[str | None]]

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -58,7 +59,8 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
   if bool(args.prompt) == bool(args.prompts) or bool(args.out) != bool(args.prompts):
     raise UserError('`lm generate` needs --prompt=TEXT, or --prompts=FILE with --out=FILE; give '
                     'one of them')
-  experiment = run.open_experiment(args.gin_file, bindings, args.run_dir)
+  experiment = sampling_flags.decoded(
+      run.open_experiment(args.gin_file, bindings, args.run_dir), args)
   sampling = sampling_flags.chosen(args, experiment.sampling)
   if args.prompts:
     return _answer_file(experiment, args, sampling)
@@ -72,12 +74,15 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
 def _answer_file(experiment, args, sampling):
   """Answers the lines of --prompts that --out has no answer to."""
   begun, path = time.monotonic(), pathlib.Path(args.prompts)
-  step, module, params = run.load(experiment, args.run_dir)
-  texts = Texts(*run_directory.load_vocabulary(pathlib.Path(args.run_dir), args.chat))
-  prompts, bad = read_prompts(path, sampling, args.seed, f'{step} {args.chat}')
+  step, module, params, method = run.load_writer(experiment, args.run_dir)
+  vocabulary, chat = run_directory.load_vocabulary(pathlib.Path(args.run_dir), args.chat)
+  texts = Texts(vocabulary, experiment.model.vocab_size, chat)
+  prompts, bad = read_prompts(path, sampling, args.seed, f'{step} {args.chat} {experiment.decoding}')
   with Answers(pathlib.Path(args.out)) as answers:
     left = answers.missing(prompts)
-    answered = _by_engine if hasattr(module.config, 'init_pages') else _in_batches
+    answered = functools.partial(_in_batches, method)
+    if experiment.decoding is None and hasattr(experiment.model, 'init_pages'):
+      answered = _by_engine
     num_tokens = 0
     with tqdm.tqdm(total=len(prompts), initial=len(prompts) - len(left), desc='generate',
                    unit=' prompts') as bar:
@@ -242,13 +247,14 @@ def _by_engine(module, params, texts, prompts, max_length) -> Iterator[tuple[Pro
       yield prompt, texts.answer(prompt.text, ticket.result(), stream)
 
 
-def _in_batches(module, params, texts, prompts, max_length) -> Iterator[tuple[Prompt, Any]]:
+def _in_batches(method, module, params, texts, prompts, max_length) -> Iterator[tuple[Prompt, Any]]:
   """As `_by_engine`, for every family."""
   for first in range(0, len(prompts), TOGETHER):
     batch = prompts[first:first + TOGETHER]
     ask = lambda some: complete(
         module, params, texts.vocabulary, [one.text for one in some],
-        [one.sampling for one in some], [one.seed for one in some], max_length, texts.chat)
+        [one.sampling for one in some], [one.seed for one in some], max_length, texts.chat,
+        method)
     try:
       yield from zip(batch, ask(batch))
     except UserError:  # Of one of them.

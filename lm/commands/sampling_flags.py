@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+from lm import config
 from lm.errors import UserError
 
 
@@ -13,6 +14,28 @@ def add(command: argparse.ArgumentParser):
   command.add_argument('--top_k', type=int)
   command.add_argument('--top_p', type=float)
   command.add_argument('--seed', type=int, default=0)
+
+
+def add_decoding(command: argparse.ArgumentParser):
+  """Adds that of the way to decode."""
+  command.add_argument('--decoding', metavar='NAME', help='a file of gin/decoding, or of your own '
+                       'with DECODING, in the place of sampling: beams, contrastive_search, ...')
+
+
+def decoded(experiment: Any, args: argparse.Namespace) -> Any:
+  """The experiment with the way to decode that is asked for.
+
+  Raises:
+    UserError: there is no such file, or it says nothing of it.
+  """
+  if args.decoding is None:
+    return experiment
+  path = args.decoding if args.decoding.endswith('.gin') else f'gin/decoding/{args.decoding}.gin'
+  decoding = config.value(path, 'DECODING', True)
+  if decoding is None:
+    raise UserError(f'--decoding={args.decoding}: {path} binds no DECODING; name a file that does, '
+                    'such as those of gin/decoding')
+  return dataclasses.replace(experiment, decoding=decoding)
 
 
 def chosen(args: argparse.Namespace, default: Any) -> Any:

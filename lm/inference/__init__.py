@@ -18,7 +18,8 @@ says which are worked on and which wait, `pages.py` who holds which page of the 
 beginnings of texts stand in them, `paged.py` has the programs of the device, `texts.py` makes
 requests of texts and texts of answers.
 """
-from lm.inference.generate import complete, Completion, generate
+from lm.inference.generate import Completion, generate
 from lm.inference.sampling import SamplingConfig
+from lm.inference.texts import complete
 
 __all__ = ['complete', 'Completion', 'generate', 'SamplingConfig']

@@ -29,8 +29,8 @@ def mean_log_prob(prompt: np.ndarray, completion: Completion) -> float:
   return float(np.mean(completion.log_probs, dtype=np.float64))
 
 
-def best_of(module: Any, params: Any, prompts: Sequence[np.ndarray], sampling: SamplingConfig,
-            config: BestOfConfig, seed: int, max_length: int, eos_id: int,
+def best_of(module: Any, params: Any, prompts: Sequence[np.ndarray], sampling: SamplingConfig | Sequence[SamplingConfig],
+            config: BestOfConfig, seed: int | Sequence[int], max_length: int, eos_id: int,
             bos_id: int | None = BOS_ID, scorer: Scorer = mean_log_prob) -> list[list[Completion]]:
   """The best completions of each prompt, best first.
 
@@ -42,8 +42,11 @@ def best_of(module: Any, params: Any, prompts: Sequence[np.ndarray], sampling: S
     scorer: of a prompt and a completion; the largest is best, of equals that of the lower seed.
   """
   num = config.num_samples
+  seeds = [seed] * len(prompts) if isinstance(seed, (int, np.integer)) else seed
+  if not isinstance(sampling, SamplingConfig):
+    sampling = [one for one in sampling for _ in range(num)]
   samples = generate(module, params, [prompt for prompt in prompts for _ in range(num)], sampling,
-                     [seed + i for _ in prompts for i in range(num)], max_length, eos_id, bos_id)
+                     [first + i for first in seeds for i in range(num)], max_length, eos_id, bos_id)
   of = [samples[start:start + num] for start in range(0, len(samples), num)]
   rank = lambda prompt, found: sorted(found, key=lambda one: -scorer(np.asarray(prompt), one))
   return [rank(prompt, found)[:config.num_return_sequences] for prompt, found in zip(prompts, of)]

@@ -20,8 +20,8 @@ import numpy as np
 from lm.errors import UserError
 from lm.inference import constrain, speculative
 from lm.inference.decoder import Decoder
-from lm.inference.sampling import begin, choices, sample, SamplerState, SamplingConfig, with_ids
-from lm.inference.stops import Stop, Stream
+from lm.inference.sampling import begin, choices, sample, SamplerState, SamplingConfig
+from lm.inference.stops import Stop
 
 BOS_ID = 0         # the first input of every document in training; the id of padding
 SHORTEST_BUCKET = 16  # tokens; shorter prompts cost the same
@@ -103,10 +103,10 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
   """
   decoder = Decoder(module) if isinstance(module, nn.Module) else module
   prompts = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
-  seeds = _each(seed, (int, np.integer), 'seeds', len(prompts))
-  configs = _each(config, SamplingConfig, 'configs', len(prompts))
-  stops = _each(stops, type(None), 'stops', len(prompts))
-  constraints = _each(constraints, type(None), 'constraints', len(prompts))
+  seeds = each(seed, (int, np.integer), 'seeds', len(prompts))
+  configs = each(config, SamplingConfig, 'configs', len(prompts))
+  stops = each(stops, type(None), 'stops', len(prompts))
+  constraints = each(constraints, type(None), 'constraints', len(prompts))
   buckets: dict[tuple[int, int], list[int]] = {}
   for i, prompt in enumerate(prompts):
     if len(prompt) > max_length - 1:
@@ -141,42 +141,12 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
   return completions
 
 
-def _each(value: Any, kind: Any, name: str, size: int) -> list[Any]:
+def each(value: Any, kind: Any, name: str, size: int) -> list[Any]:
   """One value for all prompts, or one a prompt, as a list."""
   values = [value] * size if isinstance(value, kind) else list(value)
   if len(values) != size:
     raise ValueError(f'{len(values)} {name} for {size} prompts; give one, or one a prompt')
   return values
-
-
-def complete(module: Any, params: Any, vocabulary: Vocabulary, prompts: Sequence[str],
-             config: SamplingConfig | Sequence[SamplingConfig], seed: int | Sequence[int],
-             max_length: int, chat: Chat | None = None) -> list[CompletedText]:
-  """`generate` from text to text; `tokens` and `text` are of the completion alone. In a `chat` a
-  prompt is a user's message, and the completion the assistant's."""
-  if chat is None:
-    ids = [vocabulary.encode(prompt) for prompt in prompts]
-    end, begin_with = vocabulary.eos_id, begin_id(vocabulary)
-  else:
-    ids = [chat.prompt([{'role': 'user', 'content': prompt}]) for prompt in prompts]
-    end, begin_with = chat.end_id, None  # The template says what a conversation begins with.
-  configs = [with_ids(one, vocabulary.encode)
-             for one in _each(config, SamplingConfig, 'configs', len(prompts))]
-  streams = [Stream(vocabulary.decode, one.stop) for one in configs]
-  stops = [stream if one.stop else None for stream, one in zip(streams, configs)]
-  automata = functools.cache(lambda: constrain.of_vocabulary(
-      vocabulary, end, module.config.vocab_size))
-  constraints = [one.rule and automata().constraint(one.rule) for one in configs]
-  completions = generate(module, params, ids, configs, seed, max_length, end, begin_with, stops,
-                         constraints)
-  completed = []
-  for prompt, done, stream, one in zip(prompts, completions, streams, configs):
-    if one.stop:
-      stream.finish()
-    text = stream.text if one.stop else vocabulary.decode(without_eos(done))
-    completed.append(CompletedText(prompt=prompt, text=text, tokens=done.tokens.tolist(),
-                                   stopped=done.stopped))
-  return completed
 
 
 def begin_id(vocabulary: Vocabulary) -> int | None:

@@ -23,7 +23,7 @@ from lm.data.examples.forms import Encoded, Lengths
 from lm.errors import UserError
 from lm.evaluation import likelihood, metrics, predictions, task_report
 from lm.evaluation.predictions import heads, texts
-from lm.inference.generate import complete
+from lm.inference import complete
 from lm.inference.sampling import SamplingConfig
 from lm.training.losses import Prediction
 

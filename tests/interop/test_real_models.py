@@ -12,7 +12,7 @@ import scipy.stats
 
 from lm.data.pretrained_vocabularies import open_pretrained
 from lm.evaluation import likelihood
-from lm.inference.generate import complete, generate
+from lm.inference import complete, generate
 from lm.inference.sampling import SamplingConfig
 from lm.interop import mapping, plan
 from lm.interop.tensors import open_tensors

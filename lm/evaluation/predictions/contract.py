@@ -13,6 +13,7 @@ import flax.linen as nn
 
 from lm.data.examples import PreparedExamples
 from lm.errors import UserError
+from lm.inference import methods
 from lm.parallel.distributed import Hosts
 
 Row = dict[str, Any]
@@ -30,6 +31,7 @@ class Model:
   directory: of the run.
   is_tuned: whether it was trained on labelled examples, whose targets end with the end of text.
   trained: these, where their files are at hand.
+  method: how it writes; None takes the likeliest token each time.
   """
   module: nn.Module
   params: Any
@@ -42,6 +44,7 @@ class Model:
   is_tuned: bool
   trained: PreparedExamples | None = None
   hosts: Hosts = Hosts()
+  method: methods.Method | None = None
 
   @property
   def family(self) -> str:

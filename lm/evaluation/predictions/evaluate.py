@@ -151,5 +151,5 @@ def _key(model: Model, prepared: PreparedExamples, split: str) -> str:
   parts = [model.digest, model.step, repr(model.module.config), model.sequence_length, split,
            task.form, task.packed, task.scored, task.target_length,
            model.is_tuned, prepared.info['digests']['texts'],
-           prepared.vocabulary.digest, prepared.info['labels']]
+           prepared.vocabulary.digest, prepared.info['labels'], repr(model.method)]
   return digest(json.dumps(parts))

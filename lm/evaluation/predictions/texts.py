@@ -13,7 +13,8 @@ from lm.data.examples import PreparedExamples, Template
 from lm.data.examples.kinds import Example
 from lm.evaluation import likelihood
 from lm.evaluation.predictions.contract import Batches, chunks, Model, refuse, Row
-from lm.inference.generate import begin_id, generate, LARGEST_BATCH, round_up, without_eos
+from lm.inference import methods
+from lm.inference.generate import begin_id, LARGEST_BATCH, round_up, without_eos
 from lm.inference.sampling import SamplingConfig
 
 SCORED = 'classification', 'multiple_choice', 'language_modelling'
@@ -112,7 +113,7 @@ class Scored:
 
 
 class Generated:
-  """A predictor by what the model writes behind a prompt, the likeliest token each time.
+  """A predictor by what the model writes behind a prompt.
 
   Every host decodes batches of its own on one of its devices.
   """
@@ -138,8 +139,8 @@ class Generated:
     for together in chunks(batches, hosts.count):
       mine, texts = together[hosts.index:hosts.index + 1], {}
       for batch in mine:
-        found = generate(module, params, [prompts[i] for i in batch], config, 0,
-                         module.config.max_length, vocabulary.eos_id, begin)
+        found = methods.decode(self._model.method, module, params, [prompts[i] for i in batch],
+                               config, 0, module.config.max_length, vocabulary.eos_id, begin)
         texts = {i: vocabulary.decode(without_eos(one)).strip()
                  for i, one in zip(batch, found)}
       every = hosts.gather('what is written', list(texts.items()))
