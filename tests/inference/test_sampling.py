@@ -7,7 +7,7 @@ import scipy.special
 import scipy.stats
 
 from lm.inference import filters
-from lm.inference.sampling import begin, choices, drawn_from, sample, SamplingConfig
+from lm.inference.sampling import _invert, begin, choices, drawn_from, sample, SamplingConfig
 
 DRAWS = 6000
 
@@ -83,6 +83,12 @@ def test_draws_follow_the_scores_that_they_are_said_to_be_drawn_from(config):
   assert 2 <= kept.sum() < 24 and not counts[~kept].any()
   assert scipy.stats.chisquare(counts[kept], expected[kept] * DRAWS,
                                sum_check=False).pvalue > 1e-3
+
+
+def test_no_number_draws_a_token_of_no_probability():
+  weights = jnp.array([[0.0, 0.25, 0, 0.5, 0, 0.25, 0, 0]])
+  places = [int(_invert(weights, jnp.array([mass]))[0][0]) for mass in (0, 0.25, 0.7, 0.75, 1.0)]
+  assert places == [1, 3, 3, 5, 3]  # the last: no sum exceeds it
 
 
 @pytest.mark.supports('decoding', 'greedy')
