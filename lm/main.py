@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
       command.add_argument('--temperature', type=float, help='0 takes the most probable token')
       command.add_argument('--top_k', type=int)
       command.add_argument('--top_p', type=float)
+      command.add_argument('--min_p', type=float)
+      command.add_argument('--stop', action='append', metavar='TEXT', help='a completion ends '
+                           'before it; repeatable')
+      command.add_argument('--regex', help='what a whole completion must match')
+      command.add_argument('--json_schema', metavar='FILE', help='what JSON it must be')
       command.add_argument('--seed', type=int, default=0)
     if name in ('compile', 'plan'):
       command.add_argument('--topology', required=True, help='chips and grid, such as v5e:16x16; '
@@ -168,11 +173,17 @@ def _bindings(rest: list[str]) -> list[tuple[str, str]]:
 
 def _sampling(args: argparse.Namespace, default: Any) -> Any:
   import dataclasses
-  names = ('max_new_tokens', 'temperature', 'top_k', 'top_p')
+  from lm.inference.constrain import Rule
+  names = ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p')
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
   try:
+    if args.stop:
+      given['stop'] = tuple(args.stop)
+    if args.regex is not None or args.json_schema:
+      schema = pathlib.Path(args.json_schema).read_text('utf-8') if args.json_schema else None
+      given['rule'] = Rule(regex=args.regex, json_schema=schema)
     return dataclasses.replace(default, **given)
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     raise UserError(str(error)) from error
 
 

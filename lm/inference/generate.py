@@ -243,7 +243,7 @@ def _watched(decode, state, requests, num_new, eos_id):
       allowed_BW = np.full((len(done_B), words), 0xffffffff, np.uint32)
       for row, request in enumerate(requests):
         if request.constraint and not done_B[row]:
-          allowed_BW[row] = request.constraint.mask()
+          allowed_BW[row] = request.constraint.mask() | 0xff
     state = decode(state, min(done + stride, num_new), allowed_BW)
     tokens_BP, counts_B, done_B = jax.device_get((state.tokens_BP, state.counts_B, state.done_B))
     for row, request in enumerate(requests):

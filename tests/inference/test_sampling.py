@@ -6,7 +6,10 @@ import pytest
 import scipy.special
 import scipy.stats
 
+from lm import main
+from lm.errors import UserError
 from lm.inference import filters
+from lm.inference.constrain import Rule
 from lm.inference.sampling import _invert, begin, choices, drawn_from, sample, SamplingConfig
 
 DRAWS = 6000
@@ -134,3 +137,18 @@ def test_a_row_with_its_own_key_does_not_depend_on_the_other_rows():
 def test_a_value_out_of_range_is_refused_by_name(field, value):
   with pytest.raises(ValueError, match=f'{field}={value}'):
     SamplingConfig(**{field: value})
+
+
+def test_flags_of_the_command_line_change_what_they_name(tmp_path):
+  (tmp_path / 'schema.json').write_text('{}')
+  flags = ['generate', '--prompt=a', '--min_p=0.1', '--stop=.', '--stop=\n', '--temperature=0.5']
+  parse = lambda *more: main._parser().parse_known_args([*flags, *more])[0]
+  default = SamplingConfig(top_k=3, temperature=1.0)
+  expected = SamplingConfig(top_k=3, temperature=0.5, min_p=0.1, stop=('.', '\n'))
+  assert main._sampling(parse(), default) == expected
+  schema = main._sampling(parse(f'--json_schema={tmp_path}/schema.json'), default)
+  assert schema.rule == Rule(json_schema='{}')
+  with pytest.raises(UserError, match='one of regex'):
+    main._sampling(parse(f'--json_schema={tmp_path}/schema.json', '--regex=a'), default)
+  with pytest.raises(UserError, match='top_p=2.0'):
+    main._sampling(parse('--top_p=2'), default)
