@@ -68,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
                            "into the run's chat template, and the assistant answers")
     if name in ('generate', 'edit'):
       sampling_flags.add(command)
+    if name == 'generate':
+      sampling_flags.add_rules(command)
     if name in ('generate', 'evaluate'):
       sampling_flags.add_decoding(command)
     if name == 'edit':

@@ -1,6 +1,7 @@
 """Flags of how tokens are chosen, for the commands that write text."""
 import argparse
 import dataclasses
+import pathlib
 from typing import Any
 
 from lm import config
@@ -13,7 +14,16 @@ def add(command: argparse.ArgumentParser):
   command.add_argument('--temperature', type=float, help='0 takes the most probable token')
   command.add_argument('--top_k', type=int)
   command.add_argument('--top_p', type=float)
+  command.add_argument('--min_p', type=float)
   command.add_argument('--seed', type=int, default=0)
+
+
+def add_rules(command: argparse.ArgumentParser):
+  """Adds those of what a completion must be."""
+  command.add_argument('--stop', action='append', metavar='TEXT', help='a completion ends before '
+                       'it; repeatable')
+  command.add_argument('--regex', help='what a whole completion must match')
+  command.add_argument('--json_schema', metavar='FILE', help='what JSON it must be')
 
 
 def add_decoding(command: argparse.ArgumentParser):
@@ -44,9 +54,15 @@ def chosen(args: argparse.Namespace, default: Any) -> Any:
   Raises:
     UserError: a value is out of range.
   """
-  names = ('max_new_tokens', 'temperature', 'top_k', 'top_p')
+  from lm.inference.constrain import Rule  # here, so that `lm --help` does not wait for JAX
+  names = ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p')
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
   try:
+    if getattr(args, 'stop', None):
+      given['stop'] = tuple(args.stop)
+    if hasattr(args, 'regex') and (args.regex is not None or args.json_schema):
+      schema = pathlib.Path(args.json_schema).read_text('utf-8') if args.json_schema else None
+      given['rule'] = Rule(regex=args.regex, json_schema=schema)
     return dataclasses.replace(default, **given)
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     raise UserError(str(error)) from error

@@ -126,10 +126,11 @@ class Constraint:
       ValueError: it may not.
     """
     tokens = [int(token)]
-    if self._is_first and self._automata._first_bytes is not None and token != self._automata.eos_id:
+    own_bytes = self._automata._first_bytes if self._is_first else None
+    if own_bytes is not None and token != self._automata.eos_id:
       # The first token's bytes are others than those behind it: they are read one by one.
       self._matcher = self._automata._matcher(self._automata._within, self._rule)
-      tokens = [self._automata.vocab_size + byte for byte in self._automata._first_bytes[token]]
+      tokens = [self._automata.vocab_size + byte for byte in own_bytes[token]]
     self._is_first = False
     if not all(map(self._matcher.consume_token, tokens)):
       raise ValueError(f'token {token} may not follow by {_told(self._rule)}')

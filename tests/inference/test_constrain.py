@@ -51,7 +51,8 @@ def finished(automata, rule, seed, most=400):
 
 ATOMS = st.sampled_from(['a', 'b', '[a-f]', '[^a-y]', '\\d', 'é', '€+', '(ab|cde|)', '.', '\\.'])
 REGEXES = st.recursive(ATOMS, lambda inner: st.one_of(
-    st.tuples(inner, inner).map(''.join), inner.map('({})?'.format), inner.map('({}){{1,3}}'.format),
+    st.tuples(inner, inner).map(''.join), inner.map('({})?'.format),
+    inner.map('({}){{1,3}}'.format),
     st.tuples(inner, inner).map('({0[0]}|{0[1]})'.format)), max_leaves=6)
 
 
@@ -119,7 +120,8 @@ def test_where_one_text_may_follow_it_follows():
 def vocabulary_of(kind):
   """Whose tokens are pieces of words; of llama2c from the shared data."""
   if kind == 'llama2c':
-    path = pathlib.Path(__file__).resolve().parents[3] / 'shared/data/weights/stories260K/tok512.bin'
+    shared = pathlib.Path(__file__).resolve().parents[3] / 'shared'
+    path = shared / 'data/weights/stories260K/tok512.bin'
     if not path.exists():
       pytest.skip(f'{path} is not there')
     return open_pretrained(path)

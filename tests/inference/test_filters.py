@@ -74,6 +74,14 @@ def test_a_row_does_not_see_what_others_ask():
       np.testing.assert_array_equal(one[0], all_rows[row])
 
 
+def test_a_bad_word_needs_all_its_tokens():
+  config = SamplingConfig(temperature=1.0, bad_words=((2, 2, 5), (2, 7)))
+  asked = choices([config] * ROWS)
+  state = begin(asked, np.full((ROWS, 2), 2), np.array([1, 2, 0]), PLACES)
+  banned = np.isinf(scores_of(np.zeros((ROWS, V), np.float32), asked, state))
+  assert [np.flatnonzero(row).tolist() for row in banned] == [[7], [5, 7], []]
+
+
 @pytest.mark.supports('decoding', 'presence penalty', 'frequency penalty')
 def test_presence_and_frequency_count_what_was_completed():
   logits, texts = references.inputs()

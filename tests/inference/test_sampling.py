@@ -6,8 +6,11 @@ import pytest
 import scipy.special
 import scipy.stats
 
+from lm import main
+from lm.errors import UserError
 from lm.inference import filters
-from lm.inference.sampling import begin, choices, drawn_from, sample, SamplingConfig
+from lm.inference.constrain import Rule
+from lm.inference.sampling import _invert, begin, choices, drawn_from, sample, SamplingConfig
 
 DRAWS = 6000
 
@@ -85,6 +88,12 @@ def test_draws_follow_the_scores_that_they_are_said_to_be_drawn_from(config):
                                sum_check=False).pvalue > 1e-3
 
 
+def test_no_number_draws_a_token_of_no_probability():
+  weights = jnp.array([[0.0, 0.25, 0, 0.5, 0, 0.25, 0, 0]])
+  places = [int(_invert(weights, jnp.array([mass]))[0][0]) for mass in (0, 0.25, 0.7, 0.75, 1.0)]
+  assert places == [1, 3, 3, 5, 3]  # the last: no sum exceeds it
+
+
 @pytest.mark.supports('decoding', 'greedy')
 def test_greedy_takes_the_most_probable_token_and_the_lower_id_of_equals():
   logits = jnp.array([[0.0, 5, 1], [2, 2, 2], [-jnp.inf, -1, -1]])
@@ -128,3 +137,18 @@ def test_a_row_with_its_own_key_does_not_depend_on_the_other_rows():
 def test_a_value_out_of_range_is_refused_by_name(field, value):
   with pytest.raises(ValueError, match=f'{field}={value}'):
     SamplingConfig(**{field: value})
+
+
+def test_flags_of_the_command_line_change_what_they_name(tmp_path):
+  (tmp_path / 'schema.json').write_text('{}')
+  flags = ['generate', '--prompt=a', '--min_p=0.1', '--stop=.', '--stop=\n', '--temperature=0.5']
+  parse = lambda *more: main._parser().parse_known_args([*flags, *more])[0]
+  default = SamplingConfig(top_k=3, temperature=1.0)
+  expected = SamplingConfig(top_k=3, temperature=0.5, min_p=0.1, stop=('.', '\n'))
+  assert main._sampling(parse(), default) == expected
+  schema = main._sampling(parse(f'--json_schema={tmp_path}/schema.json'), default)
+  assert schema.rule == Rule(json_schema='{}')
+  with pytest.raises(UserError, match='one of regex'):
+    main._sampling(parse(f'--json_schema={tmp_path}/schema.json', '--regex=a'), default)
+  with pytest.raises(UserError, match='top_p=2.0'):
+    main._sampling(parse('--top_p=2'), default)

@@ -61,6 +61,12 @@ def test_a_valid_text_waits_for_no_byte_more_than_its_character_has():
     assert seen == text.encode()[:count].decode(errors='ignore')
 
 
+def test_spaces_between_words_come_out_though_decoding_begins_with_none():
+  words = ['once', 'upon', 'a', 'time']
+  stream = Detokenizer(lambda ids: ' '.join(words[i] for i in ids))
+  assert [stream.feed(i) for i in (0, 1, 2, 3, 2)] == ['once', ' upon', ' a', ' time', ' a']
+
+
 def test_a_character_of_several_tokens_stops_a_text():
   vocabulary = ByteVocabulary()
   stream = Stream(vocabulary.decode, ['€.'])
