@@ -41,7 +41,8 @@ T = TypeVar('T')
 _current = Bindings()
 
 
-def parse(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]] = ()) -> None:
+def parse(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]] = (),
+          others: Sequence[str] = ()) -> None:
   """Reads gin files in order, then bindings; later definitions replace earlier ones.
 
   Forgets everything parsed before.
@@ -52,6 +53,7 @@ def parse(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]] = ()) ->
     bindings: (NAME, VALUE) of each `--gin.NAME=VALUE`. NAME is a macro (`NUM_STEPS`) or a parameter
       (`gpt.GPTConfig.d_model`) of a module that some file imports; VALUE is a gin literal, so text
       needs its own quotes.
+    others: files that are not read here but by `value`, whose macros the bindings may name too.
 
   Raises:
     UserError: on anything unknown, misspelt or unreadable.
@@ -62,11 +64,15 @@ def parse(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]] = ()) ->
     reader.read_file(name, '--gin_file')
   for name, value in bindings:
     reader.read_override(name, value)
+  elsewhere = [Bindings() for _ in others]
+  for name, bindings_of in zip(others, elsewhere):
+    _Reader(bindings_of).read_file(name, name)
+  _current.lent = {Key('', None, name) for of in elsewhere for name in of.referenced}
   reader.check_macros()
 
 
-def read(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]], run_dir: str | None
-         ) -> None:
+def read(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]], run_dir: str | None,
+         others: Sequence[str] = ()) -> None:
   """Parses the gin files or, if none is given, the config.gin that `run_dir` holds.
 
   Raises:
@@ -81,7 +87,7 @@ def read(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]], run_dir:
       raise UserError(f'--run_dir={run_dir} holds no config.gin, so it is no run; '
                       'start one with --gin_file=FILE --run_dir=DIR')
     gin_files = [str(saved)]
-  parse(gin_files, bindings)
+  parse(gin_files, bindings, others)
 
 
 def binds(target: Callable[..., Any]) -> bool:
@@ -274,6 +280,7 @@ class _Reader:
   def check_macros(self) -> None:
     """Refuses macros that nothing refers to, and references to macros that nothing defines."""
     macros, referenced = self.bindings.macros(), self.bindings.referenced
+    referenced = referenced | {key.name for key in self.bindings.lent}
     parameters = self._parameters()
     for name, binding in macros.items():
       if name not in referenced:

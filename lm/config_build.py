@@ -45,6 +45,7 @@ class Bindings:
     referenced: every macro that any value refers to, replaced ones included.
     used: the keys that the last build consumed; `calls` the (target, scope, whether called) it saw.
     spent: the keys that a call consumed whose result was written out in its place.
+    lent: the keys of macros that another configuration refers to, see `borrow_macros`.
   """
 
   def __init__(self):
@@ -54,6 +55,7 @@ class Bindings:
     self.referenced: set[str] = set()
     self.used: set[Key] = set()
     self.spent: set[Key] = set()
+    self.lent: set[Key] = set()
     self.calls: dict[tuple[Any, tuple[str, ...], bool], None] = {}
     self.root: Callable[..., Any] | None = None
     self._order = 0
@@ -276,7 +278,7 @@ class Bindings:
     return retired
 
   def _refuse_unused(self) -> None:
-    excused = self.used | self.spent | self._retired()
+    excused = self.used | self.spent | self.lent | self._retired()
     unused = [k for k in self.bindings if k not in excused]
     # A macro that only an unused binding refers to is a consequence: name the cause first.
     for key in sorted(unused, key=lambda k: k.target is None):

@@ -201,7 +201,11 @@ def _execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[
     from lm.commands import evaluate
     return evaluate.compare(*args.compare, args.out)
   from lm import run  # late, so that `lm --help` does not wait for JAX
-  experiment = run.open_experiment(args.gin_file, bindings, args.run_dir)
+  others = []
+  if args.command == 'evaluate':
+    from lm.commands import evaluate
+    others = [*map(evaluate.path_of, args.tasks), *sampling_flags.file_of(args)]
+  experiment = run.open_experiment(args.gin_file, bindings, args.run_dir, others)
   if args.command == 'cache':
     info = experiment.task.prepare().info
     for part in info.get('components', [info]):  # of a mixture, each of its tasks

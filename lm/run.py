@@ -25,6 +25,7 @@ from lm.evaluation import evaluator, live, predictions, reference, report
 from lm.inference import complete, methods, runs
 from lm.inference.sampling import SamplingConfig
 from lm.interop import initial as initial_weights
+from lm.interop import of_run
 from lm.models import adapters
 from lm.models.bert import BERTConfig
 from lm.models.gpt import GPTConfig
@@ -123,9 +124,10 @@ class Experiment(adapters.Tunable):
 
 
 def open_experiment(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]],
-                    run_dir: str | None) -> Experiment:
-  """Reads the gin files, or else the run's own config.gin, and turns on the compilation cache."""
-  config.read(gin_files, bindings, run_dir)
+                    run_dir: str | None, others: Sequence[str] = ()) -> Experiment:
+  """Reads the gin files, or else the run's own config.gin, and turns on the compilation cache; the
+  bindings may be of macros of the `others` (see `config.parse`)."""
+  config.read(gin_files, bindings, run_dir, others)
   experiment = _with_own_vocabulary(config.build(Experiment), run_dir)
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     cache = pathlib.Path(experiment.task.cache_dir).expanduser() / 'compiled'

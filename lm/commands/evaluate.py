@@ -62,13 +62,18 @@ def _trained_on(experiment: run.Experiment, is_needed: bool, hosts: Hosts
   return hosts.main_first('the data', prepare)
 
 
+def path_of(task: str) -> str:
+  """The gin file of a task that --tasks names."""
+  return task if task.endswith('.gin') else f'gin/tasks/{task}.gin'
+
+
 def _other(experiment: run.Experiment, name: str, trained: PreparedExamples | None, run_dir: str,
            hosts: Hosts) -> PreparedExamples:
   """Another task, in the form that the run's model answers and with the run's vocabulary.
 
   Where a head answers, the labels are those that the run's own task has, in their order.
   """
-  path = name if name.endswith('.gin') else f'gin/tasks/{name}.gin'
+  path = path_of(name)
   task = config.value(path, 'TASK', True) or config.value(path, 'run.Experiment.task', True)
   if not isinstance(task, ExampleTask):
     raise UserError(f'--tasks={name}: {path} binds no examples.ExampleTask to TASK, so there are '

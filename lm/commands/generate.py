@@ -60,7 +60,8 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
     raise UserError('`lm generate` needs --prompt=TEXT, or --prompts=FILE with --out=FILE; give '
                     'one of them')
   experiment = sampling_flags.decoded(
-      run.open_experiment(args.gin_file, bindings, args.run_dir), args)
+      run.open_experiment(
+      args.gin_file, bindings, args.run_dir, sampling_flags.file_of(args)), args)
   sampling = sampling_flags.chosen(args, experiment.sampling)
   if args.prompts:
     return _answer_file(experiment, args, sampling)

@@ -32,6 +32,14 @@ def add_decoding(command: argparse.ArgumentParser):
                        'with DECODING, in the place of sampling: beams, contrastive_search, ...')
 
 
+def file_of(args: argparse.Namespace) -> list[str]:
+  """The gin file of --decoding, if it is given."""
+  if args.decoding is None:
+    return []
+  own = args.decoding.endswith('.gin')
+  return [args.decoding if own else f'gin/decoding/{args.decoding}.gin']
+
+
 def decoded(experiment: Any, args: argparse.Namespace) -> Any:
   """The experiment with the way to decode that is asked for.
 
@@ -40,7 +48,7 @@ def decoded(experiment: Any, args: argparse.Namespace) -> Any:
   """
   if args.decoding is None:
     return experiment
-  path = args.decoding if args.decoding.endswith('.gin') else f'gin/decoding/{args.decoding}.gin'
+  path, = file_of(args)
   decoding = config.value(path, 'DECODING', True)
   if decoding is None:
     raise UserError(f'--decoding={args.decoding}: {path} binds no DECODING; name a file that does, '

@@ -145,10 +145,10 @@ def test_flags_of_the_command_line_change_what_they_name(tmp_path):
   parse = lambda *more: main._parser().parse_known_args([*flags, *more])[0]
   default = SamplingConfig(top_k=3, temperature=1.0)
   expected = SamplingConfig(top_k=3, temperature=0.5, min_p=0.1, stop=('.', '\n'))
-  assert main._sampling(parse(), default) == expected
-  schema = main._sampling(parse(f'--json_schema={tmp_path}/schema.json'), default)
+  assert sampling_flags.chosen(parse(), default) == expected
+  schema = sampling_flags.chosen(parse(f'--json_schema={tmp_path}/schema.json'), default)
   assert schema.rule == Rule(json_schema='{}')
   with pytest.raises(UserError, match='one of regex'):
-    main._sampling(parse(f'--json_schema={tmp_path}/schema.json', '--regex=a'), default)
+    sampling_flags.chosen(parse(f'--json_schema={tmp_path}/schema.json', '--regex=a'), default)
   with pytest.raises(UserError, match='top_p=2.0'):
-    main._sampling(parse('--top_p=2'), default)
+    sampling_flags.chosen(parse('--top_p=2'), default)
