@@ -13,6 +13,12 @@ for the best of several samples, `generate.py` for how prompts are batched, the 
 decoding stops; `speculative.py` for who drafts tokens that one pass checks (prompt lookup, early
 exit, another model), `infill.py` for what stands in a gap.
 
+Other searches than the next token's choice: `beam.py` is beam search, its loop over a model and its
+results, `beam_step.py` one step of it over scores alone, `forced_words.py` which beams stay where
+words must be written, `contrastive.py` contrastive search; `prompts.py` pads prompts for both.
+`guidance.py` makes one decoder of several models or prompts (contrastive decoding, classifier-free
+guidance, DExperts).
+
 Requests that come and go: `engine.py` is the loop that decodes all that are there, `scheduler.py`
 says which are worked on and which wait, `pages.py` who holds which page of the cache and which
 beginnings of texts stand in them, `paged.py` has the programs of the device, `texts.py` makes

@@ -1,6 +1,6 @@
 """Several models, or one with several prompts, that write one text together.
 
-`Guided` is a decoder as `Decoder` is: whatever decodes with the one (`generate`, beam search) decodes
+`Guided` is a decoder as `Decoder` is: what decodes with the one (`generate`, beam search) decodes
 with the other. Its logits are weighted sums of its members' log-probabilities of the next token:
 
   contrastive decoding   log p(expert) - log p(amateur), of plausible tokens
@@ -129,7 +129,8 @@ class Guided:
   def take(self, cache: Cache, rows_R: Int[Array, ' R']) -> Cache:
     """See `Decoder`."""
     B = len(cache.length_B)
-    caches = [decoder.take(of, jnp.concatenate([rows_R + B * i for i in range(len(of.length_B) // B)]))
+    rows = lambda of: [rows_R + B * i for i in range(len(of.length_B) // B)]
+    caches = [decoder.take(of, jnp.concatenate(rows(of)))
               for decoder, of in zip(self.decoders, cache.caches)]
     return Cache(cache.length_B[rows_R], tuple(caches))
 
@@ -151,7 +152,8 @@ class Guided:
     if prompt == 'same':
       return inputs_BT, lengths_B
     if prompt == 'last':
-      return jnp.take_along_axis(inputs_BT, lengths_B[:, None] - 1, axis=1), jnp.ones_like(lengths_B)
+      last_B1 = jnp.take_along_axis(inputs_BT, lengths_B[:, None] - 1, axis=1)
+      return last_B1, jnp.ones_like(lengths_B)
     tokens_BT = jnp.broadcast_to(jnp.asarray(prompt, jnp.int32), (B, len(prompt)))
     return tokens_BT, jnp.full_like(lengths_B, len(prompt))
 

@@ -29,8 +29,8 @@ class Table:
     return params
 
   def start(self, params, inputs_BT, lengths_B, num_places):
-    last = jnp.stack([jnp.take_along_axis(inputs_BT, jnp.maximum(lengths_B - i, 0)[:, None], 1)[:, 0]
-                      for i in (2, 1)], 1)
+    at = lambda place_B: jnp.take_along_axis(inputs_BT, place_B[:, None], 1)
+    last = jnp.concatenate([at(jnp.maximum(lengths_B - i, 0)) for i in (2, 1)], 1)
     return params[last[:, 0], last[:, 1]], Pairs(lengths_B, last)
 
   def extend(self, params, tokens_BT, cache):

@@ -1,12 +1,12 @@
-"""Writes reference_beams.json and reference_guidance.json: what `transformers` finds by beam search,
-and by classifier-free guidance (needs the extra `parity`).
+"""Writes reference_beams.json and reference_guidance.json: what `transformers` finds by beam
+search, and by classifier-free guidance (needs the extra `parity`).
 
     python tests/inference/make_beam_references.py DIRECTORY_OF_STORIES260K
 
 The models are stories260K, of a directory that `lm convert --to` made of the run that it made of
 stories260K.bin, and the tiny random T5 of tests/data/make_references.py whose weights stand in
-tests/data/reference_t5_gated.npz. A case is a model, settings of `generate`, a batch of padded prompts,
-and for each prompt [[tokens, score], ...].
+tests/data/reference_t5_gated.npz. A case is a model, settings of `generate`, a batch of padded
+prompts, and for each prompt [[tokens, score], ...].
 """
 import importlib.util
 import json
@@ -62,7 +62,7 @@ def beams(model, prompts_, eos, settings):
       input_ids=torch.tensor([pad(row, 0) for row in prompts_]),
       attention_mask=torch.tensor([pad([1] * len(row), 0) for row in prompts_]),
       max_new_tokens=MAX_NEW_TOKENS, eos_token_id=eos, pad_token_id=0, do_sample=False,
-      decoder_start_token_id=0, use_cache=not encodes,  # which fails where the decoder has more layers
+      decoder_start_token_id=0, use_cache=not encodes,  # which fails with more layers there
       num_return_sequences=settings['num_beams'], return_dict_in_generate=True, output_scores=True,
       **settings)
   rows = found.sequences[:, 1 if encodes else longest:].tolist()
