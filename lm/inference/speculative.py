@@ -1,8 +1,8 @@
 """Speculative decoding: several cheap drafts of the next tokens, checked by one pass of the model.
 
 A pass over T = 1 + num_tokens places reads the weights once, as a pass over one does, so drafts
-that the model agrees with are nearly free. The text follows the model's own distribution, whatever the
-drafts were; greedy, it is the plain decoder's, but for the rounding of a pass over more places.
+that the model agrees with are nearly free. The text follows the model's own distribution, whatever
+the drafts were; greedy, it is the plain decoder's, but for the rounding of a pass over more places.
 
 Drafts that are found, as by lookup, are taken where the token that `sample` chooses is the draft:
 that accepts a draft x with the probability p(x) that rejection sampling has for one that was not
