@@ -1,8 +1,8 @@
 """Speculative decoding: several cheap drafts of the next tokens, checked by one pass of the model.
 
 A pass over T = 1 + num_tokens places reads the weights once, as a pass over one does, so drafts
-that the model agrees with are nearly free. The text follows the model's own distribution, whatever the
-drafts were; greedy, it is the plain decoder's, but for the rounding of a pass over more places.
+that the model agrees with are nearly free. The text follows the model's own distribution, whatever
+the drafts were; greedy, it is the plain decoder's, but for the rounding of a pass over more places.
 
 Drafts that are found, as by lookup, are taken where the token that `sample` chooses is the draft:
 that accepts a draft x with the probability p(x) that rejection sampling has for one that was not
@@ -56,7 +56,9 @@ class PromptLookup:
   encoder-decoder in its input, or in what was written since.
 
   Of all places the longest match counts, up to `longest` tokens, and of these the first. Where the
-  match runs into the end, what stands between is repeated.
+  match runs into the end, what stands between is repeated. SmolLM2-135M that rewrites a paragraph
+  takes 92 % of 8 drafts, and a third of a plain decoder's CPU time
+  (`scripts/benchmark_speculative.py`, where a step over 9 places costs 1.9 times one over 1).
 
   num_tokens: drafts of a turn.
   shortest, longest: tokens that match. Without a match the model makes a plain step.
@@ -82,6 +84,9 @@ class PromptLookup:
 @dataclasses.dataclass(frozen=True)
 class EarlyExit:
   """Drafts with the first layers of the model itself, its last norm and its head.
+
+  Only of use in a model trained for it: that paragraph's tokens SmolLM2-135M, which is not, chooses
+  behind 20 of its 30 layers in 15 % of places, behind 10 in none.
 
   num_layers: of them; of an encoder-decoder the decoder's.
   num_tokens: drafts of a turn.
