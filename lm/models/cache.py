@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 from lm.errors import UserError
 from lm.layers.cache import KVCache
 from lm.layers.rolling import Rolling, SLACK
+from lm.parallel.rules import Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,19 @@ class Cache:
   def kinds(self) -> Sequence[KVCache | Rolling]:
     """The caches of the layers, or the one of all."""
     return self.layers if isinstance(self.layers, list) else [self.layers]
+
+  def shardings(self, rules: Rules) -> 'Cache':
+    """How it lies on a mesh: rows, but not pages, as batches do, and heads where they divide."""
+    rows = None if self.page_table is not None else 'batch'
+
+    def of(kept):
+      before, heads = kept.key.ndim - 4, kept.key.shape[-3]
+      names = *(None,) * before, rows, None if heads % rules.shards('kv_heads') else 'kv_heads'
+      return jax.tree.map(lambda x: rules.sharding(*names, *(None,) * (x.ndim - len(names))), kept)
+
+    layers = jax.tree.map(of, self.layers, is_leaf=lambda x: isinstance(x, KVCache))
+    table = None if self.page_table is None else rules.sharding('batch', None)
+    return Cache(rules.sharding('batch'), layers, table)
 
   def take(self, rows_R: Int[Array, ' R']) -> 'Cache':
     """The cache of these rows, in this order; of a pool they then share the pages."""

@@ -268,8 +268,8 @@ class TransformerXL(nn.Module):
       segment_ids: a token sees only its own segment (packing); not with a memory, whose rows are
         one stream each.
       draws: turn dropout on.
-      cache: from `TransformerXLConfig.init_cache` or an earlier call, in the place of a memory: each
-        token sees the `window` up to its own, however the text is cut.
+      cache: from `TransformerXLConfig.init_cache` or an earlier call, in the place of a memory:
+        each token sees the `window` up to its own, however the text is cut.
       new_B: how many tokens of each row the cache gets; those behind are padding. None: all T.
     """
     cfg = self.config

@@ -74,6 +74,10 @@ def decoded(config, options, rules, params, inputs, ids):
     return jnp.concatenate(parts, 1), cache
 
   logits, cache = run(params, prompts, ids)
+  if hasattr(cache, 'shardings'):  # it stays where it is put
+    for x, sharding in zip(jax.tree.leaves(cache.layers),
+                           jax.tree.leaves(cache.shardings(rules).layers)):
+      assert x.sharding.is_equivalent_to(sharding, x.ndim), (x.sharding, sharding)
   kept = [x for x in jax.tree.leaves(cache.layers) if x.ndim > 3]
   cut = {name for x in kept for axes in x.sharding.spec for name in (
       axes if isinstance(axes, tuple) else (axes,))}
