@@ -415,7 +415,8 @@ def generate(experiment: Experiment, run_dir: str, prompts: Sequence[str], sampl
                                   experiment.model.max_length, template, method)}
 
 
-def load_writer(experiment: Experiment, run_dir: str) -> tuple[int, Any, Any, methods.Method | None]:
+def load_writer(experiment: Experiment, run_dir: str
+                ) -> tuple[int, Any, Any, methods.Method | None]:
   """The step, and what writes texts: the run's model, or it and those of other runs that its way of
   decoding asks for; parameters; and the method."""
   step, module, params = load(experiment, run_dir)

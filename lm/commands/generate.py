@@ -78,7 +78,8 @@ def _answer_file(experiment, args, sampling):
   step, module, params, method = run.load_writer(experiment, args.run_dir)
   vocabulary, chat = run_directory.load_vocabulary(pathlib.Path(args.run_dir), args.chat)
   texts = Texts(vocabulary, experiment.model.vocab_size, chat)
-  prompts, bad = read_prompts(path, sampling, args.seed, f'{step} {args.chat} {experiment.decoding}')
+  of = f'{step} {args.chat} {experiment.decoding}'
+  prompts, bad = read_prompts(path, sampling, args.seed, of)
   with Answers(pathlib.Path(args.out)) as answers:
     left = answers.missing(prompts)
     answered = functools.partial(_in_batches, method)

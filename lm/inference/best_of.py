@@ -29,9 +29,10 @@ def mean_log_prob(prompt: np.ndarray, completion: Completion) -> float:
   return float(np.mean(completion.log_probs, dtype=np.float64))
 
 
-def best_of(module: Any, params: Any, prompts: Sequence[np.ndarray], sampling: SamplingConfig | Sequence[SamplingConfig],
-            config: BestOfConfig, seed: int | Sequence[int], max_length: int, eos_id: int,
-            bos_id: int | None = BOS_ID, scorer: Scorer = mean_log_prob) -> list[list[Completion]]:
+def best_of(module: Any, params: Any, prompts: Sequence[np.ndarray],
+            sampling: SamplingConfig | Sequence[SamplingConfig], config: BestOfConfig,
+            seed: int | Sequence[int], max_length: int, eos_id: int, bos_id: int | None = BOS_ID,
+            scorer: Scorer = mean_log_prob) -> list[list[Completion]]:
   """The best completions of each prompt, best first.
 
   Sample i of a prompt is what `generate` gives under the seed `seed + i`, so more samples are the
