@@ -2,7 +2,7 @@
 
 `gpt.py`, `bert.py`, `t5.py` and `transformer_xl.py` are the families; `heads.py` puts a head on any
 of them; `adapters.py` adds the few parameters of LoRA and others to any; `scaling.py` makes them
-larger or smaller. Their common face is small: `initialize` touches
+larger or smaller; `cache.py` what decoding keeps. Their common face is small: `initialize` touches
 every parameter, `outputs(batch, draws, carry)` gives what a loss scores, `encode` the hidden
 states that a head stands on.
 
