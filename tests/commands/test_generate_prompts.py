@@ -44,7 +44,7 @@ def params():
 def lm(monkeypatch, tmp_path, capsys):
   """Runs the command on lines, in the place of a run of random weights; returns the exit status,
   the answers and what was said."""
-  experiment = types.SimpleNamespace(sampling=SAMPLING, model=MODEL)
+  experiment = types.SimpleNamespace(sampling=SAMPLING, model=MODEL, decoding=None)
   monkeypatch.setattr(run, 'open_experiment', lambda *_: experiment)
   monkeypatch.setattr(run, 'load', lambda *_: (7, MODEL.build(), params()))
   monkeypatch.setattr(run_directory, 'load_vocabulary', lambda *_: (Letters(), None))
