@@ -7,6 +7,7 @@ import scipy.special
 import scipy.stats
 
 from lm import main
+from lm.commands import sampling_flags
 from lm.errors import UserError
 from lm.inference import filters
 from lm.inference.constrain import Rule
