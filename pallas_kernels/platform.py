@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 
 @functools.cache
@@ -33,6 +34,24 @@ def by_platform(cpu: Callable, default: Callable, *args, tpu: Callable | None = 
   forms = {'cpu': cpu, 'default': default, 'tpu': tpu, 'cuda': cuda}
   return jax.lax.platform_dependent(
       *args, **{name: form for name, form in forms.items() if form is not None})
+
+
+def move(function: Callable, *arrays):
+  """Calls `function`, which only moves elements of arrays of one dtype (gathers, scatters).
+
+  In a program for a CPU it gets the bits of floats narrower than 32 bits as integers: XLA:CPU
+  would convert all of an array to float32 and back to change a row of it. Has no gradient there.
+  """
+  dtype = arrays[0].dtype
+  if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize >= 4:
+    return function(*arrays)
+  integer = jnp.dtype(f'uint{8 * dtype.itemsize}')
+
+  def bits(*arrays):
+    moved = function(*(jax.lax.bitcast_convert_type(x, integer) for x in arrays))
+    return jax.lax.bitcast_convert_type(moved, dtype)
+
+  return by_platform(bits, function, *arrays)
 
 
 def interpreted(kernel: Callable, *args, compiled_on: str = 'tpu'):

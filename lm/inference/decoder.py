@@ -5,12 +5,14 @@ another order (beams), `rewind` it to fewer tokens (drafts that were refused).
 """
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal, Optional
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels.quantized_matmul import Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +23,16 @@ class Decoder:
     module: from `config.build(rules)`. An encoder-decoder has `encode` and `decode`.
     start_id: the first token of an encoder-decoder's output; else unused.
     cache: `CacheOptions` for `config.init_cache`; None keeps all tokens, exactly.
+    weights: 'int8' keeps matrices and embeddings in 8 bits (see `quantize_matrices`).
+    layers_on_host: keeps the layers' matrices in the host's memory; each comes to the device when
+      its turn is. For models that do not fit, with `scan_layers=True`: unrolled layers may all come
+      at once. Caches stay on the device.
   """
   module: nn.Module
   start_id: int = 0
   cache: Any = None
+  weights: Optional[Literal['int8']] = None
+  layers_on_host: bool = False
 
   @property
   def has_encoder(self) -> bool:
@@ -33,7 +41,9 @@ class Decoder:
   def prepare(self, params: Any) -> Any:
     """The parameters as all methods here take them; once, not at each step (see `cast_matrices`).
     """
-    return self.module.config.unstack(cast_matrices(params, self.module.config.dtype))
+    params = quantize_matrices(params) if self.weights == 'int8' else params
+    params = self.module.config.unstack(cast_matrices(params, self.module.config.dtype))
+    return jax.tree_util.tree_map_with_path(_to_host, params) if self.layers_on_host else params
 
   def start(self, params: Any, inputs_BT: Int[Array, 'B T'], lengths_B: Int[Array, ' B'],
             num_places: int) -> tuple[Float[Array, 'B V'], Any]:
@@ -110,5 +120,40 @@ def cast_matrices(params: Any, dtype: str) -> Any:
   """
   def cast(path, leaf):
     as_they_are = 'scale', 'bias', 'lora_scale', 'magnitude'
-    return leaf if path[-1].key in as_they_are else leaf.astype(dtype)
-  return jax.tree_util.tree_map_with_path(cast, params)
+    is_kept = isinstance(leaf, Quantized) or path[-1].key in as_they_are
+    return leaf if is_kept else leaf.astype(dtype)
+  return jax.tree_util.tree_map_with_path(cast, params, is_leaf=_is_quantized)
+
+
+@jax.jit
+def quantize_matrices(params: Any) -> Any:
+  """Rounds the kernels of linear layers to 8 bits, with a scale for each output, and the embeddings
+  of tokens, with a scale for each token: a quarter of float32's bytes.
+
+  Activations stay in the compute dtype; so do experts, norms, biases, and learnt positions.
+  """
+  def quantize(path, leaf):
+    keys = [getattr(key, 'key', None) for key in path]
+    if keys[-1] in ('token_embedding', 'output_embedding') and not _is_quantized(leaf):
+      by_token = Quantized.of(leaf.T, 1)
+      return Quantized(by_token.values.T, by_token.scales)
+    if keys[-1] != 'kernel' or _is_quantized(leaf):
+      return leaf
+    is_stacked = 'layers' in keys and all(key is not None for key in keys)
+    summed = leaf.ndim - is_stacked - 1 if keys[-2] == 'out' else 1  # heads go out together
+    of = functools.partial(Quantized.of, summed=summed)
+    return jax.vmap(of)(leaf) if is_stacked else of(leaf)
+  return jax.tree_util.tree_map_with_path(quantize, params, is_leaf=_is_quantized)
+
+
+def _to_host(path, leaf):
+  """A layer's matrix in the memory of its devices' host; vectors and others as they are."""
+  keys = [getattr(key, 'key', None) for key in path]
+  is_stacked = 'layers' in keys and None not in keys
+  if 'layers' not in keys or leaf.ndim - is_stacked < 2:
+    return leaf
+  return jax.device_put(leaf, leaf.sharding.with_memory_kind('pinned_host'))
+
+
+def _is_quantized(x):
+  return isinstance(x, Quantized)

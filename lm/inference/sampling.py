@@ -229,7 +229,7 @@ def sample(logits_BV: Float[Array, 'B V'], keys_B: Key[Array, ' B'], asked: Choi
   """
   logits_BV = logits_BV.astype(jnp.float32)
   scores_BV = _punish(_allow(logits_BV, allowed_BW), asked, state)
-  token_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
+  token_B = _most_probable(scores_BV)
   warm_B = asked.temperature_B > 0
 
   def draw(token_B, mu_B):
@@ -252,6 +252,14 @@ def drawn_from(logits_BV: Float[Array, 'B V'], asked: Choices, state: SamplerSta
   greedy_BV = jnp.where(best_BV, scores_BV, -jnp.inf)
   warm_BV = _leave_out(scores_BV, asked, state.mu_B)[1]
   return jnp.where((asked.temperature_B > 0)[:, None], warm_BV, greedy_BV)
+
+
+def _most_probable(scores_BV):
+  """The first of the largest: as two passes, which a CPU computes in vectors, unlike argmax."""
+  is_largest_BV = scores_BV == scores_BV.max(-1, keepdims=True)
+  V = scores_BV.shape[1]
+  first_B = jnp.where(is_largest_BV, jnp.arange(V, dtype=jnp.int32), V).min(-1)
+  return jnp.minimum(first_B, V - 1)  # of a row with a NaN, which equals nothing
 
 
 def _allow(scores_BV, allowed_BW):

@@ -1,10 +1,12 @@
 """What a layer's attention keeps of the tokens before: keys and values, by rows or in pages."""
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import platform
 from pallas_kernels.decode_attention import quantize
 
 # New tokens of a row that meet the cache where it stands; more of them are worth a copy of it.
@@ -103,7 +105,8 @@ def scatter(cache: KVCache, rows_BT: Int[Array, 'B T'], places_BT: Int[Array, 'B
     # the cache: seven times the time of a token. Two updates, of the same place, stand alone.
     rows_BT, places_BT, new = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1),
                                            (rows_BT, places_BT, new))
-  return jax.tree.map(lambda old, x: old.at[rows_BT, :, places_BT].set(x, mode='drop'), cache, new)
+  put = lambda old, x: old.at[rows_BT, :, places_BT].set(x, mode='drop')
+  return jax.tree.map(functools.partial(platform.move, put), cache, new)
 
 
 def read(cache: KVCache, places: Places, dtype: jax.typing.DTypeLike

@@ -12,7 +12,12 @@ from lm.layers import adapted, products
 from lm.layers.products import Products
 from lm.parallel import gather
 from lm.parallel.rules import Rules, axes_of, per_device
+from pallas_kernels import platform
 from pallas_kernels.dropout import Draws
+from pallas_kernels.matmul import dot
+from pallas_kernels.quantized_matmul import Quantized, quantized_matmul
+
+Table = Float[Array, 'V D'] | Quantized  # an embedding
 
 
 def normal(std: float, *axes: str | None):
@@ -49,8 +54,13 @@ class Linear(nn.Module):
     if self.products == 'fp8_delayed':
       zeros = nn.with_partitioning(nn.initializers.zeros, (None, None))
       state = [self.param('history', zeros, (products.OPERANDS, products.HISTORY))]
-    x, kernel = x.reshape(*rows, size_in), kernel.reshape(size_in, size_out)
-    y = multiply(x, kernel, *state)
+    x = x.reshape(*rows, size_in)
+    if isinstance(kernel, Quantized):
+      values, scales = kernel.values.reshape(size_in, size_out), kernel.scales.reshape(size_out)
+      y, kernel = quantized_matmul(x, values, scales), values * scales
+    else:
+      kernel = kernel.reshape(size_in, size_out)
+      y = multiply(x, kernel, *state)
     leaves = self.variables['params']  # an adapter's too, if there is one
     if 'lora_a' in leaves:
       y = adapted.low_rank(x, y, kernel, leaves, self.rules)
@@ -79,7 +89,7 @@ _add_bias.defvjp(lambda y, bias_N: (_add_bias(y, bias_N), None),
                  lambda _, g: (g, g.sum(range(g.ndim - 1), dtype=jnp.float32)))
 
 
-def embed(embedding_VD: Float[Array, 'V D'], tokens: Int[Array, 'B T'],
+def embed(embedding_VD: Table, tokens: Int[Array, 'B T'],
           dtype: jax.typing.DTypeLike, rules: Rules = Rules(),
           noise_BTD: Float[Array, 'B T D'] | None = None) -> Float[Array, 'B T D']:
   """Looks up the row of each token, and casts what was looked up; `noise_BTD` is added to it.
@@ -89,15 +99,18 @@ def embed(embedding_VD: Float[Array, 'V D'], tokens: Int[Array, 'B T'],
   """
   if noise_BTD is not None:
     return embed(embedding_VD, tokens, dtype, rules) + noise_BTD.astype(dtype)
+  if isinstance(embedding_VD, Quantized):
+    found = jnp.take(embedding_VD.values, tokens, axis=0)
+    return (found * embedding_VD.scales[tokens][..., None]).astype(dtype)
   shards = rules.shards('vocab')
   if shards == 1 or len(embedding_VD) % shards:
-    return jnp.take(embedding_VD, tokens, axis=0).astype(dtype)
+    return _take(embedding_VD, tokens).astype(dtype)
   axes = axes_of(rules.vocab)
 
   def part(embedding, tokens):
     V = len(embedding)
     index = tokens - V * jax.lax.axis_index(axes)
-    found = jnp.take(embedding, jnp.clip(index, 0, V - 1), axis=0).astype(dtype)
+    found = _take(embedding, jnp.clip(index, 0, V - 1)).astype(dtype)
     return jax.lax.psum(jnp.where(((index >= 0) & (index < V))[..., None], found, 0), axes)
 
   names = {'embedding': ('vocab', None), 'tokens': ('batch', 'length')}
@@ -105,13 +118,30 @@ def embed(embedding_VD: Float[Array, 'V D'], tokens: Int[Array, 'B T'],
                     tokens=tokens)
 
 
-def logits(hidden_BTD: Float[Array, 'B T D'], embedding_VD: Float[Array, 'V D'],
+@jax.custom_vjp
+def _take(table_VD, tokens):
+  """The rows of these tokens."""
+  return platform.move(lambda table: jnp.take(table, tokens, axis=0), table_VD)
+
+
+_take.defvjp(lambda table_VD, tokens: (_take(table_VD, tokens), (table_VD, tokens)),
+             lambda saved, g: (jnp.zeros_like(saved[0]).at[saved[1]].add(g), None))
+
+
+def logits(hidden_BTD: Float[Array, 'B T D'], embedding_VD: Table,
            bias_V: Float[Array, ' V'] | None = None, softcap: float | None = None
            ) -> Float[Array, 'B T V']:
   """Scores of every token of the vocabulary, float32; `cross_entropy` never needs them all at
   once."""
-  logits_BTV = jnp.einsum('btd,vd->btv', hidden_BTD, embedding_VD.astype(hidden_BTD.dtype),
-                          preferred_element_type=jnp.float32)
+  if isinstance(embedding_VD, Quantized):
+    logits_BTV = quantized_matmul(hidden_BTD, embedding_VD.values, embedding_VD.scales,
+                                  dtype=jnp.float32, transposed=True)
+  elif hidden_BTD.shape[1] == 1 and hidden_BTD.dtype == jnp.bfloat16:  # in decoding
+    embedding_VD = embedding_VD.astype(hidden_BTD.dtype)
+    logits_BTV = dot(hidden_BTD[:, 0], embedding_VD, transpose_b=True)[:, None]
+  else:
+    logits_BTV = jnp.einsum('btd,vd->btv', hidden_BTD, embedding_VD.astype(hidden_BTD.dtype),
+                            preferred_element_type=jnp.float32)
   logits_BTV = logits_BTV if bias_V is None else logits_BTV + bias_V
   return logits_BTV if softcap is None else softcap * jnp.tanh(logits_BTV / softcap)
 

@@ -80,6 +80,13 @@ def first_layers(tree: Any, num_layers: int) -> Any:
   return cut(tree) if isinstance(tree, list) else jax.tree.map(cut, tree)
 
 
+def _on_device(x):
+  """A parameter that stands in the host's memory (`pinned_host`) comes to the device for its layer
+  alone: in a scan no more than two layers are there at a time."""
+  is_away = getattr(jax.typeof(x), 'memory_space', None) == jax.memory.Space.Host
+  return jax.device_put(x, jax.memory.Space.Device) if is_away else x
+
+
 class Stack(nn.Module):
   """x -> block_L(...block_1(x)), each with its own parameters.
 
@@ -179,6 +186,7 @@ class Stack(nn.Module):
 
     def apply(x, rows, shared, own_rows, layer):
       params, *own, index, kept = layer
+      params = jax.tree.map(_on_device, params)
       rows, draws = rows
       y, output = block.apply({'params': params}, x, rows, shared, own_rows, tuple(own),
                               None if draws is None else draws.fold(index))

@@ -491,7 +491,7 @@ class GPT(nn.Module):
                          batch.get('decoder_segment_ids'), None, draws,
                          batch.get('decoder_prefix'), batch.get('decoder_embedding_noise'), paths)
 
-  def head(self) -> Float[Array, 'V D']:
+  def head(self) -> linear.Table:
     """The matrix whose rows score the tokens."""
     return self.token_embedding if self.config.tie_embeddings else self.output_embedding
 

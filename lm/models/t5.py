@@ -446,7 +446,7 @@ class T5(nn.Module):
       return hidden_BTD
     return hidden_BTD * jnp.asarray(cfg.d_model**-0.5, hidden_BTD.dtype)
 
-  def head(self) -> Float[Array, 'V D']:
+  def head(self) -> linear.Table:
     """The matrix whose rows score the tokens."""
     return self.token_embedding if self.config.tie_embeddings else self.output_embedding
 

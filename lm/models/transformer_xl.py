@@ -355,7 +355,7 @@ class TransformerXL(nn.Module):
       return self.adaptive.scores(hidden_BTD)
     return Scores(hidden_BTD, self.token_embedding, self.bias, rules=self.rules)
 
-  def head(self) -> Float[Array, 'V D']:
+  def head(self) -> linear.Table:
     """The matrix whose rows score the tokens, beside their bias.
 
     Raises:

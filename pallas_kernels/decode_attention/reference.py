@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention.reference import MASKED, NO_KEY, softcapped
+from pallas_kernels.matmul import dot
 
 LEAST_SUM = 1e-30  # of a query that sees no key
 
@@ -66,8 +67,7 @@ def decode_attention(options: Options, query, cache: Cache, lengths, bias, sinks
       cache = cache._replace(value_scale=jnp.where(stands_BS[:, None], cache.value_scale, 0))
   rows = lambda x: jnp.swapaxes(x.reshape(-1, T, K, N // K, x.shape[-1]), 1, 2).reshape(
       -1, K, T * N // K, x.shape[-1])  # [B, T, N, ...] -> [B, K, M, ...]
-  scores_BKMS = jnp.einsum('bkmh,bksh->bkms', rows(query), cache.key.astype(query.dtype),
-                           preferred_element_type=jnp.float32)
+  scores_BKMS = dot(rows(query), cache.key.astype(query.dtype), transpose_b=True)
   if cache.key_scale is not None:
     scores_BKMS *= cache.key_scale[:, :, None]
   scores_BKMS = softcapped(scores_BKMS * options.scale, options.softcap)
@@ -85,8 +85,7 @@ def decode_attention(options: Options, query, cache: Cache, lengths, bias, sinks
   probs_BKMS = exps / total
   if cache.value_scale is not None:
     probs_BKMS *= cache.value_scale[:, :, None]
-  out = jnp.einsum('bkms,bksh->bkmh', probs_BKMS.astype(query.dtype),
-                   cache.value.astype(query.dtype), preferred_element_type=jnp.float32)
+  out = dot(probs_BKMS.astype(query.dtype), cache.value.astype(query.dtype))
   out = jnp.swapaxes(out.astype(query.dtype).reshape(B, K, T, N // K, H), 1, 2)
   return out.reshape(B, T, N, H)
 

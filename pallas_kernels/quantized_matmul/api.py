@@ -1,11 +1,13 @@
 """Products with weights that stay quantised in memory."""
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import chips, platform
-from pallas_kernels.quantized_matmul import gpu, reference, tpu
+from pallas_kernels.quantized_matmul import cpu, gpu, reference, tpu
 
 _KERNELS = {'tpu': (tpu, 'tpu'), 'gpu': (gpu, 'cuda')}  # and what they are compiled on
 
@@ -39,7 +41,7 @@ def quantize(w: jax.Array, bits: int, group_size: int | None = None
 
 def quantized_matmul(x: jax.Array, values: jax.Array, scales: jax.Array, *,
                      x_scale: jax.Array | None = None, dtype: jax.typing.DTypeLike | None = None,
-                     implementation: str | None = None) -> jax.Array:
+                     transposed: bool = False, implementation: str | None = None) -> jax.Array:
   """Multiplies the rows of `x` by quantised weights: y = x (values * scales).
 
   Sums are float32. Floating x is multiplied in its own dtype: by the integers, exact in bfloat16,
@@ -54,6 +56,7 @@ def quantized_matmul(x: jax.Array, values: jax.Array, scales: jax.Array, *,
     scales: float32 [N], or [K / group_size, N] for groups of consecutive rows.
     x_scale: float32 [..., 1], what a 1 of int8 `x` stands for.
     dtype: of the result; None is that of `x`, and bfloat16 for int8 `x`.
+    transposed: whether `values` are [N, K], as an embedding's are in its other use.
     implementation: None, 'reference' (XLA), 'tpu' or 'gpu' (Pallas; interpreted on any other
       platform). None is Pallas on a TPU, and on an NVIDIA GPU where one is in use, if it takes the
       case, and else XLA's.
@@ -65,6 +68,7 @@ def quantized_matmul(x: jax.Array, values: jax.Array, scales: jax.Array, *,
     ValueError: shapes or dtypes that do not fit.
     NotImplementedError: the kernel that is named does not take this case.
   """
+  in_memory, values = values, values.T if transposed else values
   _check(x, values, scales, x_scale)
   if implementation not in (None, 'reference', *_KERNELS):
     raise ValueError(f"implementation={implementation!r} must be None, 'reference', 'tpu' or 'gpu'")
@@ -74,6 +78,9 @@ def quantized_matmul(x: jax.Array, values: jax.Array, scales: jax.Array, *,
   args = (x_MK, values, scales.reshape(-1, values.shape[1]),
           x_scale.reshape(-1, 1) if is_int8 else None)
   plain = functools.partial(reference.quantized_matmul, dtype=dtype)
+  on_cpu = plain
+  if cpu.takes(*args[:3]):
+    on_cpu = lambda x, _, *scales: cpu.quantized_matmul(x, in_memory, *scales, dtype, transposed)
   name = implementation or ('tpu' if chips.card() is None else 'gpu')
   module, compiled_on = _KERNELS.get(name, (None, None))
   refusal = module and module.refusal(*args[:3], dtype)
@@ -82,13 +89,32 @@ def quantized_matmul(x: jax.Array, values: jax.Array, scales: jax.Array, *,
   if refusal and (name == 'gpu' or jax.default_backend() == 'tpu'):
     platform.warn_once(f'quantized_matmul is left to XLA: {refusal}')
   if refusal or module is None:
-    y_MN = plain(*args)
+    y_MN = plain(*args) if implementation else platform.by_platform(on_cpu, plain, *args)
   else:
     kernel = functools.partial(module.quantized_matmul, dtype=dtype)
     y_MN = (platform.interpreted(kernel, *args, compiled_on=compiled_on) if implementation else
-            platform.by_platform(plain, plain, *args,
+            platform.by_platform(on_cpu, plain, *args,
                                  **{compiled_on: functools.partial(kernel, interpret=False)}))
   return y_MN.reshape(*x.shape[:-1], values.shape[1])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+  """A parameter in 8 bits, values * scales: what `lm.layers.linear` multiplies by it.
+
+  values: int8, in the shape of the parameter.
+  scales: float32, of the axes that a product with it does not sum over; an embedding's of its rows.
+  """
+  values: jax.Array
+  scales: jax.Array
+
+  @classmethod
+  def of(cls, w: jax.Array, summed: int) -> 'Quantized':
+    """Rounds `w`, symmetric about 0; a scale for each place of the axes behind the first `summed`.
+    """
+    values, scales = quantize(w.reshape(math.prod(w.shape[:summed]), -1), 8)
+    return cls(values.reshape(w.shape), scales.reshape(w.shape[summed:]))
 
 
 def _check(x, values, scales, x_scale):
