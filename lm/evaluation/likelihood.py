@@ -19,7 +19,8 @@ import tqdm
 from lm.errors import UserError
 from lm.evaluation import likelihood_rows
 from lm.evaluation.likelihood_rows import Text
-from lm.inference.generate import BOS_ID, begin_id
+from lm.inference.generate import begin_id
+from lm.inference.prompts import BOS_ID
 from lm.parallel.batches import GlobalBatch
 from lm.parallel.distributed import Hosts
 from lm.training.losses import token_nats

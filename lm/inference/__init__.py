@@ -9,13 +9,14 @@ what the text so far does to the scores of its next token (repetition, bad words
 which tokens may be drawn (top-k, top-p, typical, mirostat), `stops.py` for stop strings and for
 text that is streamed, `constrain.py` for rules that a completion follows (regular expression,
 choice, JSON schema, grammar), `scores.py` for log-probabilities of a text's tokens, `best_of.py`
-for the best of several samples, `generate.py` for how prompts are batched, the cache is filled, and
-decoding stops; `speculative.py` for who drafts tokens that one pass checks (prompt lookup, early
-exit, another model), `infill.py` for what stands in a gap.
+for the best of several samples, `prompts.py` for how prompts are batched, `generate.py` for how the
+cache is filled and decoding stops; `speculative.py` for who drafts tokens that one pass checks
+(prompt lookup, early exit, another model), `infill.py` for what stands in a gap. `methods.py` says
+which of all these `lm generate --decoding` takes, `runs.py` those that need models of other runs.
 
 Other searches than the next token's choice: `beam.py` is beam search, its loop over a model and its
 results, `beam_step.py` one step of it over scores alone, `forced_words.py` which beams stay where
-words must be written, `contrastive.py` contrastive search; `prompts.py` pads prompts for both.
+words must be written, `contrastive.py` contrastive search.
 `guidance.py` makes one decoder of several models or prompts (contrastive decoding, classifier-free
 guidance, DExperts).
 

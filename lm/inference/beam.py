@@ -21,8 +21,7 @@ from lm.errors import UserError
 from lm.inference import forced_words
 from lm.inference.beam_step import Rules, Search, step, Texts
 from lm.inference.decoder import Decoder
-from lm.inference.generate import BOS_ID, LARGEST_BATCH, Stopped
-from lm.inference.prompts import batches, stopped
+from lm.inference.prompts import batches, BOS_ID, LARGEST_BATCH, Stopped, why_stopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +116,8 @@ def beam_search(decoder: Decoder, params: Any, prompts: Sequence[np.ndarray], co
                 config.no_repeat_ngram_size or 0)
   rules = Rules(config.length_penalty, config.diversity_penalty, config.min_new_tokens,
                 config.early_stopping is True, config.early_stopping == 'never', eos_id)
-  for batch in batches(decoder, prompts, config.max_new_tokens, max_length, eos_id, bos_id,
+  limits = [config.max_new_tokens] * len(prompts)
+  for batch in batches(decoder, prompts, limits, max_length, eos_id, bos_id,
                        max(1, LARGEST_BATCH // config.num_beams)):
     forced = forced_words.pad([words[i] for i in batch.members], len(batch.inputs_BT), eos_id)
     for i, of_word in zip(batch.members, forced.lengths_N.sum(1)):
@@ -135,7 +135,7 @@ def beam_search(decoder: Decoder, params: Any, prompts: Sequence[np.ndarray], co
 
 def _hypothesis(tokens, log_probs, length, score, eos_id, config):
   tokens = tokens[:length]
-  return Hypothesis(tokens, log_probs[:length], stopped(tokens, eos_id, config.max_new_tokens),
+  return Hypothesis(tokens, log_probs[:length], why_stopped(tokens, eos_id, config.max_new_tokens),
                     float(score))
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from lm.inference.generate import BOS_ID, Completion, generate
+from lm.inference.generate import Completion, generate
+from lm.inference.prompts import BOS_ID
 from lm.inference.sampling import SamplingConfig
 
 Scorer = Callable[[np.ndarray, Completion], float]

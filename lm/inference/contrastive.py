@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.inference.decoder import Decoder
-from lm.inference.generate import BOS_ID, Completion, LARGEST_BATCH
-from lm.inference.prompts import batches, stopped
+from lm.inference.generate import Completion
+from lm.inference.prompts import batches, BOS_ID, LARGEST_BATCH, why_stopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,8 @@ def contrastive_search(decoder: Decoder, params: Any, prompts: Sequence[np.ndarr
   prompts = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
   params = decoder.prepare(params)
   completions: list[Completion | None] = [None] * len(prompts)
-  for batch in batches(decoder, prompts, config.max_new_tokens, max_length, eos_id, bos_id,
+  limits = [config.max_new_tokens] * len(prompts)
+  for batch in batches(decoder, prompts, limits, max_length, eos_id, bos_id,
                        max(1, LARGEST_BATCH // config.top_k)):
     results = jax.device_get(_decode(
         decoder, config.top_k, batch.num_places, batch.num_new, params, batch.inputs_BT,
@@ -56,7 +57,7 @@ def contrastive_search(decoder: Decoder, params: Any, prompts: Sequence[np.ndarr
     for i, tokens, log_probs, count in zip(batch.members, *results):
       tokens = tokens[:count]
       completions[i] = Completion(tokens, log_probs[:count],
-                                  stopped(tokens, eos_id, config.max_new_tokens))
+                                  why_stopped(tokens, eos_id, config.max_new_tokens))
   return completions
 
 

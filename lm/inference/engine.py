@@ -24,8 +24,9 @@ import numpy as np
 from lm.errors import UserError
 from lm.inference import paged
 from lm.inference.decoder import Decoder
-from lm.inference.generate import BOS_ID, Completion, request_key, Stopped
+from lm.inference.generate import Completion, request_key
 from lm.inference.pages import PagePool
+from lm.inference.prompts import BOS_ID, Stopped
 from lm.inference.sampling import choices, SamplingConfig, Sizes, sizes
 from lm.inference.scheduler import Row, Scheduler
 from lm.inference.stops import Stop

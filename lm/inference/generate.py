@@ -20,15 +20,12 @@ import numpy as np
 from lm.errors import UserError
 from lm.inference import constrain, speculative
 from lm.inference.decoder import Decoder
+from lm.inference.prompts import batches, BOS_ID, Stopped, why_stopped
 from lm.inference.sampling import begin, choices, sample, SamplerState, SamplingConfig
 from lm.inference.stops import Stop
 
-BOS_ID = 0         # the first input of every document in training; the id of padding
-SHORTEST_BUCKET = 16  # tokens; shorter prompts cost the same
-LARGEST_BATCH = 32    # rows decoded at once; their caches are in memory together
 UNWATCHED = 16        # tokens decoded before those who watch for a stop string see them
 
-Stopped = Literal['eos', 'stop', 'length', 'context', 'cancelled', 'deadline']
 
 
 class Vocabulary(Protocol):
@@ -107,17 +104,6 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
   configs = each(config, SamplingConfig, 'configs', len(prompts))
   stops = each(stops, type(None), 'stops', len(prompts))
   constraints = each(constraints, type(None), 'constraints', len(prompts))
-  buckets: dict[tuple[int, int], list[int]] = {}
-  for i, prompt in enumerate(prompts):
-    if len(prompt) > max_length - 1:
-      raise UserError(f'prompt {i} has {len(prompt)} tokens, which leaves no room for a new one in '
-                      f'a context of {max_length}; cut it to at most {max_length - 1} tokens')
-    if bos_id is None and not len(prompt) and not decoder.has_encoder:
-      raise UserError(f'prompt {i} is empty and this model has no token that begins a text; '
-                      'give it at least one')
-    bucket = (min(round_up(max(len(prompt) + 1, SHORTEST_BUCKET)), max_length),
-              min(round_up(configs[i].max_new_tokens), max_length))
-    buckets.setdefault(bucket, []).append(i)
   params = decoder.prepare(params)
   begin_with, go_on = _start, _decode
   if drafter is not None and any(constraints):
@@ -129,15 +115,13 @@ def generate(module: Any, params: Any, prompts: Sequence[np.ndarray],
                          for function in (speculative.start, speculative.decode))
     params = params, draft_params
   completions: list[Completion | None] = [None] * len(prompts)
-  for bucket, members in sorted(buckets.items()):
-    for start in range(0, len(members), LARGEST_BATCH):
-      rows = members[start:start + LARGEST_BATCH]
-      requests = [_Request(prompts[i], seeds[i], configs[i], stops[i], constraints[i])
-                  for i in rows]
-      done = _generate_batch(decoder, begin_with, go_on, params, requests, bucket, max_length,
-                             eos_id, bos_id)
-      for i, completion in zip(rows, done):
-        completions[i] = completion
+  limits = [one.max_new_tokens for one in configs]
+  for batch in batches(decoder, prompts, limits, max_length, eos_id, bos_id):
+    requests = [_Request(prompts[i], seeds[i], configs[i], stops[i], constraints[i])
+                for i in batch.members]
+    done = _generate_batch(decoder, begin_with, go_on, params, requests, batch, max_length, eos_id)
+    for i, completion in zip(batch.members, done):
+      completions[i] = completion
   return completions
 
 
@@ -162,11 +146,6 @@ def without_eos(completion: Completion) -> list[int]:
   return completion.tokens[:-1 if completion.stopped == 'eos' else None].tolist()
 
 
-def round_up(size: int) -> int:
-  """The next power of two."""
-  return 1 << (size - 1).bit_length()
-
-
 def request_key(prompt: np.ndarray, seed: int) -> jax.Array:
   """The key of a request, from what it is and not from where it stands in a batch.
 
@@ -184,27 +163,17 @@ class _Request(NamedTuple):
   constraint: constrain.Constraint | None
 
 
-def _generate_batch(decoder, start, go_on, params, requests, bucket, max_length, eos_id, bos_id):
-  """Completes requests of one bucket: builds the arrays of `_decode` and reads its results."""
-  size, encodes = round_up(len(requests)), decoder.has_encoder
-  inputs_BT = np.full((size, bucket[0]), BOS_ID if bos_id is None else bos_id, np.int32)
-  lengths_B = np.ones(size, np.int32)
-  before = [] if encodes or bos_id is None else [bos_id]
-  limits_B = np.zeros(size, np.int32)  # a row of limit 0 is idle
-  for row, request in enumerate(requests):
-    ids = [*before, *request.prompt, *([eos_id] if encodes else [])]
-    inputs_BT[row, :len(ids)] = ids
-    lengths_B[row] = len(ids)
-    limits_B[row] = min(request.config.max_new_tokens,
-                        max_length - (0 if encodes else len(request.prompt)))
+def _generate_batch(decoder, start, go_on, params, requests, batch, max_length, eos_id):
+  """Completes the requests of a batch, and reads the results."""
   keys = [request_key(request.prompt, request.seed) for request in requests]
-  configs, idle = [request.config for request in requests], size - len(requests)
+  configs, idle = [request.config for request in requests], len(batch.limits_B) - len(requests)
   asked = choices(configs + configs[:1] * idle, eos_id)
-  state = start(decoder, bucket[1], max_length, params, inputs_BT, lengths_B, limits_B, asked)
+  state = start(decoder, batch.num_new, max_length, params, batch.inputs_BT, batch.lengths_B,
+                batch.limits_B, asked)
   keys_B = jnp.stack(keys + keys[:1] * idle)
-  decode = lambda state, until, *allowed_BW: go_on(decoder, params, state, keys_B, asked, limits_B,
-                                                   eos_id, until, *allowed_BW)
-  state, stopped = _watched(decode, state, requests, bucket[1], eos_id)
+  decode = lambda state, until, *allowed_BW: go_on(
+      decoder, params, state, keys_B, asked, batch.limits_B, eos_id, until, *allowed_BW)
+  state, stopped = _watched(decode, state, requests, batch.num_new, eos_id)
   tokens_BP, log_probs_BP, counts_B = jax.device_get(
       (state.tokens_BP, state.log_probs_BP, state.counts_B))
   drafts = getattr(state, 'drafts', None)
@@ -213,8 +182,7 @@ def _generate_batch(decoder, start, go_on, params, requests, bucket, max_length,
     of_row = drafts and speculative.Drafts(*(int(x[row]) for x in drafts))
     count = stopped.get(row, counts_B[row])
     tokens = tokens_BP[row, :count]
-    why = 'length' if limits_B[row] == config.max_new_tokens else 'context'
-    why = 'stop' if row in stopped else 'eos' if tokens[-1] == eos_id else why
+    why = 'stop' if row in stopped else why_stopped(tokens, eos_id, config.max_new_tokens)
     completions.append(Completion(tokens, log_probs_BP[row, :count], why, of_row))
   return completions
 

@@ -11,7 +11,8 @@ from lm.inference.beam import beam_search, BeamConfig
 from lm.inference.best_of import best_of, BestOfConfig
 from lm.inference.contrastive import contrastive_search, ContrastiveConfig
 from lm.inference.decoder import Decoder
-from lm.inference.generate import BOS_ID, Completion, generate
+from lm.inference.generate import Completion, generate
+from lm.inference.prompts import BOS_ID
 from lm.inference.sampling import SamplingConfig
 
 Method = BeamConfig | ContrastiveConfig | BestOfConfig | speculative.Drafting

@@ -3,13 +3,23 @@
 A prompt's bucket depends on that prompt alone, and a program is compiled once for a bucket.
 """
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from lm.errors import UserError
 from lm.inference.decoder import Decoder
-from lm.inference.generate import BOS_ID, round_up, SHORTEST_BUCKET, Stopped
+
+BOS_ID = 0         # the first input of every document in training; the id of padding
+SHORTEST_BUCKET = 16  # tokens; shorter prompts cost the same
+LARGEST_BATCH = 32    # rows decoded at once; their caches are in memory together
+
+Stopped = Literal['eos', 'stop', 'length', 'context', 'cancelled', 'deadline']
+
+
+def round_up(size: int) -> int:
+  """The next power of two."""
+  return 1 << (size - 1).bit_length()
 
 
 class Batch(NamedTuple):
@@ -18,7 +28,7 @@ class Batch(NamedTuple):
   members: which prompts these are, one a row; rows behind them are idle.
   inputs_BT: what `Decoder.start` reads, of `lengths_B` tokens.
   limits_B: how many new tokens each row may have; 0 for idle rows.
-  num_new: places for new tokens, of the largest limit.
+  num_new: places for new tokens.
   num_places: of a row in the cache.
   """
   members: list[int]
@@ -29,15 +39,19 @@ class Batch(NamedTuple):
   num_places: int
 
 
-def batches(decoder: Decoder, prompts: Sequence[np.ndarray], max_new_tokens: int, max_length: int,
-            eos_id: int, bos_id: int | None, num_rows: int) -> Iterator[Batch]:
+def batches(decoder: Decoder, prompts: Sequence[np.ndarray], max_new_tokens: Sequence[int],
+            max_length: int, eos_id: int, bos_id: int | None, num_rows: int = LARGEST_BATCH
+            ) -> Iterator[Batch]:
   """Cuts prompts into batches of at most `num_rows`; see `generate` for the arguments.
+
+  Args:
+    max_new_tokens: of each prompt.
 
   Raises:
     UserError: a prompt leaves no room in the context for a single new token, or is empty where
       nothing stands before it.
   """
-  buckets: dict[int, list[int]] = {}
+  buckets: dict[tuple[int, int], list[int]] = {}
   for i, prompt in enumerate(prompts):
     if len(prompt) > max_length - 1:
       raise UserError(f'prompt {i} has {len(prompt)} tokens, which leaves no room for a new one in '
@@ -45,22 +59,22 @@ def batches(decoder: Decoder, prompts: Sequence[np.ndarray], max_new_tokens: int
     if bos_id is None and not len(prompt) and not decoder.has_encoder:
       raise UserError(f'prompt {i} is empty and this model has no token that begins a text; '
                       'give it at least one')
-    bucket = min(round_up(max(len(prompt) + 1, SHORTEST_BUCKET)), max_length)
+    bucket = (min(round_up(max(len(prompt) + 1, SHORTEST_BUCKET)), max_length),
+              min(round_up(max_new_tokens[i]), max_length))
     buckets.setdefault(bucket, []).append(i)
-  num_new = min(round_up(max_new_tokens), max_length)
-  for bucket, members in sorted(buckets.items()):
+  for (bucket, num_new), members in sorted(buckets.items()):
     for start in range(0, len(members), num_rows):
       rows = members[start:start + num_rows]
       inputs_BT, lengths_B = _arrays(decoder, [prompts[i] for i in rows], bucket, eos_id, bos_id)
       limits_B = np.zeros(len(inputs_BT), np.int32)
       limits_B[:len(rows)] = [
-          min(max_new_tokens, max_length - (0 if decoder.has_encoder else len(prompts[i])))
+          min(max_new_tokens[i], max_length - (0 if decoder.has_encoder else len(prompts[i])))
           for i in rows]
       before = 1 if decoder.has_encoder else bucket
       yield Batch(rows, inputs_BT, lengths_B, limits_B, num_new, min(before + num_new, max_length))
 
 
-def stopped(tokens: np.ndarray, eos_id: int, max_new_tokens: int) -> Stopped:
+def why_stopped(tokens: np.ndarray, eos_id: int, max_new_tokens: int) -> Stopped:
   """Why a completion ends where it does."""
   if tokens[-1] == eos_id:
     return 'eos'

@@ -14,7 +14,8 @@ import numpy as np
 
 from lm.errors import UserError
 from lm.inference.decoder import Decoder
-from lm.inference.generate import begin_id, LARGEST_BATCH, round_up, SHORTEST_BUCKET
+from lm.inference.generate import begin_id
+from lm.inference.prompts import LARGEST_BATCH, round_up, SHORTEST_BUCKET
 
 CHUNK = 32  # tokens whose distributions are in memory at once
 

@@ -14,7 +14,8 @@ from lm.data.examples.kinds import Example
 from lm.evaluation import likelihood
 from lm.evaluation.predictions.contract import Batches, chunks, Model, refuse, Row
 from lm.inference import methods
-from lm.inference.generate import begin_id, LARGEST_BATCH, round_up, without_eos
+from lm.inference.generate import begin_id, without_eos
+from lm.inference.prompts import LARGEST_BATCH, round_up
 from lm.inference.sampling import SamplingConfig
 
 SCORED = 'classification', 'multiple_choice', 'language_modelling'
