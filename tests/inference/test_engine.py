@@ -143,7 +143,7 @@ def test_what_prompts_share_is_read_once(tiny):
 
 @pytest.mark.supports('decoding', 'nothing compiles after warm-up')
 def test_nothing_compiles_after_warm_up():
-  engine, _ = build(config=dataclasses.replace(TINY, num_rows=2))
+  engine, _ = build(config=dataclasses.replace(TINY, num_rows=3))
   engine.warm_up(constrained=True)
   expected()
   compiled = []
@@ -205,6 +205,18 @@ def test_a_constraint_holds_its_own_row_alone(tiny):
   assert set(held.tokens) <= only.tokens and only.seen == held.tokens.tolist()
   assert len(set(held.tokens)) > 1 and held.stopped == 'length'
   assert all(same(done, wanted) for done, wanted in zip(free, expected()[2:5]))
+
+
+def test_a_deadline_ends_a_request_that_waits_or_runs(tiny):
+  engine, clock = tiny
+  late = [dataclasses.replace(requests()[1], deadline=clock.now + wait) for wait in (2, 0)]
+  tickets = [engine.submit(request) for request in late]
+  for _ in range(2):
+    engine.step()
+    clock.now += 1
+  engine.run()
+  assert [ticket.result(0).stopped for ticket in tickets] == ['deadline'] * 2
+  assert 0 < len(tickets[0].tokens) < len(expected()[1].tokens) and not tickets[1].tokens
 
 
 class After:
