@@ -35,7 +35,7 @@ def test_beams_and_scores_are_those_of_transformers(case):
 
 
 TABLE, LOGITS, EOS = reference.Table(13), reference.table(13), 3
-PROMPTS = [[5, 7], [1], [4, 4, 9, 2, 8], [12, 0, 6]]
+PROMPTS = [[5, 7], [10, 11], [4, 4, 9, 2, 8], [1]]
 
 
 def compare(config, words=None, prompts=PROMPTS):
@@ -51,6 +51,7 @@ def compare(config, words=None, prompts=PROMPTS):
 
 @pytest.mark.supports('decoding', 'diverse beams')
 @pytest.mark.parametrize('stops', [dict(), dict(early_stopping=True, length_penalty=0.5),
+                                   dict(early_stopping='never', length_penalty=1.0),
                                    dict(early_stopping='never', length_penalty=2.0),
                                    dict(early_stopping='never', length_penalty=0.0)], ids=str)
 @pytest.mark.parametrize('penalty', [0.0, 1.1, 5.0])
