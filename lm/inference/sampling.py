@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt32
 import numpy as np
 
+from lm.errors import UserError
 from lm.inference import filters, penalties
 from lm.inference.constrain import Rule
 
@@ -159,8 +160,15 @@ def choices(configs: Sequence[SamplingConfig], eos_id: int | Sequence[int] = -1,
     configs: bad words are tokens (see `with_ids`).
     eos_id: the token that ends a text, or one a config; -1 for none.
     room: the sizes of tables; None is `sizes(configs)`.
+
+  Raises:
+    UserError: a request does not fit them.
   """
-  room = room or sizes(configs)
+  needed = sizes(configs)
+  room = room or needed
+  if needed.sequences > room.sequences or needed.words > room.words:
+    raise UserError(f'a request has more bad words and biased tokens, or longer words, than there '
+                    f'is room for: {room.sequences} of {room.words} tokens; leave some out')
   sequences_BNW = np.full((len(configs), *room), penalties.NOBODY, np.int32)
   bias_BN = np.zeros((len(configs), room.sequences), np.float32)
   for row, config in enumerate(configs):

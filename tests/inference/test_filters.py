@@ -9,7 +9,8 @@ from make_sampling_references import CASES, EOS, V
 import numpy as np
 import pytest
 
-from lm.inference.sampling import begin, choices, drawn_from, sample, SamplingConfig
+from lm.errors import UserError
+from lm.inference.sampling import begin, choices, drawn_from, sample, SamplingConfig, Sizes
 
 ROWS, PLACES = 3, 16
 NAMES = [','.join(f'{name}={value}' for name, value in case.items())[:60] for case in CASES]
@@ -157,3 +158,5 @@ def test_tables_have_the_usual_sizes_until_a_request_needs_more():
   small, large = choices([SamplingConfig()]), choices([
       SamplingConfig(bad_words=((1,) * 9,), logit_bias=tuple((i, 1.0) for i in range(20)))])
   assert small.sequences_BNW.shape == (1, 16, 8) and large.sequences_BNW.shape == (1, 32, 16)
+  with pytest.raises(UserError, match='room for: 16 of 8 tokens'):
+    choices([SamplingConfig(bad_words=((1,) * 9,))], room=Sizes())
