@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
       sampling_flags.add(command)
     if name == 'generate':
       sampling_flags.add_rules(command)
+      sampling_flags.add_storage(command)
     if name in ('generate', 'evaluate'):
       sampling_flags.add_decoding(command)
     if name == 'edit':

@@ -59,36 +59,44 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
   if bool(args.prompt) == bool(args.prompts) or bool(args.out) != bool(args.prompts):
     raise UserError('`lm generate` needs --prompt=TEXT, or --prompts=FILE with --out=FILE; give '
                     'one of them')
-  experiment = sampling_flags.decoded(
-      run.open_experiment(
+  experiment = sampling_flags.decoded(run.open_experiment(
       args.gin_file, bindings, args.run_dir, sampling_flags.file_of(args)), args)
   sampling = sampling_flags.chosen(args, experiment.sampling)
   if args.prompts:
     return _answer_file(experiment, args, sampling)
-  result = run.generate(experiment, args.run_dir, args.prompt, sampling, args.seed, args.chat)
-  for completion in result['completions']:
+  _, module, params, method = run.load_writer(experiment, args.run_dir)
+  vocabulary, chat = run_directory.load_vocabulary(pathlib.Path(args.run_dir), args.chat)
+  longest = sampling_flags.context(args, experiment.model)
+  completions = complete(sampling_flags.stored(args, module), params, vocabulary, args.prompt,
+                         sampling, args.seed, longest, chat, method)
+  for completion in completions:
     between = '\n' if args.chat else ''
     print(f'{completion["prompt"]}{between}{completion["text"]}\n')
-  return result
+  return {'completions': completions}
 
 
 def _answer_file(experiment, args, sampling):
   """Answers the lines of --prompts that --out has no answer to."""
   begun, path = time.monotonic(), pathlib.Path(args.prompts)
   step, module, params, method = run.load_writer(experiment, args.run_dir)
+  module = sampling_flags.stored(args, module)
   vocabulary, chat = run_directory.load_vocabulary(pathlib.Path(args.run_dir), args.chat)
   texts = Texts(vocabulary, experiment.model.vocab_size, chat)
-  of = f'{step} {args.chat} {experiment.decoding}'
+  # All that an answer depends on beside its line.
+  of = f'{step} {args.chat} {experiment.decoding} {getattr(module, "weights", None)} '
+  of += str(getattr(module, 'cache', None))
   prompts, bad = read_prompts(path, sampling, args.seed, of)
   with Answers(pathlib.Path(args.out)) as answers:
     left = answers.missing(prompts)
     answered = functools.partial(_in_batches, method)
-    if experiment.decoding is None and hasattr(experiment.model, 'init_pages'):
+    has_pages = hasattr(experiment.model, 'init_pages') and not getattr(module, 'cache', None)
+    if experiment.decoding is None and has_pages:
       answered = _by_engine
     num_tokens = 0
     with tqdm.tqdm(total=len(prompts), initial=len(prompts) - len(left), desc='generate',
                    unit=' prompts') as bar:
-      for prompt, answer in answered(module, params, texts, left, experiment.model.max_length):
+      longest = sampling_flags.context(args, experiment.model)
+      for prompt, answer in answered(module, params, texts, left, longest):
         if isinstance(answer, str):
           bad[prompt.number] = answer
           continue

@@ -32,6 +32,47 @@ def add_decoding(command: argparse.ArgumentParser):
                        'with DECODING, in the place of sampling: beams, contrastive_search, ...')
 
 
+def add_storage(command: argparse.ArgumentParser):
+  """Adds those of how the model and its cache are kept."""
+  command.add_argument('--weights', choices=['int8'], help='matrices in 8 bits, a scale an output')
+  command.add_argument('--kv_cache', choices=['int8', 'float8_e4m3fn'], help='keys and values in 8 '
+                       'bits, a scale each')
+  command.add_argument('--kv_window', type=int, metavar='N', help='keep the last N tokens and the '
+                       'first 4 alone (StreamingLLM): texts of any length in the same memory')
+  command.add_argument('--layers_on_host', action='store_true', help="matrices stay in the host's "
+                       'memory and come to the device layer by layer')
+
+
+def stored(args: argparse.Namespace, module: Any) -> Any:
+  """The model as a decoder that keeps weights and cache as the flags say.
+
+  Raises:
+    UserError: several models write together, or a window is out of range.
+  """
+  from lm.inference.decoder import Decoder
+  from lm.models.cache import CacheOptions
+  cache = None
+  if args.kv_cache or args.kv_window is not None:
+    try:
+      cache = CacheOptions(args.kv_cache, True, args.kv_window, 4 if args.kv_window else 0)
+    except ValueError as error:
+      raise UserError(f'--kv_window: {error}') from error
+  if not (cache or args.weights or args.layers_on_host):
+    return module
+  if hasattr(module, 'extend'):
+    raise UserError(f'--decoding={args.decoding} has several models write together, which '
+                    '--weights, --kv_cache, --kv_window and --layers_on_host do not reach; leave '
+                    'these out')
+  return Decoder(module, cache=cache, weights=args.weights, layers_on_host=args.layers_on_host)
+
+
+def context(args: argparse.Namespace, model: Any) -> int:
+  """The longest text, in tokens, of a model's config: beyond its training's where what the cache
+  forgets, or the model itself (Transformer-XL), makes the end of it unimportant."""
+  forgets = args.kv_window is not None and getattr(model, 'positions', 'learned') != 'learned'
+  return 2**20 if forgets or hasattr(model, 'memory_length') else model.max_length
+
+
 def file_of(args: argparse.Namespace) -> list[str]:
   """The gin file of --decoding, if it is given."""
   if args.decoding is None:

@@ -17,6 +17,7 @@ import threading
 import time
 from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,15 +144,20 @@ class Engine:
 
   def __init__(self, module: Any, params: Any, config: EngineConfig, max_length: int,
                clock: Callable[[], float] = time.monotonic):
-    """max_length: the model's context, in tokens.
+    """module: the model, or a `Decoder` of it that says how its weights are kept; max_length: its
+    context, in tokens.
 
     Raises:
       UserError: the model is of no family whose cache is keys and values of its own tokens.
     """
-    decoder = Decoder(module)
+    decoder = Decoder(module) if isinstance(module, nn.Module) else module
+    module = decoder.module
     if not hasattr(module.config, 'init_pages'):
       raise UserError(f'{type(module).__name__} has no cache that can be kept in pages; the engine '
                       'takes decoders (GPT), and `generate` every family')
+    if decoder.cache is not None:
+      raise UserError(f'{decoder.cache} is of caches of one text a row; the engine keeps all keys and '
+                      'values in pages, so leave it out')
     self.config, self.counts, self._clock = config, Counts(), clock
     self._max_length = max_length
     self._row_pages = -(-max_length // config.page_size)
