@@ -156,8 +156,8 @@ class Engine:
       raise UserError(f'{type(module).__name__} has no cache that can be kept in pages; the engine '
                       'takes decoders (GPT), and `generate` every family')
     if decoder.cache is not None:
-      raise UserError(f'{decoder.cache} is of caches of one text a row; the engine keeps all keys and '
-                      'values in pages, so leave it out')
+      raise UserError(f'{decoder.cache} is of caches of one text a row; the engine keeps all keys '
+                      'and values in pages, so leave it out')
     self.config, self.counts, self._clock = config, Counts(), clock
     self._max_length = max_length
     self._row_pages = -(-max_length // config.page_size)
