@@ -8,7 +8,7 @@ may then change places.
 """
 from collections.abc import Mapping, Sequence
 import functools
-from typing import Any, Literal, NamedTuple, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 import zlib
 
 import flax.linen as nn

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from lm.errors import UserError
 from lm.inference.decoder import Decoder

@@ -1,4 +1,5 @@
 """`lm generate` keeps weights and cache as its flags say."""
+import argparse
 import dataclasses
 import types
 
@@ -6,6 +7,7 @@ import pytest
 from test_generate_prompts import Letters, MODEL, params
 
 from lm import main, run, run_directory
+from lm.commands import sampling_flags
 from lm.inference import complete, SamplingConfig
 from lm.inference.decoder import Decoder
 from lm.models.cache import CacheOptions
@@ -40,6 +42,9 @@ def test_a_flag_is_a_decoder_that_keeps_them_so(lm, flags, kept):
   decoder = Decoder(MODEL.build(), **kept)
   one, = complete(decoder, params(), Letters(), ['abc'], SAMPLING, 0, 32)
   assert lm(MODEL, *flags) == one['text'].strip() != ''
+  parser = argparse.ArgumentParser()
+  sampling_flags.add_storage(parser)
+  assert sampling_flags.stored(parser.parse_args(flags), MODEL.build()) == decoder
 
 
 def test_a_window_out_of_range_is_refused(lm):

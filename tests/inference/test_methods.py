@@ -13,7 +13,9 @@ from lm.inference.beam import beam_search, BeamConfig
 from lm.inference.best_of import BestOfConfig
 from lm.inference.contrastive import contrastive_search, ContrastiveConfig
 from lm.inference.decoder import Decoder
+from lm.inference.guidance import Guided
 from lm.inference.stops import Stream
+from lm.run import Experiment
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / 'gin' / 'decoding').glob('*.gin'))
@@ -37,8 +39,10 @@ def same(ours, theirs):
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
 def test_a_file_says_how_to_decode(path, monkeypatch):
   monkeypatch.chdir(ROOT)
-  used = {name: text for name, text in OTHERS.items() if f'%{name}' in path.read_text()}
+  every = OTHERS | {'NUM_BEAMS': '2'}
+  used = {name: text for name, text in every.items() if f'%{name}' in path.read_text()}
   config.parse(['gin/experiments/quickstart.gin'], list(used.items()), [str(path)])
+  config.build(Experiment)  # does not mistake them for unused ones
   assert isinstance(config.value(path, 'DECODING', True), runs.Decoding)
 
 
@@ -74,8 +78,11 @@ def test_other_runs_are_asked_for_by_their_directories():
   drafted = decode(runs.resolve(runs.DraftRun('small'), module, params, load)[2])
   assert [one.tokens.tolist() for one in drafted] == [one.tokens.tolist() for one in plain]
   # An expert and an anti-expert that are the same cancel out, as does a scale of 1.
-  for decoding in (runs.DExperts('kind', 'unkind'), runs.ClassifierFree(1.0)):
+  texts = []
+  for decoding in (runs.DExperts('kind', 'unkind'), runs.ClassifierFree(1.0),
+                   runs.ClassifierFree(4.0)):
     guided, weights, method = runs.resolve(decoding, module, params, load)
-    found = decode(method, module=guided, params=weights)
-    assert [one.tokens.tolist() for one in found] == [one.tokens.tolist() for one in plain]
+    assert isinstance(guided, Guided)
+    texts.append([one.tokens.tolist() for one in decode(method, module=guided, params=weights)])
+  assert texts[0] == texts[1] == [one.tokens.tolist() for one in plain] != texts[2]
   assert asked == ['small', 'kind', 'unkind']
