@@ -161,11 +161,8 @@ class Attention(nn.Module):
     if cache is not None:
       cache = self._constrained(caches.write(cache, places, *memory), places)
     if cache is not None and T <= caches.LONGEST_STEP and learned is None and prefix is None:
-      bias = distance_bias
-      if bias is not None:
-        keys = jnp.arange(caches.num_keys(cache, places))
-        bias = of_distances(bias, places.of(T)[..., None] - keys)
-      one = functools.partial(attend_to_cache, self.rules, lengths=length + T, bias=bias,
+      one = functools.partial(attend_to_cache, self.rules, lengths=length + T,
+                              bias=_bias_of_cache(distance_bias, cache, places, T),
                               page_table=places.page_table, **cache._asdict(), **options)
     else:
       key, value = memory if cache is None else caches.read(cache, places, query_BTNH.dtype)
@@ -212,6 +209,14 @@ class Attention(nn.Module):
     """An adapter's keys and values, if there are any."""
     leaves = self.variables.get('params', {})
     return (leaves['prefix_key'], leaves['prefix_value']) if 'prefix_key' in leaves else None
+
+
+def _bias_of_cache(distance_bias, cache, places, T):
+  """What T new tokens add to their scores with all keys of a cache, if they add anything."""
+  if distance_bias is None:
+    return None
+  return of_distances(distance_bias, places.of(T)[..., None] - jnp.arange(
+      caches.num_keys(cache, places)))
 
 
 def _take(x_BTNH, places_BS):
