@@ -120,6 +120,16 @@ def test_classifier_free_guidance_is_that_of_transformers(number):
   assert [one.tokens.tolist() for one in done] == list(wanted)
 
 
+def test_one_beam_of_two_members_is_their_greedy_text():
+  """A beam takes rows of the cache: those of each member are its own."""
+  decoder, (params, *_) = three('llama')
+  guided, prompts = classifier_free(decoder, 3.0), list(map(np.asarray, PROMPTS))
+  greedy = generate(guided, (params,), prompts, GREEDY, 0, PLACES, EOS, None)
+  config = BeamConfig(num_beams=1, max_new_tokens=NEW)
+  found = beam_search(guided, (params,), prompts, config, PLACES, EOS, None)
+  assert [one.tokens.tolist() for one, in found] == [one.tokens.tolist() for one in greedy]
+
+
 def test_beams_search_what_models_say_together():
   decoder, params = three('llama')
   guided = Guided((decoder,), (Member(0, 3.0), Member(0, -2.0, 'same')))
