@@ -2,7 +2,8 @@
 
 One folder a kernel: `api.py` (the public function, with the mathematics in its docstring),
 `reference.py` (plain jnp, the specification), and for each fast implementation `cpu*.py`, `tpu*.py`
-(Mosaic) or `gpu*.py` (Triton). `implementation=None` takes the fastest one that accepts the case,
+(Mosaic) or `gpu*.py` (Triton); `cpu.cc` is C++, which `native.py` has the machine's own compiler
+make when it is first used. `implementation=None` takes the fastest one that accepts the case,
 for the platform that the program is lowered for; a name takes that one or raises
 `NotImplementedError("why")`. The compiler does not cut a Pallas kernel over a mesh: there it
 belongs inside `jax.shard_map`, as `lm/layers/kernels.py` has it.

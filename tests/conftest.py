@@ -41,6 +41,19 @@ def _warm_builder():
   warm_builder.install()
 
 
+@pytest.fixture(scope='session')
+def stories(tmp_path_factory):
+  """A run of stories260K, a real Llama."""
+  from lm import main
+  weights = REPOSITORY.parent / 'shared' / 'data' / 'weights' / 'stories260K'
+  if not weights.exists():
+    pytest.skip('stories260K is not beside the repository')
+  directory = tmp_path_factory.mktemp('stories') / 'run'
+  assert not main.main(['convert', f'--from={weights / "stories260K.bin"}',
+                        f'--tokenizer={weights / "tok512.bin"}', f'--run_dir={directory}'])
+  return directory
+
+
 @pytest.fixture(scope='module', autouse=True)
 def _bounded_memory():
   """Forgets what jax has traced and compiled where it has grown to gigabytes."""

@@ -82,8 +82,8 @@ def twice_as_large(tree, original=stack.unstack):
   return original(jax.tree.map(lambda x: 2 * x, tree))
 
 
-def one_place_late(old, rows, places, new, original=cache.scatter):
-  return original(old, rows, places + 1, new)
+def one_place_late(old, rows, places, new, original=cache.scatter, **options):
+  return original(old, rows, places + 1, new, **options)
 
 
 def by_the_row(self, x, rate):

@@ -12,8 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lm.compression import matrices
 from lm.compression.quantize import quantize_matrices
+from pallas_kernels import native
 from pallas_kernels.quantized_matmul import Quantized
+from pallas_kernels.streamed_matmul import Streamed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +43,13 @@ class Decoder:
     return hasattr(self.module, 'decode')
 
   def prepare(self, params: Any) -> Any:
-    """The parameters as all methods here take them; once, not at each step (see `cast_matrices`).
-    """
+    """The parameters as all methods here take them; once, not at each step (see `cast_matrices`,
+    `streamed`)."""
     params = quantize_matrices(params) if self.weights == 'int8' else params
     params = self.module.config.unstack(cast_matrices(params, self.module.config.dtype))
-    return jax.tree_util.tree_map_with_path(_to_host, params) if self.layers_on_host else params
+    if self.layers_on_host:
+      return jax.tree_util.tree_map_with_path(_to_host, params)
+    return streamed(params)
 
   def start(self, params: Any, inputs_BT: Int[Array, 'B T'], lengths_B: Int[Array, ' B'],
             num_places: int) -> tuple[Float[Array, 'B V'], Any]:
@@ -122,9 +127,40 @@ def cast_matrices(params: Any, dtype: str) -> Any:
   """
   def cast(path, leaf):
     as_they_are = 'scale', 'bias', 'lora_scale', 'magnitude', 'input_scale'
-    is_kept = isinstance(leaf, Quantized) or path[-1].key in as_they_are
+    is_kept = isinstance(leaf, Quantized | Streamed) or path[-1].key in as_they_are
     return leaf if is_kept else leaf.astype(dtype)
-  return jax.tree_util.tree_map_with_path(cast, params, is_leaf=_is_quantized)
+  return jax.tree_util.tree_map_with_path(cast, params, is_leaf=_is_product)
+
+
+def streamed(params: Any) -> Any:
+  """Lays matrices and embeddings on a CPU as they are read; elsewhere, on several devices, and
+  where it is traced, the parameters stay as they are."""
+  leaves = jax.tree.leaves(params)
+  if any(isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array)
+         or [device.platform for device in leaf.devices()] != ['cpu'] for leaf in leaves):
+    return params
+  return _streamed(params) if native.is_there() else params
+
+
+@jax.jit
+def _streamed(params):
+  def lay(path, leaf):
+    name = matrices.name_of(path)
+    if isinstance(leaf, Streamed):
+      return leaf
+    values, scales = leaf, None
+    if isinstance(leaf, Quantized):
+      values, scales = leaf.values, leaf.scales
+    if values.dtype not in ('float32', 'bfloat16', 'int8'):
+      return leaf
+    if matrices.is_embedding(name):
+      return Streamed(values, scales)
+    one = matrices.matrix_of(name, values)
+    if one is None or scales is not None and scales.size * one.K != values.size:  # in groups
+      return leaf
+    return Streamed(one.flat(values).mT.reshape(*one.stack, one.N, one.K),
+                    None if scales is None else scales.reshape(*one.stack, one.N))
+  return jax.tree_util.tree_map_with_path(lay, params, is_leaf=_is_product)
 
 
 def _to_host(path, leaf):
@@ -136,5 +172,5 @@ def _to_host(path, leaf):
   return jax.device_put(leaf, leaf.sharding.with_memory_kind('pinned_host'))
 
 
-def _is_quantized(x):
-  return isinstance(x, Quantized)
+def _is_product(x):
+  return isinstance(x, Quantized | Streamed)

@@ -159,7 +159,8 @@ class Attention(nn.Module):
     options = {'query': query_BTNH, 'scale': self.scale, 'softcap': self.softcap}
     T, length = x_BTD.shape[1], None if cache is None else places.length
     if cache is not None:
-      cache = self._constrained(caches.write(cache, places, *memory), places)
+      cache = self._constrained(caches.write(
+          cache, places, *memory, is_cut=self.rules.is_cut), places)
     if cache is not None and T <= caches.LONGEST_STEP and learned is None and prefix is None:
       one = functools.partial(attend_to_cache, self.rules, lengths=length + T,
                               bias=_bias_of_cache(distance_bias, cache, places, T),

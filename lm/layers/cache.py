@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import platform
-from pallas_kernels.decode_attention import quantize
+from pallas_kernels import native, platform
+from pallas_kernels.decode_attention import put_tokens, quantize
 
 # New tokens of a row that meet the cache where it stands; more of them are worth a copy of it.
 LONGEST_STEP = 8
@@ -79,28 +79,38 @@ def values_of(kept: KVCache, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, ja
 
 
 def write(cache: KVCache, places: Places, key_BTKH: Float[Array, 'B T K H'],
-          value_BTKH: Float[Array, 'B T K H']) -> KVCache:
-  """Puts the new tokens behind those that stand.
+          value_BTKH: Float[Array, 'B T K H'], is_cut: bool = False) -> KVCache:
+  """Puts the new tokens behind those that stand; `is_cut` says that devices share the cache.
 
   A cache by rows may get padding too, behind the length, where the next token takes its place. In a
   pool it is not written, nor is what is past the page table's end.
   """
   T, new = key_BTKH.shape[1], entries(cache, key_BTKH, value_BTKH)
   if places.page_table is not None:
-    return scatter(cache, *_addresses(cache, places, T), new, in_pages=True)
+    return scatter(cache, *_addresses(cache, places, T), new, in_pages=True, is_cut=is_cut)
   if T > LONGEST_STEP:
     update = jax.vmap(lambda old, x, start: jax.lax.dynamic_update_slice_in_dim(
         old, jnp.swapaxes(x, 0, 1), start, axis=1))
     return jax.tree.map(lambda old, x: update(old, x, places.length), cache, new)
   place_BT = places.of(T)
   return scatter(cache, jnp.broadcast_to(jnp.arange(place_BT.shape[0])[:, None], place_BT.shape),
-                 place_BT, new)
+                 place_BT, new, is_cut=is_cut)
 
 
 def scatter(cache: KVCache, rows_BT: Int[Array, 'B T'], places_BT: Int[Array, 'B T'], new: KVCache,
-            in_pages: bool = False) -> KVCache:
+            in_pages: bool = False, is_cut: bool = False) -> KVCache:
   """Writes new entries to a place of a row, or page, each; where there is no such place, nowhere.
   """
+  plain = functools.partial(_scatter, in_pages=in_pages)
+  is_exported = not all(isinstance(size, int) for size in (*rows_BT.shape, *cache.key.shape))
+  if is_cut or is_exported or rows_BT.size > MOST_UPDATES or not native.is_there():
+    return plain(cache, rows_BT, places_BT, new)
+  on_cpu = lambda cache, rows, places, new: jax.tree.map(
+      lambda old, x: put_tokens(old, rows, places, x), cache, new)
+  return platform.by_platform(on_cpu, plain, cache, rows_BT, places_BT, new)
+
+
+def _scatter(cache, rows_BT, places_BT, new, in_pages):
   if rows_BT.size == 1:
     # XLA:CPU would fuse a single update into each of its readers, and each would do it on a copy of
     # the cache: seven times the time of a token. Two updates, of the same place, stand alone.

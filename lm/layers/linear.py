@@ -17,8 +17,9 @@ from pallas_kernels import platform
 from pallas_kernels.dropout import Draws
 from pallas_kernels.matmul import dot
 from pallas_kernels.quantized_matmul import Quantized, quantized_matmul
+from pallas_kernels.streamed_matmul import Streamed, streamed_matmul
 
-Table = Float[Array, 'V D'] | Quantized  # an embedding
+Table = Float[Array, 'V D'] | Quantized | Streamed  # an embedding
 
 
 def normal(std: float, *axes: str | None):
@@ -45,7 +46,10 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, '...']) -> Float[Array, '...']:
     """[..., *inputs] -> [..., *outputs]."""
-    kernel = self.param('kernel', normal(self.std, *self.axes), self.inputs + self.outputs)
+    leaves = self.variables.get('params', {})  # also an adapter's, or of `lm compress`
+    kernel = leaves.get('kernel')
+    if not isinstance(kernel, Streamed):
+      kernel = self.param('kernel', normal(self.std, *self.axes), self.inputs + self.outputs)
     size_in, size_out = math.prod(self.inputs), math.prod(self.outputs)
     rows = x.shape[:x.ndim - len(self.inputs)]
     multiply, axes = products.product(self.products, self.rules), self._matrix_axes()
@@ -55,11 +59,13 @@ class Linear(nn.Module):
     if self.products == 'fp8_delayed':
       zeros = nn.with_partitioning(nn.initializers.zeros, (None, None))
       state = [self.param('history', zeros, (products.OPERANDS, products.HISTORY))]
-    leaves = self.variables['params']  # also an adapter's, or of `lm compress`
+    leaves = self.variables['params']
     x = x.reshape(*rows, size_in)
     if 'input_scale' in leaves:
       x = (x.astype(jnp.float32) * leaves['input_scale']).astype(x.dtype)
-    if isinstance(kernel, Quantized):
+    if isinstance(kernel, Streamed):
+      y, kernel = streamed_matmul(x, kernel), table(kernel, x.dtype).T
+    elif isinstance(kernel, Quantized):
       values, scales = kernel.values.reshape(size_in, size_out), kernel.scales.reshape(-1, size_out)
       y, kernel = products.quantized(self.products, x, values, scales), _floats(values, scales)
     else:
@@ -110,9 +116,11 @@ def embed(embedding_VD: Table, tokens: Int[Array, 'B T'],
   """
   if noise_BTD is not None:
     return embed(embedding_VD, tokens, dtype, rules) + noise_BTD.astype(dtype)
-  if isinstance(embedding_VD, Quantized):
-    found = jnp.take(embedding_VD.values, tokens, axis=0)
-    return (found.astype(jnp.float32) * embedding_VD.scales[tokens][..., None]).astype(dtype)
+  if isinstance(embedding_VD, Quantized | Streamed):
+    found, scales_V = _take(embedding_VD.values, tokens), embedding_VD.scales
+    if scales_V is None:
+      return found.astype(dtype)
+    return (found.astype(jnp.float32) * scales_V[tokens][..., None]).astype(dtype)
   shards = rules.shards('vocab')
   if shards == 1 or len(embedding_VD) % shards:
     return _take(embedding_VD, tokens).astype(dtype)
@@ -131,8 +139,10 @@ def embed(embedding_VD: Table, tokens: Int[Array, 'B T'],
 
 def table(embedding_VD: Table, dtype: jax.typing.DTypeLike) -> Float[Array, 'V D']:
   """An embedding as floats: one in few bits in this dtype, another as it is."""
-  if not isinstance(embedding_VD, Quantized):
+  if not isinstance(embedding_VD, Quantized | Streamed):
     return embedding_VD
+  if embedding_VD.scales is None:
+    return embedding_VD.values
   values_VD = embedding_VD.values.astype(jnp.float32)
   return (values_VD * embedding_VD.scales[:, None]).astype(dtype)
 
@@ -152,7 +162,9 @@ def logits(hidden_BTD: Float[Array, 'B T D'], embedding_VD: Table,
            ) -> Float[Array, 'B T V']:
   """Scores of every token of the vocabulary, float32; `cross_entropy` never needs them all at
   once."""
-  if isinstance(embedding_VD, Quantized):
+  if isinstance(embedding_VD, Streamed):
+    logits_BTV = streamed_matmul(hidden_BTD, embedding_VD, dtype=jnp.float32)
+  elif isinstance(embedding_VD, Quantized):
     logits_BTV = quantized_matmul(hidden_BTD, embedding_VD.values, embedding_VD.scales,
                                   dtype=jnp.float32, transposed=True)
   elif hidden_BTD.shape[1] == 1 and hidden_BTD.dtype == jnp.bfloat16:  # in decoding

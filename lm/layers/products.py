@@ -42,7 +42,7 @@ def product(kind: Products, rules: Rules) -> Callable[..., jax.Array]:
   Where the compiler cuts it over devices it has its plain form: that of a CPU's matrix unit fixes
   the order in memory, which the compiler does not cut.
   """
-  is_cut = rules.mesh is not None and rules.mesh.size > 1
+  is_cut = rules.is_cut
   plain = functools.partial(matmul, implementation='reference') if is_cut else matmul
   if kind is None:
     return plain

@@ -57,6 +57,11 @@ class Rules:
   pipeline_turns: int = 1
   mesh: Mesh | None = dataclasses.field(default=None, init=False, repr=False)  # set by `on`
 
+  @property
+  def is_cut(self) -> bool:
+    """Whether there are several devices, over which the compiler cuts what is no kernel's."""
+    return self.mesh is not None and self.mesh.size > 1
+
   @classmethod
   def names(cls) -> tuple[str, ...]:
     """The logical axes."""
@@ -127,7 +132,7 @@ def constrain(x: jax.Array, rules: Rules, *names: str | None) -> jax.Array:
   spec = rules.spec(*names)
   if len(names) != x.ndim:
     raise ValueError(f'{x.shape} has {x.ndim} axes but {len(names)} names: {names}')
-  if rules.mesh is None or rules.mesh.size == 1:
+  if not rules.is_cut:
     return x
   return jax.lax.with_sharding_constraint(x, NamedSharding(rules.mesh, spec))
 
@@ -147,7 +152,7 @@ def per_device(function: Callable, rules: Rules,
     names: those of each array.
   """
   mesh = rules.mesh
-  if mesh is None or mesh.size == 1:
+  if not rules.is_cut:
     return function(**arrays)
   sizes = {}
   for key, x in arrays.items():

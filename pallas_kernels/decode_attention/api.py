@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import chips, platform
-from pallas_kernels.decode_attention import gpu, reference, tpu
+from pallas_kernels.decode_attention import cpu, gpu, reference, tpu
 from pallas_kernels.decode_attention.reference import Cache, Options
 
 QUANTIZED = jnp.int8, jnp.float8_e4m3fn
@@ -47,7 +47,8 @@ def decode_attention(query: jax.Array, key: jax.Array, value: jax.Array, lengths
   one that sees none, in a row of length 0, gives zeros. T is 1 in plain decoding, and more where
   several drafted tokens are checked at once (arXiv:2211.17192). Each group of N / K query heads
   shares one key-value head (arXiv:2305.13245). Scores and softmax are float32. The kernels read
-  each key and value that a query sees once, and little else of the cache. It has no gradient.
+  each key and value that a query sees once, and little else of the cache. The gradient, in either
+  mode, is the reference's.
 
   A paged cache (vLLM, arXiv:2309.06180, section 4) is a pool of pages of tokens that rows share:
   key s of row b is pool[page_table[b, s // page], :, s % page]. Pages that hold no token of a row
@@ -71,9 +72,10 @@ def decode_attention(query: jax.Array, key: jax.Array, value: jax.Array, lengths
     key_scale: float32 [B, K, S] or [pages, K, page], what a 1 of an 8-bit `key` stands for, as
       `quantize` gives it.
     value_scale: of `value`.
-    implementation: None, 'reference' (XLA), 'tpu' or 'gpu' (Pallas; interpreted on any other
-      platform; under several devices call it in `jax.shard_map`). None is Pallas on a TPU, and on
-      an NVIDIA GPU where one is in use, if it takes the case, and else XLA.
+    implementation: None, 'reference' (XLA), 'cpu' (native), 'tpu' or 'gpu' (Pallas; interpreted
+      on any other platform; under several devices call it in `jax.shard_map`). None is native on a
+      CPU, Pallas on a TPU, and on an NVIDIA GPU where one is in use, if it takes the case, and else
+      XLA.
 
   Returns:
     [B, T, N, H] in the dtype of `query`.
@@ -88,13 +90,25 @@ def decode_attention(query: jax.Array, key: jax.Array, value: jax.Array, lengths
     raise ValueError(f'window={window} must be at least 1 (its own place alone), or None for all')
   if softcap is not None and softcap <= 0:
     raise ValueError(f'softcap={softcap} must be positive, or None for uncapped scores')
-  if implementation not in (None, 'reference', *_KERNELS):
-    raise ValueError(f"implementation={implementation!r} must be None, 'reference', 'tpu' or 'gpu'")
+  if implementation not in (None, 'reference', 'cpu', *_KERNELS):
+    raise ValueError(f"implementation={implementation!r} must be None, 'reference', 'cpu', 'tpu' "
+                     "or 'gpu'")
   options = Options(window, query.shape[-1]**-0.5 if scale is None else scale, softcap)
+  return _attend(options, implementation, query, cache, lengths, bias, sinks)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _attend(options, implementation, query, cache, lengths, bias, sinks):
   args = query, cache, lengths, bias, sinks
   plain = functools.partial(reference.decode_attention, options)
   if implementation == 'reference':
     return plain(*args)
+  native, refusal = functools.partial(cpu.decode_attention, options), cpu.refusal(query, cache)
+  if implementation == 'cpu':
+    if refusal:
+      raise NotImplementedError(refusal)
+    return native(*args)
+  on_cpu = plain if refusal else native
   name = implementation or ('tpu' if chips.card() is None else 'gpu')
   module, compiled_on = _KERNELS[name]
   refusal = module.refusal(query, cache, bias)
@@ -103,11 +117,18 @@ def decode_attention(query: jax.Array, key: jax.Array, value: jax.Array, lengths
   if refusal:
     if name == 'gpu' or jax.default_backend() == 'tpu':
       platform.warn_once(f'decode_attention is left to XLA: {refusal}')
-    return plain(*args)
+    return platform.by_platform(on_cpu, plain, *args)
   kernel = functools.partial(module.decode_attention, options)
   if implementation:
     return platform.interpreted(kernel, *args, compiled_on=compiled_on)
-  return platform.by_platform(plain, plain, *args, **{compiled_on: kernel})
+  return platform.by_platform(on_cpu, plain, *args, **{compiled_on: kernel})
+
+
+@_attend.defjvp
+def _attend_tangents(options, implementation, primals, tangents):
+  """Of a learnt prompt's tokens, whose keys and values the layers make as those of a cache."""
+  plain = functools.partial(reference.decode_attention, options)
+  return _attend(options, implementation, *primals), jax.jvp(plain, primals, tangents)[1]
 
 
 def _check(query, cache, lengths, bias, sinks):
