@@ -19,7 +19,7 @@ from lm.data.examples import ExampleTask
 from lm.data.tasks import TextTask
 from lm.training import checkpoint_io
 
-Statistic = Literal['count', 'magnitudes', 'squares', 'largest', 'moments']
+Statistic = Literal['count', 'magnitudes', 'squares', 'largest', 'moments', 'curvature']
 SEEN = 'seen'
 
 
@@ -56,12 +56,15 @@ class Inputs(NamedTuple):
   largest: the largest |x_k|, [L, K]. Of a layer that one batch meets twice (the two sides of a dual
     encoder) the sum of both.
   moments: sums of x^T x, [L, K, K]: half of GPTQ's and SparseGPT's Hessian.
+  curvature: moments whose rows weigh what the loss depends on their outputs, [L, K, K], see
+    `lm/layers/observed.py`.
   """
   count: np.ndarray
   magnitudes: np.ndarray | None = None
   squares: np.ndarray | None = None
   largest: np.ndarray | None = None
   moments: np.ndarray | None = None
+  curvature: np.ndarray | None = None
 
 
 class Calibration:
@@ -89,7 +92,7 @@ class Calibration:
     """What the linear layers of a model are given, by the paths of their kernels.
 
     A layer whose output no loss of these batches depends on (a pooler of a masked LM) has count 0.
-    It costs two forward passes and, of moments, about another.
+    It costs two forward passes and, of moments or curvature, about another.
 
     Args:
       model: its kernels are floats.
@@ -113,7 +116,7 @@ class Calibration:
             for path, found in sums.items()}
 
 
-_SHAPES = {'count': lambda K: (), 'moments': lambda K: (K, K),
+_SHAPES = {'count': lambda K: (), 'moments': lambda K: (K, K), 'curvature': lambda K: (K, K),
            **dict.fromkeys(['magnitudes', 'squares', 'largest'], lambda K: (K,))}
 
 

@@ -4,6 +4,10 @@ Of a matrix W [K, N] and the second moments H = X^T X of its inputs, the objecti
 rounded Q does to the layer's outputs on the calibration data, |X W - X Q|^2 = tr D^T H D, where D =
 W - Q. Rows are rounded one by one, and the rows that are left move so as to undo the error of the
 row just rounded, as far as they can (arXiv:2210.17323, section 3).
+
+Not all outputs matter alike. Rows of X weigh the square of what the loss depends on their outputs,
+so that tr D^T H D is what the rounding does to the loss, to second order, and not to the layer: H
+is a block of Fisher's information matrix (GuidedQuant, arXiv:2505.07004, section 3.1).
 """
 import dataclasses
 import functools
@@ -34,6 +38,8 @@ class GPTQ(Rounding):
     what it has become when it is its turn.
   search: takes the scales of least squared error, inputs weighing what their squares are, in place
     of those that reach the largest magnitude.
+  by_loss: rows of X weigh so; else all weigh the same, as in GPTQ's paper. The outputs of a matrix
+    are one group, whose mean each row gets.
   """
   dtype: Format = 'int4'
   group_size: Optional[int | Literal['tensor']] = 128
@@ -41,6 +47,7 @@ class GPTQ(Rounding):
   damping: float = 0.01
   by_activity: bool = True
   search: bool = True
+  by_loss: bool = True
 
   def __post_init__(self):
     super().__post_init__()
@@ -54,10 +61,11 @@ class GPTQ(Rounding):
   def __call__(self, model: Model, calibration: Any) -> Model:
     """Asks the calibration for the moments of the targets."""
     chosen = self.chosen(model.params)
-    inputs = calibration.inputs(model, ('moments',), self.targets)
+    kind = 'curvature' if self.by_loss else 'moments'
+    inputs = calibration.inputs(model, (kind,), self.targets)
     leaves, new, errors, nearest = matrices.by_path(model.params), {}, 0.0, 0.0
     for path, one in tqdm.tqdm(chosen.items(), 'GPTQ', unit=' kernels'):
-      layers = zip(np.asarray(one.flat(leaves[path])), inputs[path].moments)
+      layers = zip(np.asarray(one.flat(leaves[path])), getattr(inputs[path], kind))
       values, scales, error, plain = map(np.stack, zip(*(self.solve(*layer) for layer in layers)))
       new[path] = self.kept(one, jnp.asarray(values), jnp.asarray(scales))
       errors, nearest = errors + error.sum(), nearest + plain.sum()

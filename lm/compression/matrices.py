@@ -3,8 +3,9 @@
 A path is as `lm.training.checkpoint_io.flatten` names it: blocks/layers/attention/query/kernel. K:
 inputs of a matrix, N: outputs, L: layers, which are stacked in one leaf.
 """
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -103,6 +104,21 @@ def kernels(params: Any) -> dict[str, Matrix]:
   """The kernels of all linear layers, by path; experts have none of their own."""
   found = [matrix_of(path, leaf) for path, leaf in by_path(params).items()]
   return {one.path: one for one in found if one is not None}
+
+
+def matching(params: Any, targets: Sequence[str]) -> dict[str, Matrix]:
+  """The kernels whose whole path is of one of these patterns, by path.
+
+  Raises:
+    UserError: a pattern matches none.
+  """
+  found = kernels(params)
+  for target in targets:
+    if not any(re.fullmatch(target, path) for path in found):
+      raise UserError(f'targets={targets}: {target!r} matches no kernel; the model has '
+                      f'{", ".join(found)}')
+  return {path: one for path, one in found.items()
+          if any(re.fullmatch(target, path) for target in targets)}
 
 
 def replace(params: Any, change: Callable[[str, Any], Any]) -> Any:

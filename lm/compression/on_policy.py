@@ -52,7 +52,7 @@ class OnPolicy:
     if loss.label_weight:
       raise UserError(f'label_weight={loss.label_weight} would teach the student its own answers; '
                       'bind LABEL_WEIGHT=0.0 with distill.Teacher.on_policy')
-    if hosts.count > 1 or rules.mesh is not None and rules.mesh.size > 1:
+    if hosts.count > 1 or rules.is_cut:
       raise UserError('on one device alone the student writes while it trains; take '
                       'distill.Teacher.on_policy=None on this mesh')
     module = student.build(Rules())

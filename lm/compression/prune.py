@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 import numpy as np
 
 from lm.compression import matrices, Model
+from lm.compression.gptq import inverse_factor
 from lm.compression.matrices import Matrix
 from lm.errors import UserError
 from lm.training import sparsity as schedules
@@ -47,13 +48,7 @@ class Pruning:
       UserError: a pattern matches none, M does not divide, or they are in few bits.
     """
     matrices.require_floats(params)
-    every = matrices.kernels(params)
-    for target in self.targets:
-      if not any(re.fullmatch(target, path) for path in every):
-        raise UserError(f'targets={self.targets}: {target!r} matches no kernel; the model has '
-                        f'{", ".join(every)}')
-    found = {path: one for path, one in every.items()
-             if any(re.fullmatch(target, path) for target in self.targets)}
+    found = matrices.matching(params, self.targets)
     for path, one in found.items():
       if self.pattern is not None and one.K % self.pattern[1]:
         raise UserError(f'pattern={self.pattern} does not divide the {one.K} inputs of {path}; '
@@ -154,14 +149,6 @@ class SparseGPT(Pruning):
       rest = w_KN[stop:] - jnp.matmul(factor_KK[start:stop, stop:].T, errors, precision='highest')
       w_KN = jnp.concatenate([w_KN[:start], one, rest])
     return w_KN.astype(dtype)
-
-
-def inverse_factor(moments_KK: np.ndarray, damping: float) -> np.ndarray:
-  """Upper triangular U, U^T U being the inverse of the damped moments: row i of it has what is
-  left of the inverse, over the root of its diagonal, once the inputs before i are settled."""
-  hessian = np.asarray(moments_KK, np.float64)
-  hessian = hessian + np.eye(len(hessian)) * max(damping * np.diag(hessian).mean(), 1e-12)
-  return np.linalg.cholesky(np.linalg.inv(hessian)).T
 
 
 @functools.partial(jax.jit, static_argnames=('sparsity', 'pattern'))

@@ -4,7 +4,6 @@
 SmoothQuant choose what is rounded, and round here.
 """
 import dataclasses
-import re
 from typing import Any, Literal, Optional
 
 import jax
@@ -45,13 +44,7 @@ class Rounding:
     Raises:
       UserError: a pattern matches none, a group does not divide, or they are rounded already.
     """
-    found = matrices.kernels(params)
-    for target in self.targets:
-      if not any(re.fullmatch(target, path) for path in found):
-        raise UserError(f'targets={self.targets}: {target!r} matches no kernel; the model has '
-                        f'{", ".join(found)}')
-    found = {path: one for path, one in found.items()
-             if any(re.fullmatch(target, path) for target in self.targets)}
+    found = matrices.matching(params, self.targets)
     matrices.require_floats(params)
     for path, one in found.items():
       if isinstance(self.group_size, int) and one.K % self.group_size:

@@ -30,21 +30,25 @@ class Two(nn.Module):
 def test_statistics_are_those_of_the_inputs_that_count():
   rng = np.random.default_rng(0)
   batches = [{'x': rng.normal(size=(2, 6, 3)).astype(np.float32),
-              'w': (rng.random((2, 6, 1)) < 0.7).astype(np.float32)} for _ in range(3)]
+              'w': (rng.uniform(-1, 1, (2, 6, 4)) * (rng.random((2, 6, 1)) < 0.7)
+                    ).astype(np.float32)} for _ in range(3)]
   params = Two().init(jax.random.key(0), batches[0])['params']
   params = nn.meta.unbox(params)
   loss = lambda y, batch: {'sum': (y * batch['w']).sum()}
   experiment = small_runs.types.SimpleNamespace(
       model=Two.config, loss=small_runs.types.SimpleNamespace(plain=loss),
       build_model=lambda rules: Two())
-  names = 'magnitudes', 'squares', 'largest', 'moments'
+  names = 'magnitudes', 'squares', 'largest', 'moments', 'curvature'
   found = small_runs.data(*batches).inputs(Model(experiment, params), names)
-  x = np.concatenate([b['x'][b['w'][..., 0] > 0] for b in batches])
+  x, g = (np.concatenate([b[name][b['w'].any(-1)] for b in batches]) for name in 'xw')
   hidden = np.maximum(x @ np.asarray(params['a']['kernel']), 0)
+  g_hidden = g @ np.asarray(params['b']['kernel']).T * (hidden > 0)
   counts = hidden.any(-1)  # no output of a dead row reaches the loss
-  for path, rows in ('a/kernel', x[counts]), ('b/kernel', hidden):
+  for path, rows, slopes in ('a/kernel', x[counts], g_hidden[counts]), ('b/kernel', hidden, g):
     assert found[path].count == len(rows)
     np.testing.assert_allclose(found[path].moments[0], rows.T @ rows, rtol=1e-5)
+    weighed = rows * np.square(slopes).mean(-1, keepdims=True)
+    np.testing.assert_allclose(found[path].curvature[0], weighed.T @ rows, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found[path].squares[0], (rows**2).sum(0), rtol=1e-5)
     np.testing.assert_allclose(found[path].magnitudes[0], abs(rows).sum(0), rtol=1e-5)
     np.testing.assert_allclose(found[path].largest[0], abs(rows).max(0), rtol=1e-6)

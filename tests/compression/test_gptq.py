@@ -79,6 +79,28 @@ def test_searched_scales_have_less_error_than_those_of_the_largest():
 
   searched, largest = map(error, (grids.searched('int4', w, weights_K), grids.largest('int4', w)))
   assert (searched <= largest).all() and searched.sum() < 0.9 * largest.sum()
+  extreme_N = W[abs(W).argmax(0), np.arange(N)]
+  tried = [share * scales for share in np.linspace(0.5, 1, 26)
+           for scales in (abs(extreme_N) / 7, extreme_N / -8)]
+  best = np.min([(np.square(np.clip(np.round(W / scales), -8, 7) * scales - W)
+                  * weights_K[:, None]).sum(0) for scales in tried], axis=0)
+  np.testing.assert_allclose(searched, best, rtol=1e-4)
+
+
+@pytest.mark.parametrize('by_loss, statistic', [(True, 'curvature'), (False, 'moments')])
+def test_tokens_weigh_what_the_loss_depends_on_them_or_all_the_same(by_loss, statistic):
+  model = small_runs.model(small_runs.CONFIGS['gpt'])
+  data = small_runs.data(small_runs.batch(model.config, rows=4))
+  after = gptq.GPTQ(group_size=8, by_loss=by_loss)(model, data)
+  before, leaves = matrices.by_path(model.params), matrices.by_path(after.params)
+  inputs = data.inputs(model, (statistic,))
+  error = 0
+  for path, one in matrices.kernels(model.params).items():
+    off_LKN = one.flat(before[path] - matrices.floats(path, leaves[path]))
+    moments_LKK = getattr(inputs[path], statistic)
+    error += np.einsum('lkn,lkj,ljn', off_LKN, moments_LKK, off_LKN)
+  np.testing.assert_allclose(after.done[-1]['error'], error, rtol=1e-3)
+  assert error < 0.75 * after.done[-1]['error_of_nearest']
 
 
 @pytest.mark.parametrize('how, sentence', [

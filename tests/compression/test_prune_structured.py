@@ -1,16 +1,15 @@
 """A cut model says what the big one says without what was cut, and its config builds it."""
 import dataclasses
 import functools
-import types
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_runs
 
 from lm.compression import Model
-from lm.compression.calibration import Calibration
 from lm.compression.prune_structured import Heads, Layers, Neurons
 from lm.errors import UserError
 from lm.models.bert import BERTConfig
@@ -49,22 +48,7 @@ def model_of(name):
   params = nn.meta.unbox(config.build().init(jax.random.key(0), method='initialize')['params'])
   keys = iter(jax.random.split(jax.random.key(1), 200))
   params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
-  return Model(Experiment(config), params)
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-  """As much of `run.Experiment` as a step needs."""
-  model: object
-  loss: object = losses.Prediction()
-
-  def build_model(self, rules):
-    return self.model.build(rules)
-
-
-def calibration(name):
-  loader = types.SimpleNamespace(batch=lambda step: batch_of(name))
-  return Calibration(lambda: loader, 1)
+  return Model(small_runs.Experiment(config), params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -106,7 +90,7 @@ def zeroed(params, kept, rows):
 @pytest.mark.parametrize('name', ['llama', 'classifier', 't5', 'umt5'])
 def test_heads_go_as_if_what_they_put_out_were_zero(name):
   model = model_of(name)
-  after = Heads(num_heads=2)(model, calibration(name))
+  after = Heads(num_heads=2)(model, small_runs.data(batch_of(name)))
   kept, groups = after.done[-1]['kept'], 2 if name == 'llama' else 4
   assert len(kept) == (3 if 't5' in name else 1)
   same(name, after, zeroed(model.params, kept, groups))
@@ -121,7 +105,7 @@ def test_heads_go_as_if_what_they_put_out_were_zero(name):
 @pytest.mark.parametrize('name', ['gpt2', 't5'])
 def test_neurons_go_as_if_they_were_zero(name):
   model = model_of(name)
-  after = Neurons(d_ff=10)(model, calibration(name))
+  after = Neurons(d_ff=10)(model, small_runs.data(batch_of(name)))
   same(name, after, zeroed(model.params, after.done[-1]['kept'], 24))
 
 
@@ -135,9 +119,9 @@ def test_what_adds_least_goes():
   params['blocks']['layers']['mlp']['wo']['kernel'] = jnp.asarray(wo)
   params['blocks']['layers']['attention']['out']['kernel'] = jnp.asarray(out)
   model = dataclasses.replace(model, params=params)
-  kept, = Neurons(d_ff=12)(model, calibration('gpt2')).done[-1]['kept'].values()
+  kept, = Neurons(d_ff=12)(model, small_runs.data(batch_of('gpt2'))).done[-1]['kept'].values()
   assert kept == [list(range(1, 24, 2))] * 3
-  kept, = Heads(num_heads=2)(model, calibration('gpt2')).done[-1]['kept'].values()
+  kept, = Heads(num_heads=2)(model, small_runs.data(batch_of('gpt2'))).done[-1]['kept'].values()
   assert kept[0] == [0, 3]
 
 
@@ -147,7 +131,7 @@ def test_what_adds_least_goes():
     ('t5', Layers(num_decoder_layers=2), 'decoder/')])
 def test_layers_go_without_which_the_loss_is_least(name, step, lost):
   model, batch = model_of(name), batch_of(name)
-  after = step(model, calibration(name))
+  after = step(model, small_runs.data(batch_of(name)))
   kept = after.done[-1]['kept']['decoder/' if name == 't5' else '']
 
   def without(layers):
@@ -167,13 +151,13 @@ def test_layers_go_without_which_the_loss_is_least(name, step, lost):
 
 def test_a_pattern_of_local_layers_goes_with_them():
   config = dataclasses.replace(CONFIGS['gpt2'], attention_pattern='GLL', window=3)
-  model = Model(Experiment(config), model_of('gpt2').params)
-  after = Layers(num_layers=2)(model, calibration('gpt2'))
+  model = Model(small_runs.Experiment(config), model_of('gpt2').params)
+  after = Layers(num_layers=2)(model, small_runs.data(batch_of('gpt2')))
   assert after.config.attention_pattern == ''.join('GLL'[i] for i in after.done[-1]['kept'][''])
 
 
 def test_what_cannot_be_cut_is_refused():
-  model, seen = model_of('llama'), calibration('llama')
+  model, seen = model_of('llama'), small_runs.data(batch_of('llama'))
   with pytest.raises(UserError, match='num_heads=3 of Heads must be .* in groups of 2'):
     Heads(num_heads=3)(model, seen)
   with pytest.raises(UserError, match='d_ff=24 of Neurons must be fewer than the 24'):
@@ -182,4 +166,4 @@ def test_what_cannot_be_cut_is_refused():
     Layers()(model, seen)
   alibi = dataclasses.replace(CONFIGS['gpt2'], positions='alibi')
   with pytest.raises(UserError, match="positions='alibi' gives each head a slope"):
-    Heads(num_heads=2)(Model(Experiment(alibi), model.params), seen)
+    Heads(num_heads=2)(Model(small_runs.Experiment(alibi), model.params), seen)

@@ -59,6 +59,15 @@ def test_a_matrix_is_within_half_a_step_and_what_is_no_target_is_as_it_was():
     assert (abs(w - v) <= step * 0.5001).all()
 
 
+def test_an_embedding_is_within_half_a_step_of_each_token():
+  model = small_runs.model(small_runs.CONFIGS['gpt'])
+  before = model.params['token_embedding'] * jnp.linspace(0.1, 9, small_runs.V)[:, None]
+  after = RoundToNearest().embedding(before)
+  step = abs(before).max(1) / 127
+  np.testing.assert_allclose(after.scales, step, rtol=1e-6)
+  assert (abs(matrices.floats('token_embedding', after) - before) <= step[:, None] * 0.5001).all()
+
+
 def test_one_scale_of_a_tensor_is_its_largest_magnitude():
   w = jnp.asarray(RNG.normal(size=(16, 8)), jnp.float32)
   values, scales = RoundToNearest(group_size='tensor').round(w)
@@ -122,7 +131,7 @@ def test_awq_does_less_to_the_outputs_than_rounding_and_less_still_with_clipping
   done = {clip: awq.AWQ(group_size=16, clip=clip)(model, data) for clip in (False, True)}
   told = {clip: one.done[0] for clip, one in done.items()}
   assert told[True]['error'] <= told[False]['error'] < 0.7 * told[False]['error_of_nearest']
-  found = GPTQ(group_size=16)(model, data).done[0]
+  found = GPTQ(group_size=16, by_loss=False)(model, data).done[0]
   np.testing.assert_allclose(found['error_of_nearest'], told[True]['error_of_nearest'], rtol=1e-4)
   params = done[True].params
   y = small_runs.outputs(model.module, params, batch)
@@ -130,6 +139,33 @@ def test_awq_does_less_to_the_outputs_than_rounding_and_less_still_with_clipping
   exact = small_runs.outputs(model.module, model.params, batch)
   nearest = small_runs.outputs(model.module, plain, batch)
   assert np.square(y - exact).mean() < 0.8 * np.square(nearest - exact).mean()
+
+
+def test_awq_clips_each_group_by_what_it_adds_to_the_outputs():
+  model = small_runs.model(small_runs.CONFIGS['gpt'])
+  data, how = small_runs.data(small_runs.batch(model.config, rows=8)), awq.AWQ(group_size=8)
+  before, after = (matrices.by_path(of.params) for of in (model, how(model, data)))
+  num_clipped = 0
+  for path, one in matrices.kernels(model.params).items():
+    s_LK = 1 / after[path.replace('kernel', 'input_scale')].reshape(-1, one.K)
+    w_LKN = np.asarray(one.flat(before[path])) * s_LK[..., None]
+    moments_LKK = data.inputs(model, ('moments',), (path,))[path].moments
+    for layer, scales_PN in enumerate(after[path].scales.reshape(-1, one.K // 8, one.N)):
+      best_PN, largest_PN = [], []
+      for first in range(0, one.K, 8):
+        at = slice(first, first + 8)
+        w_GN, s_G = w_LKN[layer, at], s_LK[layer, at]
+        largest_N = abs(w_GN).max(0) / 7
+        shares_C = np.linspace(1, 0.5, 11)
+        off_CGN = np.stack([np.clip(np.round(w_GN / (c * largest_N)), -8, 7) * c * largest_N - w_GN
+                            for c in shares_C]) / np.asarray(s_G)[:, None]
+        errors_CN = np.einsum('cgn,gh,chn->cn', off_CGN, moments_LKK[layer, at, at], off_CGN)
+        best_PN.append(largest_N * shares_C[errors_CN.argmin(0)])
+        largest_PN.append(largest_N)
+      if not np.allclose(scales_PN, largest_PN, rtol=1e-4):
+        num_clipped += 1
+        assert np.isclose(scales_PN, best_PN, rtol=1e-4).mean() > 0.99  # ties, in float32
+  assert num_clipped > 4
 
 
 def test_what_is_in_few_bits_goes_on_with_texts_as_its_floats_do():

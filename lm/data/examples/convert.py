@@ -45,6 +45,13 @@ def goemotions(record: Record) -> Iterator[Record]:
     yield {'id': record['id'], 'a': record['text'], 'label': int(record['labels'])}
 
 
+def harmful_tweet(record: Record) -> Iterator[Record]:
+  """A tweet of Davidson et al. (arXiv:1703.04009): hate (0) and offence (1) harm, neither (2) not.
+  """
+  label = {'0': 'harmful', '1': 'harmful', '2': 'harmless'}[record['class']]
+  yield {'a': record['tweet'], 'label': label}
+
+
 def squad(record: Record) -> Iterator[Record]:
   """A file of SQuAD's form (arXiv:1606.05250), or one question of it as a row."""
   for article in record.get('data', ()):
