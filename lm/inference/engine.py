@@ -26,10 +26,10 @@ import numpy as np
 from lm.errors import UserError
 from lm.inference import paged
 from lm.inference.decoder import Decoder
-from lm.inference.generate import request_key
 from lm.inference.pages import PagePool
-from lm.inference.requests import Request, Ticket
-from lm.inference.sampling import choices, SamplingConfig, Sizes, sizes
+from lm.inference.prompts import bucket_of, buckets
+from lm.inference.requests import asked_of, key_data, Request, Ticket
+from lm.inference.sampling import SamplingConfig
 from lm.inference.scheduler import Row, Scheduler
 
 LEAST_CHUNK = 16    # tokens of a prompt; fewer cost the same
@@ -82,6 +82,10 @@ class Engine:
   """Decodes requests together over paged keys and values.
 
   `submit`, `wait` and `Ticket.cancel` may be called from any thread; `step` from one.
+
+  Attributes:
+    decoder: the model. params: as its `prepare` gives them.
+    max_length: its context, in tokens.
   """
 
   def __init__(self, module: Any, params: Any, config: EngineConfig, max_length: int,
@@ -101,7 +105,7 @@ class Engine:
       raise UserError(f'{decoder.cache} forgets tokens that layers see; the engine keeps them all, '
                       'so leave the window out, or take `generate`')
     self.config, self.counts, self._clock = config, Counts(), clock
-    self._max_length, size = max_length, config.page_size
+    self.max_length, size = max_length, config.page_size
     self._chunk = min(config.chunk, max_length)
     # Of a model whose layers all have it, and texts that are longer.
     window = None if module.config.local_layers is not None else module.config.window
@@ -112,22 +116,32 @@ class Engine:
     pages = -(-max(config.cache_tokens, self._most_places) // size) + 1
     self.pool = PagePool(pages, size, config.host_tokens // size, self)
     self.scheduler = Scheduler(self.pool, config.num_rows, config.steps, self._window, self._chunk)
-    self._decoder, self._params = decoder, decoder.prepare(params)
+    self.decoder, self.params = decoder, decoder.prepare(params)
     self._in_place = paged.reads_in_place()
     # Where arrays without a sharding of their own are: always said, so that no program is compiled
     # for arrays that are anywhere too.
-    mesh, leaf = module.rules.mesh, jax.tree.leaves(self._params)[0]
+    mesh, leaf = module.rules.mesh, jax.tree.leaves(self.params)[0]
     self._everywhere = module.rules.sharding() if mesh else SingleDeviceSharding(*leaf.devices())
     pool = paged.begin_pool(decoder, pages, config.page_size, self._in_place)
     self._pool = pool if mesh else jax.device_put(pool, self._everywhere)
     row = self._sampler(IDLE, [0])  # One more than rows: that of those that are idle.
     self._samplers = jax.device_put(
         jax.tree.map(lambda x: jnp.repeat(x, config.num_rows + 1, 0), row), self._everywhere)
-    self._idle_key = _key(np.zeros(1, np.int32), 0)
-    self._asked = functools.lru_cache(64)(_choices)
+    self._idle_key = key_data(np.zeros(1, np.int32), 0)
+    self._asked = functools.lru_cache(64)(asked_of)
     self._numbers, self._lock = itertools.count(), threading.Condition()
     self._new: list[Ticket] = []
     self._tickets: dict[Row, Ticket] = {}
+
+  @property
+  def num_rows(self) -> int:
+    """Texts that are decoded together."""
+    return self.config.num_rows
+
+  @property
+  def vocab_size(self) -> int:
+    """Of the model, which may be more than the vocabulary's."""
+    return self.decoder.module.config.vocab_size
 
   @property
   def num_waiting(self) -> int:
@@ -138,26 +152,16 @@ class Engine:
     """Puts a request behind those that wait.
 
     Raises:
-      UserError: its prompt leaves no room in the context, or is empty where nothing stands before;
-        or it has more bad words than there is room for, or forced words.
+      UserError: see `Request.read`.
     """
+    if request.num_top:
+      raise UserError(f'num_top={request.num_top}: the engine knows the chosen tokens alone; ask '
+                      '`scores.Scorer` for others')
     prompt = np.asarray(request.prompt, np.int32).reshape(-1)
-    if len(prompt) >= self._max_length:
-      raise UserError(f'the prompt has {len(prompt)} tokens, which leaves no room for a new one in '
-                      f'a context of {self._max_length}; cut it to at most {self._max_length - 1}')
-    tokens = [*([] if request.bos_id is None else [request.bos_id]), *prompt.tolist()]
-    if not tokens:
-      raise UserError('the prompt is empty and this model has no token that begins a text; give it '
-                      'at least one')
-    if sizes([request.sampling]) != Sizes():
-      raise UserError(f'a request may have {Sizes().sequences} bad words and biased tokens, of at '
-                      f'most {Sizes().words} tokens; leave some out')
-    if request.sampling.forced_words:
-      raise UserError('forced words are a matter of beam search, and the engine does not search; '
-                      'leave them out')
-    limit = min(request.sampling.max_new_tokens, self._max_length - len(prompt))
+    tokens = request.read(self.max_length)
+    limit = min(request.sampling.max_new_tokens, self.max_length - len(prompt))
     row = Row(next(self._numbers), tokens, limit)
-    ticket = Ticket(request, row, _key(prompt, request.seed))
+    ticket = Ticket(request, row, key_data(prompt, request.seed))
     with self._lock:
       self._new.append(ticket)
       self._lock.notify_all()
@@ -186,7 +190,7 @@ class Engine:
 
   def bring(self, kept: Any, page: int):
     """Puts them into a page."""
-    self._pool = paged.put_page(self._decoder, self._pool, np.int32(page), paged.to_device(kept))
+    self._pool = paged.put_page(self.decoder, self._pool, np.int32(page), paged.to_device(kept))
     self.counts.brought += self.config.page_size
 
   def warm_up(self, constrained: bool = False):
@@ -195,15 +199,15 @@ class Engine:
     Args:
       constrained: also what those with a constraint need.
     """
-    for places in _buckets(LEAST_PLACES, self._most_places, 2):
-      for size in _buckets(LEAST_CHUNK, self._chunk, 4):
+    for places in buckets(LEAST_PLACES, self._most_places, 2):
+      for size in buckets(LEAST_CHUNK, self._chunk, 4):
         if size <= places:
           self._run_read(np.zeros(size, np.int32), [], 0, 0, 0, 0, places)
-      for size in _buckets(1, self.config.num_rows, 4):
+      for size in buckets(1, self.config.num_rows, 4):
         for masks in (None, {})[:1 + constrained]:
           self._run_decode([], size, places, 1, masks)
     if self.config.host_tokens:
-      self._pool = paged.put_page(self._decoder, self._pool, np.int32(0),
+      self._pool = paged.put_page(self.decoder, self._pool, np.int32(0),
                                   paged.to_device(self.keep(0)))
     scratch = np.int32(self.config.num_rows)
     row = paged.take_row(self._samplers, scratch)
@@ -239,14 +243,14 @@ class Engine:
         count = min(row.num_unread, left)
         if not self.scheduler.make_room(row, count):
           return False
-        size = _bucket(count, LEAST_CHUNK, self._chunk, 4)
+        size = bucket_of(count, LEAST_CHUNK, self._chunk, 4)
         shift = row.first_page * self.config.page_size
         # Where its padding would leave the places, a chunk begins earlier, with tokens that stand.
         start = min(row.num_read - shift, self._most_places - size)
         tokens = np.zeros(size, np.int32)
         known = row.tokens[shift + start:row.num_read + count]
         tokens[:len(known)] = known
-        places = _bucket(start + size, LEAST_PLACES, self._most_places, 2)
+        places = bucket_of(start + size, LEAST_PLACES, self._most_places, 2)
         self._run_read(tokens, row.pages, shift, start, row.num_read - shift, count, places)
         self.scheduler.has_read(row, row.num_read + count)
         self.counts.read += count
@@ -263,10 +267,10 @@ class Engine:
 
   def _sampler(self, config, tokens):
     """The sampler's state of a text that begins with these tokens."""
-    tokens_1T = np.zeros((1, self._max_length), np.int32)
+    tokens_1T = np.zeros((1, self.max_length), np.int32)
     tokens_1T[0, :len(tokens)] = tokens
-    row = paged.begin_row(_choices((config, -1)), tokens_1T, np.full(1, len(tokens), np.int32),
-                          self._max_length + 1)
+    row = paged.begin_row(asked_of((config, -1)), tokens_1T, np.full(1, len(tokens), np.int32),
+                          self.max_length + 1)
     return jax.device_put(row, self._everywhere)
 
   def _decode(self, reads: bool):
@@ -286,9 +290,9 @@ class Engine:
     rows = [row for row in rows if row in self._tickets]
     if not rows:
       return
-    size = _bucket(len(rows), 1, self.config.num_rows, 4)
+    size = bucket_of(len(rows), 1, self.config.num_rows, 4)
     longest = max(self._num_held(row) + min(steps, row.num_left) for row in rows)
-    places = _bucket(min(longest + 1, self._most_places), LEAST_PLACES, self._most_places, 2)
+    places = bucket_of(min(longest + 1, self._most_places), LEAST_PLACES, self._most_places, 2)
     tokens_BX, log_probs_BX, counts_B = self._run_decode(
         rows, size, places, steps, masks if constrained else None)
     self.counts.steps += int(counts_B.max())
@@ -310,27 +314,7 @@ class Engine:
   def _extend(self, row, tokens, log_probs):
     """Puts chosen tokens behind a row, up to where it ends."""
     ticket = self._tickets[row]
-    request, error, stopped = ticket.request, None, None
-    try:
-      for count, token in enumerate(tokens, 1):
-        if request.constraint is not None:
-          request.constraint.advance(token)
-        if token == request.eos_id:
-          stopped = 'eos'
-        elif request.stop is not None and request.stop.advance(token):
-          stopped = 'stop'
-        elif count == row.num_left:
-          is_whole = len(ticket.tokens) + count == request.sampling.max_new_tokens
-          stopped = 'length' if is_whole else 'context'
-        if stopped:
-          break
-      tokens, log_probs = tokens[:count], log_probs[:count]
-      if request.on_tokens is not None:
-        request.on_tokens(tokens, log_probs)
-    except Exception as raised:  # The others go on.
-      error, stopped = raised, 'cancelled'
-    ticket.tokens += tokens
-    ticket.log_probs += log_probs
+    tokens, stopped, error = ticket.extend(tokens, log_probs, row.num_left)
     row.tokens += tokens
     row.num_left -= len(tokens)
     self.counts.chosen += len(tokens)
@@ -344,10 +328,7 @@ class Engine:
     with self._lock:
       del self._tickets[ticket._row]
     self.counts.finished += 1
-    ticket.stopped, ticket.error, ticket._sampler = stopped, error, None
-    ticket._ended.set()
-    if ticket.request.on_end is not None:
-      ticket.request.on_end(ticket)
+    ticket.end(stopped, error)
 
   def _num_held(self, row):
     """Tokens that stand in a row's pages."""
@@ -355,7 +336,7 @@ class Engine:
 
   def _run_read(self, tokens, pages, shift, start, first, count, places):
     numbers = [np.full(1, number, np.int32) for number in (shift, start, first, count)]
-    self._pool = paged.read(self._decoder, self._max_length, self._params, self._pool, tokens[None],
+    self._pool = paged.read(self.decoder, self.max_length, self.params, self._pool, tokens[None],
                             self._table([pages], 1, places), *numbers)
 
   def _run_decode(self, rows, size, places, steps, masks):
@@ -374,14 +355,14 @@ class Engine:
         column((ticket.request.eos_id for ticket in tickets), -1))
     allowed = None
     if masks is not None:
-      words = -(-self._decoder.module.config.vocab_size // 32)
+      words = -(-self.decoder.module.config.vocab_size // 32)
       allowed = np.full((size, words), 0xffffffff, np.uint32)
       for i, row in enumerate(rows):
         allowed[i] = masks.get(row, allowed[i])
     asked = self._asked(*((ticket.request.sampling, ticket.request.eos_id) for ticket in tickets),
                         *[(IDLE, -1)] * idle)
     *results, self._pool, self._samplers = paged.decode(
-        self._decoder, self._max_length, self.config.steps, self._in_place, self._params,
+        self.decoder, self.max_length, self.config.steps, self._in_place, self.params,
         self._pool, self._samplers, arrays, asked, allowed, np.int32(steps))
     return jax.device_get(results)
 
@@ -393,28 +374,3 @@ class Engine:
       own = own[:width]
       table_BP[row, :len(own)] = own
     return table_BP
-
-
-def _choices(*asked):
-  """What (config, end of text) each asks, in tables of one size: the programs are those of all."""
-  configs, ends = zip(*asked)
-  return choices(configs, ends, Sizes())
-
-
-def _key(prompt, seed):
-  """The data of a request's key."""
-  return np.asarray(jax.random.key_data(request_key(prompt, seed)))
-
-
-def _buckets(least: int, most: int, factor: int) -> list[int]:
-  """The sizes that programs have, up to `most`."""
-  sizes = []
-  while least < most:
-    sizes.append(least)
-    least *= factor
-  return [*sizes, most]
-
-
-def _bucket(size: int, least: int, most: int, factor: int) -> int:
-  """The least of the sizes that takes `size`."""
-  return next(bucket for bucket in _buckets(least, most, factor) if bucket >= size)

@@ -83,29 +83,55 @@ def infill(module: Any, params: Any, vocabulary: Vocabulary, sentinels: FIM | Sp
   Raises:
     UserError: the context has no room for the middle.
   """
-  room = max_length - 5 - (0 if isinstance(sentinels, Spans) else config.max_new_tokens)
-  if room < 1:
-    raise UserError(f'max_new_tokens={config.max_new_tokens} leave no room for the text around the '
-                    f'span in a context of {max_length} tokens; ask for at most {max_length - 6}')
-  left, right = nearest(vocabulary.encode(before), vocabulary.encode(after), room)
+  left, prompt = asked(vocabulary, sentinels, before, after, config.max_new_tokens, max_length)
   configs = [dataclasses.replace(config, temperature=0)] + [config] * (num_candidates - 1)
-  completions = generate(module, params, [sentinels.prompt(left, right)] * num_candidates, configs,
+  completions = generate(module, params, [prompt] * num_candidates, configs,
                          [*range(seed, seed + num_candidates)], max_length, vocabulary.eos_id,
                          sentinels.bos_id)
   found = {}
   for done in completions:
-    tokens = done.tokens.tolist()
-    length = sentinels.length(tokens, vocabulary.eos_id)
-    log_prob = float(done.log_probs[:length + 1].sum())
-    ids = tokens[:length]
-    if isinstance(sentinels, Spans) and ids[:1] == [sentinels.first_id]:
-      ids = ids[1:]
-    middle = Middle(text_behind(vocabulary, left.tolist(), ids), ids, log_prob,
-                    length < len(tokens))
+    middle = middle_of(vocabulary, sentinels, left, done.tokens.tolist(), done.log_probs.tolist())
     known = found.setdefault(middle.text, middle)
     if (known.is_whole, known.log_prob) < (middle.is_whole, middle.log_prob):
       found[middle.text] = middle
   return sorted(found.values(), key=lambda middle: (-middle.is_whole, -middle.log_prob))
+
+
+def asked(vocabulary: Vocabulary, sentinels: FIM | Spans, before: str, after: str,
+          max_new_tokens: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+  """The ids of what is read of `before`, and those behind which the middle is written.
+
+  Raises:
+    UserError: the context has no room for the middle.
+  """
+  room = max_length - 5 - (0 if isinstance(sentinels, Spans) else max_new_tokens)
+  if room < 1:
+    raise UserError(f'max_new_tokens={max_new_tokens} leave no room for the text around the '
+                    f'span in a context of {max_length} tokens; ask for at most {max_length - 6}')
+  left, right = nearest(vocabulary.encode(before), vocabulary.encode(after), room)
+  return left, sentinels.prompt(left, right)
+
+
+def middle_of(vocabulary: Vocabulary, sentinels: FIM | Spans, left: np.ndarray,
+              tokens: Sequence[int], log_probs: Sequence[float]) -> Middle:
+  """What a completion of the ids of `asked` says; `left` is the first of these."""
+  length = sentinels.length(tokens, vocabulary.eos_id)
+  ids = list(tokens[:length])
+  if isinstance(sentinels, Spans) and ids[:1] == [sentinels.first_id]:
+    ids = ids[1:]
+  return Middle(text_behind(vocabulary, left.tolist(), ids), ids, sum(log_probs[:length + 1]),
+                length < len(tokens))
+
+
+class End:
+  """Ends a completion of the ids of `asked` where the middle ends; a `Stop`."""
+
+  def __init__(self, sentinels: FIM | Spans):
+    self._sentinels = sentinels
+
+  def advance(self, token: int) -> bool:
+    """Whether the middle ends with this token."""
+    return self._sentinels.length([token], -1) == 0
 
 
 def nearest(before: np.ndarray, after: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,20 @@ def round_up(size: int) -> int:
   return 1 << (size - 1).bit_length()
 
 
+def buckets(least: int, most: int, factor: int) -> list[int]:
+  """The sizes that programs have, up to `most`."""
+  sizes = []
+  while least < most:
+    sizes.append(least)
+    least *= factor
+  return [*sizes, most]
+
+
+def bucket_of(size: int, least: int, most: int, factor: int) -> int:
+  """The least of the `buckets` that takes `size`."""
+  return next(one for one in buckets(least, most, factor) if one >= size)
+
+
 class Batch(NamedTuple):
   """Prompts of one bucket.
 

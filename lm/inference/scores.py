@@ -3,7 +3,8 @@
 For the likelihood of many texts as a whole see `lm.evaluation.likelihood`, which packs them; here
 each token's distribution is looked at, in programs of a few shapes.
 """
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,9 +16,11 @@ import numpy as np
 from lm.errors import UserError
 from lm.inference.decoder import Decoder
 from lm.inference.generate import begin_id
-from lm.inference.prompts import LARGEST_BATCH, round_up, SHORTEST_BUCKET
+from lm.inference.prompts import (
+    bucket_of, buckets, LARGEST_BATCH, round_up, SHORTEST_BUCKET)
 
 CHUNK = 32  # tokens whose distributions are in memory at once
+PIECE = 64  # tokens that a `Scorer` reads at once
 
 Ids = Sequence[int] | np.ndarray
 
@@ -96,12 +99,79 @@ def score_texts(module: Any, params: Any, vocabulary: Any, texts: Sequence[str],
   if hasattr(own, 'decode'):
     raise UserError(f'{type(own).__name__} scores an output behind an input, and not a text alone; '
                     'take a model that reads from left to right')
-  begin, requests = begin_id(vocabulary), []
-  for text in texts:
-    ids = vocabulary.encode(text)
-    before = ids[:1] if begin is None else np.array([begin], np.int32)
-    requests.append((before, ids[1:] if begin is None else ids))
-  return score(module, params, requests, num_top, max_length)
+  return score(module, params, [of_text(vocabulary, text) for text in texts], num_top, max_length)
+
+
+def of_text(vocabulary: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
+  """(context, continuation) that scores a text; see `score_texts`."""
+  ids, begin = vocabulary.encode(text), begin_id(vocabulary)
+  if begin is None:
+    return ids[:1], ids[1:]
+  return np.array([begin], np.int32), ids
+
+
+class Scorer:
+  """`score` of one text at a time, in pieces of one shape: what goes on beside others' work.
+
+  For models that read from left to right over keys and values (GPT).
+  """
+
+  def __init__(self, decoder: Decoder, params: Any, num_top: int, max_length: int):
+    """Takes a model.
+
+    Args:
+      params: as `decoder.prepare` gives them.
+      num_top: other tokens at each place.
+      max_length: the model's context, in tokens.
+    """
+    # A piece that is read again would be taken back further than a rolling cache can.
+    whole = decoder.cache and dataclasses.replace(decoder.cache, rolling=False)
+    self._decoder, self._params = dataclasses.replace(decoder, cache=whole), params
+    self._num_top, self._longest = num_top, max_length
+    self._piece = min(PIECE, max_length)
+
+  def warm_up(self):
+    """Compiles all that any text will need."""
+    for room in buckets(self._piece, self._longest, 4):
+      for _ in self._read(np.zeros(room, np.int32), room):
+        break
+
+  def pieces(self, context: Ids, continuation: Ids) -> Iterator[Scores | None]:
+    """Works piece by piece; yields None after each, and at the end the continuation's `Scores`.
+
+    Raises:
+      UserError: the context is empty.
+    """
+    if not len(context):
+      raise UserError('the text is empty, or its only token is its first, which nothing scores; '
+                      'send a longer one')
+    return self._pieces(context, continuation)
+
+  def _pieces(self, context, continuation):
+    found = [(np.zeros(0, np.float32), *(np.zeros((0, self._num_top), kind)
+                                         for kind in (np.int32, np.float32)))]
+    for before, part in _parts(context, continuation, self._longest, False):
+      results, whole = [], np.concatenate([before, part])
+      for piece in self._read(whole, len(whole) - 1):
+        results.append(piece)
+        yield None
+      found.append([np.concatenate(x)[-len(part):] for x in zip(*results)])
+    yield Scores(np.asarray(continuation, np.int32), *map(np.concatenate, zip(*found)))
+
+  def _read(self, tokens, size):
+    """Yields log-probabilities of what follows the first `size` tokens, and the top, in pieces."""
+    room = bucket_of(size, self._piece, self._longest, 4)
+    padded = np.zeros(room + 1, np.int32)
+    padded[:len(tokens)] = tokens
+    cache = _empty(self._decoder, room)
+    for start in range(0, size, self._piece):
+      # Where its padding would leave the room, a piece begins earlier, with tokens that stand.
+      first = min(start, room - self._piece)
+      read, behind = (padded[None, first + i:first + i + self._piece] for i in (0, 1))
+      cache, *results = _score_piece(self._decoder, self._num_top, self._params, cache,
+                                     np.full(1, first, np.int32), read, behind)
+      end = min(size, start + self._piece) - first
+      yield [x[0, start - first:end] for x in jax.device_get(results)]
 
 
 def _parts(context, continuation, longest, encodes):
@@ -143,6 +213,28 @@ def _score_batch(decoder, params, parts, bucket, num_top, longest):
     yield [continuation, *(x[row, start:start + len(continuation)] for x in results)]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _empty(decoder, num_places):
+  """A cache of one row."""
+  options = () if decoder.cache is None else (decoder.cache,)
+  return decoder.module.config.init_cache(1, num_places, *options)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _score_piece(decoder, num_top, params, cache, first_B, read_BN, next_BN):
+  """Behind `first` places of the cache reads tokens; returns the cache, and as `_score` does."""
+  logits_BNV, cache = decoder.extend(params, read_BN, decoder.rewind(cache, first_B))
+  return cache, *_chosen(logits_BNV, next_BN, num_top)
+
+
+def _chosen(logits_BPV, next_BP, num_top):
+  """Log-probabilities [B, P] of the next tokens, and the top [B, P, K]: tokens and theirs."""
+  log_probs_BPV = jax.nn.log_softmax(logits_BPV)
+  chosen_BP = jnp.take_along_axis(log_probs_BPV, next_BP[..., None], axis=-1)[..., 0]
+  top_BPK, tokens_BPK = lax.top_k(log_probs_BPV, num_top)
+  return chosen_BP, tokens_BPK, top_BPK
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _score(decoder, num_top, num_places, params, inputs_BT, lengths_B, first_B, read_BN, next_BN):
   """Behind `first` places of the inputs reads tokens; returns the log-probabilities [B, N] of what
@@ -154,10 +246,7 @@ def _score(decoder, num_top, num_places, params, inputs_BT, lengths_B, first_B, 
   def step(cache, tokens):
     read_BP, next_BP = tokens
     logits_BPV, cache = decoder.extend(params, read_BP, cache)
-    log_probs_BPV = jax.nn.log_softmax(logits_BPV)
-    chosen_BP = jnp.take_along_axis(log_probs_BPV, next_BP[..., None], axis=-1)[..., 0]
-    top_BPK, tokens_BPK = lax.top_k(log_probs_BPV, num_top)
-    return cache, (chosen_BP, tokens_BPK, top_BPK)
+    return cache, _chosen(logits_BPV, next_BP, num_top)
 
   chunks = [jnp.moveaxis(x_BN.reshape(B, -1, chunk), 1, 0) for x_BN in (read_BN, next_BN)]
   _, results = lax.scan(step, decoder.rewind(cache, first_B), tuple(chunks))
