@@ -10,6 +10,9 @@
   onnx_graph.py     the graph that is being made
   onnx_quantize.py  the same in 8 bits
 
+  onnx_rows.py, saved_model_rows.py  artefacts that write many texts at once; past.py: their keys
+                                     and values between calls
+
   decoding.py          how a GPT or an encoder-decoder reads a prompt and writes on, as programs
   stablehlo.py         all programs by jax.export, for CPUs, GPUs and TPUs
   saved_model.py       all programs as signatures of TensorFlow's SavedModel, for its server

@@ -4,17 +4,20 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import shutil
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from lm.data import vocabularies
+from lm.data.examples import chat
 from lm.data.vocabularies import Vocabulary
 from lm.errors import UserError
 from lm.export import certificate, programs
 from lm.export.certificate import Answer
 from lm.export.programs import Program
+from lm.inference.rows import Rows
 from lm.interop.tensors import new_directory
 
 # Of --format: the module of this room whose FORMATS has it.
@@ -83,6 +86,14 @@ class Format(Protocol):
     """
 
 
+class WritingFormat(Format, Protocol):
+  """A format whose artefacts write texts token by token."""
+
+  def rows(self, family: str) -> Callable[..., Rows] | None:
+    """What opens a family's artefact as `Rows`: (directory, max_length, num_rows=...); None where
+    it writes no texts."""
+
+
 def find(name: str) -> Format:
   """The format of a name.
 
@@ -125,6 +136,9 @@ def export(model: Model, form: Format, out: str) -> dict[str, Any]:
   with new_directory(out) as unfinished:
     facts = form.write(model, unfinished)
     model.vocabulary.save(unfinished / 'vocabulary')
+    template = model.run_dir / 'vocabulary' / chat.FILE
+    if template.exists():
+      shutil.copyfile(template, unfinished / 'vocabulary' / chat.FILE)
     result = _certify(model, form, unfinished, facts)
     worst = max(x['max_relative_difference'] for kind in result['differences'].values()
                 for x in kind.values())
@@ -167,8 +181,32 @@ def open_artifact(directory: str) -> tuple[Answer, Vocabulary, dict[str, Any]]:
   """
   path = pathlib.Path(directory)
   found = certificate.read(path)
+  vocabulary = _vocabulary(path, found)
+  return find(found['format']).open(path), vocabulary, found
+
+
+def open_rows(directory: str, **options: Any) -> tuple[Rows, Vocabulary, dict[str, Any]]:
+  """What writes texts from an artefact, its vocabulary, and its certificate.
+
+  Args:
+    options: num_rows, texts at once.
+
+  Raises:
+    UserError: it is not whole, or its vocabulary is another's, or it writes no texts.
+  """
+  path = pathlib.Path(directory)
+  found = certificate.read(path)
+  vocabulary, form = _vocabulary(path, found), find(found['format'])
+  make = form.rows(found['family']) if hasattr(form, 'rows') else None
+  if make is None:
+    raise UserError(f'{path} holds a {found["family"]} as {found["format"]}, which writes no texts '
+                    'here; export a GPT or a T5 by --format=onnx or saved_model, or take its run')
+  return make(path, found['max_length'], **options), vocabulary, found
+
+
+def _vocabulary(path, found):
   vocabulary = vocabularies.load(path / 'vocabulary')
   if vocabulary.digest != found['vocabulary']:
     raise UserError(f'{path / "vocabulary"} is {vocabulary.digest} and the model was exported with '
                     f'{found["vocabulary"]}; copy both from one artefact')
-  return find(found['format']).open(path), vocabulary, found
+  return vocabulary

@@ -251,6 +251,11 @@ class ONNX:
                      for name in ('encoder_model', 'decoder_model')))
     return _whole(session(directory / 'model.onnx'))
 
+  def rows(self, family: str) -> Callable[..., Any] | None:
+    """See `Format`."""
+    from lm.export import onnx_rows  # which imports this file
+    return {'GPT': onnx_rows.GPTRows, 'T5': onnx_rows.T5Rows}.get(family)
+
 
 def save(model: Any, path: pathlib.Path, largest: int = LARGEST) -> None:
   """Writes a graph; its weights into a file of their own where it would be too long."""
@@ -282,7 +287,7 @@ def session(path: pathlib.Path) -> Any:
                     'export it again, or take the version of its certificate') from error
 
 
-def _run(graph, arrays):
+def run(graph: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """All outputs by name, of inputs that may be int32."""
   feeds = {x.name: arrays[x.name].astype(np.int64 if x.type == 'tensor(int64)' else np.float32)
            for x in graph.get_inputs()}
@@ -297,7 +302,7 @@ def _whole(graph) -> Answer:
     B = len(arrays['input_ids'])
     empty = {name: np.zeros((B, shape[1], 0, shape[3]), np.float32)
              for name, shape in past.items()}
-    found = _run(graph, {**arrays, **empty})
+    found = run(graph, {**arrays, **empty})
     return {name: x for name, x in found.items() if not name.startswith('present')}
 
   return answer
@@ -305,8 +310,8 @@ def _whole(graph) -> Answer:
 
 def _pair(encoder, decoder) -> Answer:
   def answer(arrays):
-    memory = _run(encoder, arrays)['last_hidden_state']
-    found = _run(decoder, {'input_ids': arrays['decoder_input_ids'],
+    memory = run(encoder, arrays)['last_hidden_state']
+    found = run(decoder, {'input_ids': arrays['decoder_input_ids'],
                            'encoder_hidden_states': memory,
                            'encoder_attention_mask': arrays['attention_mask']})
     return {'logits': found['logits']}

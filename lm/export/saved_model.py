@@ -12,7 +12,7 @@
 it. XLA compiles once for each batch and length, so `text` pads rows to powers of two, and requests
 of ids should do so too.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import pathlib
 from typing import Any
 
@@ -64,32 +64,48 @@ class SavedModel:
     """The signature serving_default, by TensorFlow's own loader."""
     return signature(directory, decoding.WHOLE)
 
+  def rows(self, family: str) -> Callable[..., Any] | None:
+    """See `Format`."""
+    from lm.export.saved_model_rows import SavedModelRows  # which imports this file
+    return SavedModelRows if family in ('GPT', 'T5') else None
+
 
 FORMATS = {'saved_model': SavedModel()}
 
 
-def signature(directory: pathlib.Path, name: str) -> Callable[[dict[str, np.ndarray]],
-                                                              dict[str, np.ndarray]]:
-  """What answers by a signature of an artefact.
+def signature(directory: pathlib.Path, name: str) -> Answer:
+  """What answers by a signature of an artefact; raises as `load`."""
+  return answer(load(directory, (name,)), name)
+
+
+def load(directory: pathlib.Path, names: Sequence[str]) -> Any:
+  """What TensorFlow loads of an artefact, with these signatures.
 
   Raises:
-    UserError: there is none, or the files are damaged.
+    UserError: one is missing, or the files are damaged.
   """
   tf = imported('tensorflow')
   imported('tensorflow_text')  # the operations of tokenizers
   try:
     loaded = tf.saved_model.load(directory / VERSION)
-    found = loaded.signatures[name]
+    for name in names:
+      loaded.signatures[name]  # pylint: disable=pointless-statement
   except Exception as error:  # pylint: disable=broad-except; damage comes as many kinds
-    raise UserError(f'{directory} holds no SavedModel with the signature {name} that TensorFlow '
-                    f'{tf.__version__} can load ({str(error).splitlines()[0]}); export it again'
-                    ) from error
+    raise UserError(f'{directory} holds no SavedModel with the signature {", ".join(names)} that '
+                    f'TensorFlow {tf.__version__} can load ({str(error).splitlines()[0]}); export '
+                    'it again') from error
+  return loaded
 
-  def answer(arrays, loaded=loaded):  # which the function alone does not keep
+
+def answer(loaded: Any, name: str) -> Answer:
+  """What answers by a signature of what `load` gave."""
+  tf, found = imported('tensorflow'), loaded.signatures[name]
+
+  def call(arrays, loaded=loaded):  # which the function alone does not keep
     return {name: x.numpy() for name, x in found(**{
         name: tf.constant(x) for name, x in arrays.items()}).items()}
 
-  return answer
+  return call
 
 
 def build(model: Model, parts: list[decoding.Part] | None = None) -> tuple[Any, dict[str, Any]]:
