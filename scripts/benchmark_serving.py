@@ -2,6 +2,7 @@
 
   python scripts/benchmark_serving.py --run_dir=R              # completions of a GPT
   python scripts/benchmark_serving.py --run_dir=R --plain=A    # embeddings; A: ONNX artefact
+  python scripts/benchmark_serving.py --run_dir=R --soak=10000 # whether memory grows, no timing
 
 First one client, then 16 that ask as soon as they are answered: what batching brings, and the
 capacity. With --plain the same 16 ask ONNX Runtime behind a plain FastAPI application, in turns
@@ -9,10 +10,16 @@ with ours. Then requests that come whether or not others are answered (Poisson a
 and 1.5 of the capacity: seconds to the first token, and for each token behind it, the 50th and 99th
 percentile; how many were refused (status 429), and whether any that was accepted was lost. Last the
 memory of server and worker, before and after. --out=FILE.html draws it.
+
+--soak sends so many completions of a GPT instead, by 16 clients: of many lengths, streamed or not,
+with log-probabilities, scored, left by their client in the middle, or malformed; every thousand it
+prints the memory.
 """
 import argparse
 import asyncio
+import collections
 import contextlib
+import itertools
 import json
 import pathlib
 import random
@@ -73,9 +80,10 @@ class Client:
   def __init__(self, port, path):
     self._port, self._path, self._free = port, path, []
 
-  async def ask(self, body):
-    """Sends a request, reads the answer to its end."""
-    data, answer = json.dumps(body).encode(), Answer()
+  async def ask(self, body, leaves=False):
+    """Sends a request, an object or bytes; reads the answer to its end, or of a stream the first
+    piece alone."""
+    data, answer = body if isinstance(body, bytes) else json.dumps(body).encode(), Answer()
     reader, writer = self._free.pop() if self._free else (
         await asyncio.open_connection('127.0.0.1', self._port, limit=1 << 22))
     writer.write(HEAD.format(path=self._path, size=len(data)).encode() + data)
@@ -85,6 +93,9 @@ class Client:
       while size := int(await reader.readline(), 16):
         await reader.readexactly(size + 2)
         answer.pieces.append(time.perf_counter())
+        if leaves:
+          writer.close()
+          return answer
       await reader.readline()
     else:
       size = next(line for line in head.split('\r\n') if line.startswith('content-length'))
@@ -133,6 +144,45 @@ async def closed(client, args, clients, seconds):
   return done / (time.perf_counter() - end + seconds)
 
 
+def soaking(args, number):
+  """Of a request of the soak: its kind, its body, and whether the client leaves."""
+  rng = random.Random(number)
+  prompt = ' '.join(rng.choices(WORDS, k=rng.randint(1, 60)))
+  fields = body(args, number, False) | {'prompt': prompt}
+  data = json.dumps(fields).encode()
+  kinds = {
+      'whole': fields, 'streamed': fields | {'stream': True},
+      'left': fields | {'stream': True, 'max_tokens': 200},
+      'log-probabilities': fields | {'logprobs': 5}, 'rule': fields | {'regex': '[a-z]{1,9}'},
+      'score': {**fields, 'max_tokens': 0, 'echo': True, 'logprobs': 2, 'stream': False},
+      'malformed': rng.choice([
+          data[:-9], b'\xff' + data, b'[' * 900, b'', data.replace(b'"seed": ', b'"seed": 1e999'),
+          json.dumps(fields | {'tempreture': 1}).encode(),
+          json.dumps(fields | {'top_p': 7}).encode(),
+          json.dumps(fields | {'prompt': 'a' * 20_000}).encode()])}
+  kind = rng.choices(list(kinds), [40, 20, 10, 10, 3, 7, 10])[0]
+  return kind, kinds[kind], kind == 'left'
+
+
+async def soak(client, args, process):
+  """Sends all, and prints the memory; returns it, and how many of each kind got which status."""
+  numbers, statuses, sizes = itertools.count(), collections.Counter(), [memory(process)]
+
+  async def one():
+    while (number := next(numbers)) < args.soak:
+      kind, fields, leaves = soaking(args, number)
+      answer = await client.ask(fields, leaves)
+      statuses[f'{kind}: {answer.status}'] += 1
+      if statuses.total() % 1000 == 0:
+        sizes.append(memory(process))
+        print(f'{statuses.total():6} requests: server and worker ' + ', '.join(
+            f'{size:.1f}' for size in sizes[-1]) + ' MB', flush=True)
+
+  await asyncio.gather(*(one() for _ in range(args.clients)))
+  print(', '.join(f'{kind} {count}' for kind, count in sorted(statuses.items())))
+  return {'memory': sizes, 'statuses': statuses}
+
+
 async def opened(client, args, rate, seconds):
   """Answers to requests that come by themselves, `rate` a second."""
   rng, tasks, due = random.Random(0), [], time.perf_counter()
@@ -171,6 +221,8 @@ async def measure(args, port, process, plain_port):
   """Prints the figures; returns them."""
   path = '/v1/embeddings' if args.plain else '/v1/completions'
   client = Client(port, path)
+  if args.soak:
+    return await soak(client, args, process)
   await closed(client, args, 4, 2)
   before = memory(process)
   alone = await closed(client, args, 1, args.seconds)
@@ -225,6 +277,7 @@ def main():
   parser.add_argument('--plain', help='an ONNX artefact of the run, an embedder')
   parser.add_argument('--clients', type=int, default=16)
   parser.add_argument('--seconds', type=float, default=10, help='of each measurement')
+  parser.add_argument('--soak', type=int, metavar='N', help='requests, for the memory alone')
   parser.add_argument('--json', help='the figures')
   parser.add_argument('--out', help='a page of the latencies')
   args = parser.parse_args()
@@ -238,7 +291,7 @@ def main():
     found = asyncio.run(measure(args, port, process, plain_port))
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(found, indent=1))
-  if args.out:
+  if args.out and not args.soak:
     pathlib.Path(args.out).write_text(page(found))
 
 

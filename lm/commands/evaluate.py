@@ -14,6 +14,7 @@ from lm.errors import UserError
 from lm.evaluation import predictions, report, task_compare, task_report
 from lm.parallel.distributed import Hosts
 
+FEW = 5  # classes up to which each is told by itself; all stand on the page of the task
 SIGNED = 'bleu', 'chrf', 'ter'  # are cited with sacrebleu's signature (Post 2018)
 
 
@@ -138,6 +139,10 @@ def _tell(name: str, metrics: dict[str, Any]):
   if 'files' not in metrics:
     shown = task_report.headline(metrics)  # not those of one class
     print(f'{name}: ' + ', '.join(f'{key.replace("_", " ")} {metrics[key]:.4g}' for key in shown))
+    classes = [key.partition('/')[2] for key in metrics if key.startswith('recall/')]
+    for label in classes if len(classes) <= FEW else ():
+      print(f'  {label}: ' + ', '.join(f'{kind} {metrics[f"{kind}/{label}"]:.4g}'
+                                       for kind in ('precision', 'recall', 'f1')))
     return
   print(f'{name}: {metrics["bits_per_byte"]:.3f} bits per byte; file by file gzip -9 needs '
         f'{metrics["gzip_bits_per_byte"]:.3f} and xz -9 {metrics["xz_bits_per_byte"]:.3f}; the '

@@ -11,7 +11,8 @@ from lm.errors import UserError
 def add_flags(command: argparse.ArgumentParser):
   """Adds those of this command."""
   command.epilog += (
-      ' Signals: TERM and INT answer what is there and end; HUP takes the newest checkpoints.')
+      ' Signals: TERM and INT answer what is there and end; HUP takes the newest checkpoints and '
+      'blocklist.')
   command.add_argument('--model', action='append', default=[], metavar='NAME=DIR', help='a run or '
                        'an artefact of `lm export`, and its name in requests; repeatable')
   command.add_argument('--host', default='127.0.0.1', help='any other than loopback needs '
@@ -19,6 +20,14 @@ def add_flags(command: argparse.ArgumentParser):
   command.add_argument('--port', type=int, default=int(os.environ.get('AIP_HTTP_PORT', 8000)),
                        help='8000, or what Vertex AI says')
   command.add_argument('--api_keys', metavar='FILE', help='lines of NAME KEY')
+  command.add_argument('--blocklist', metavar='FILE', help='words and phrases, one a line, that no '
+                       'request or answer may hold')
+  command.add_argument('--harm_filter', metavar='DIR', help='a run or artefact of a classifier '
+                       'with a label "harmful", such as gin/experiments/harm_filter.gin makes')
+  command.add_argument('--harm_threshold', type=float, default=0.9, metavar='P', help='its '
+                       'probability from which a text is refused')
+  command.add_argument('--redact', action='store_true', help='replaces e-mail addresses, telephone '
+                       'numbers, secrets and the like in requests and answers by <EMAIL> and so on')
   command.add_argument('--requests_a_minute', type=int, metavar='N', help='of each name')
   command.add_argument('--max_waiting', type=int, default=256, metavar='N', help='requests that '
                        'may wait for a model; more get status 429')
@@ -57,9 +66,27 @@ def execute(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> dict[s
     models.append((pool.Served(name, pool.command_of(spec)),
                    admission.Queue(places, args.max_waiting)))
   logging.basicConfig(level=logging.WARNING, format='%(asctime)s %(name)s: %(message)s')
-  service = app.Service(models, keys, admission.Rates(args.requests_a_minute), limits)
+  logging.getLogger('lm.serving.filter').setLevel(logging.INFO)
+  service = app.Service(models, keys, admission.Rates(args.requests_a_minute), limits,
+                        _guard(args))
   server.serve(service, args.host, args.port, args.drain_seconds)
   return {}
+
+
+def _guard(args):
+  """What judges requests and answers, or None."""
+  from lm.serving import admission, guard, pool
+  if not (args.blocklist or args.harm_filter or args.redact):
+    return None
+  if not 0 < args.harm_threshold < 1:
+    raise UserError(f'--harm_threshold={args.harm_threshold} must be above 0 and below 1')
+  if args.harm_filter and not pathlib.Path(args.harm_filter).is_dir():
+    raise UserError(f'--harm_filter={args.harm_filter} is no directory; give the run of a '
+                    'classifier, or an artefact of `lm export`')
+  spec = {'blocklist': args.blocklist, 'redact': args.redact, 'harm_filter': args.harm_filter,
+          'threshold': args.harm_threshold, 'max_batch': args.max_batch, 'latency': 0.0}
+  served = pool.Served('filter', pool.command_of(spec, 'serve_filter'))
+  return guard.Guard(served, admission.Queue(args.max_batch, args.max_waiting))
 
 
 def _models(args):

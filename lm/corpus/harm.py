@@ -66,7 +66,7 @@ class Blocklist(Stage):
     document.judge('blocklist.words', hits[:_MOST_HITS], not hits)
 
   @functools.cached_property
-  def _lists(self) -> Mapping[str, _List]:
+  def _lists(self) -> Mapping[str, Entries]:
     lists = {}
     for path in collect.paths(self.files):
       try:
@@ -77,14 +77,15 @@ class Blocklist(Stage):
         ) from error
       language = Path(path).name.split('.')[0]
       entries = {line.strip() for line in lines} - {''} - _ALLOWED
-      lists[language] = _List(entries, language in _UNSPACED)
+      lists[language] = Entries(entries, language in _UNSPACED)
     return lists
 
 
-class _List:
+class Entries:
   """The entries of one language, by one of their words: few documents hold any of those."""
 
   def __init__(self, entries: set[str], unspaced: bool):
+    """entries: lower-cased. unspaced: whether those that are not ASCII match within words."""
     anywhere = []
     self._by_word: dict[str | bytes, list[tuple[str, re.Pattern[str]]]] = {}
     self._words = _ascii_words

@@ -1,7 +1,7 @@
 """From requests to jobs, and from the events of jobs to answers in OpenAI's forms."""
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 import contextlib
 import dataclasses
 import json
@@ -13,7 +13,6 @@ from typing import Any
 from lm.errors import UserError
 from lm.serving import schemas
 from lm.serving.admission import Queue
-from lm.serving.pool import Served
 from lm.serving.protocol import Event, Job
 
 # What ended a text, in OpenAI's words where they have one.
@@ -37,9 +36,12 @@ class Limits:
   seconds: float = 120.0
 
 
-async def events(served: Served, queue: Queue, name: str, jobs: Sequence[Job]
-                 ) -> AsyncIterator[tuple[int, Event]]:
+async def events(run: Callable[[Job], AsyncIterator[Event]], queue: Queue, name: str,
+                 jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Event]]:
   """Yields (number of a job, event), as they come, of jobs that run beside each other.
+
+  Args:
+    run: yields the events of a job.
 
   Raises:
     UserError: a job is wrong. InternalError: it failed.
@@ -49,8 +51,8 @@ async def events(served: Served, queue: Queue, name: str, jobs: Sequence[Job]
 
   async def one(number, job):
     try:
-      async with queue.place(name), contextlib.aclosing(served.run(job)) as run:
-        async for event in run:
+      async with queue.place(name), contextlib.aclosing(run(job)) as told:
+        async for event in told:
           if 'error' in event:
             kind = UserError if event['kind'] == 'user' else InternalError
             raise kind(event['error'])
@@ -115,7 +117,8 @@ def completion_jobs(form: schemas.Completion, limits: Limits) -> list[Job]:
     if not all(isinstance(prompt, str) for prompt in prompts) or form.stream:
       raise UserError('suffix needs a prompt that is a text, and no stream')
     return [{'op': 'infill', 'before': prompt, 'after': form.suffix, 'sampling': asked,
-             'seed': seed + i} for prompt in prompts for i in range(form.n)]
+             'seed': seed + i, 'seconds': limits.seconds}
+            for prompt in prompts for i in range(form.n)]
   return [{'op': 'complete', 'prompt': prompt, 'sampling': asked, 'seed': seed + i,
            'seconds': limits.seconds, 'top': form.logprobs}
           for prompt in prompts for i in range(form.n)]

@@ -18,6 +18,7 @@ from lm.errors import UserError
 from lm.serving import answers, clouds, schemas
 from lm.serving.admission import Keys, Queue, Rates, Refused
 from lm.serving.answers import InternalError, Limits
+from lm.serving.guard import Blocked, FilterLost, Guard
 from lm.serving.metrics import Metrics
 from lm.serving.pool import Served, WorkerLost
 from lm.serving.protocol import Event, Job
@@ -40,23 +41,31 @@ class Service:
   """The models of a server and who may ask them.
 
   Attributes:
-    models: by name; queues: of each.
+    models: by name; queues: of each. guard: of what they read and write, or None.
   """
 
   def __init__(self, models: Sequence[tuple[Served, Queue]], keys: Keys, rates: Rates,
-               limits: Limits):
+               limits: Limits, guard: Guard | None = None):
     self.models = {served.name: served for served, _ in models}
     self.queues = {served.name: queue for served, queue in models}
     self.keys, self.rates, self.limits = keys, rates, limits
-    self.metrics = Metrics(self._state)
+    self.metrics, self.guard = Metrics(self._state), guard
+    if guard is not None:
+      guard.count = lambda *labels: self.metrics.decisions.labels(*labels).inc()
+
+  @property
+  def workers(self) -> list[Served]:
+    """Of the models, and of the guard."""
+    return [*self.models.values(), *([self.guard.served] if self.guard else [])]
 
   def _state(self):
     for name, queue in self.queues.items():
       labels = {'model': name}
       yield 'lm_running', labels, queue.num_running
       yield 'lm_waiting', labels, queue.num_waiting
-      yield 'lm_ready', labels, self.models[name].is_ready
-      yield 'lm_worker_restarts', labels, self.models[name].restarts
+    for served in self.workers:
+      yield 'lm_ready', {'model': served.name}, served.is_ready
+      yield 'lm_worker_restarts', {'model': served.name}, served.restarts
 
   def caller(self, request: Request) -> str:
     """Who asks.
@@ -88,20 +97,29 @@ class Service:
       raise UserError(f'the model {name!r} can {", ".join(able)}, and not {op}')
     return served
 
-  async def all(self, name: str, caller: str, jobs: Sequence[Job]) -> list[Event]:
+  async def _admitted(self, name, caller, route, jobs):
+    """What runs jobs of a model, and the jobs; both as the guard allows."""
+    run = self.models[name].run
+    if self.guard is None:
+      return run, jobs
+    jobs = await self.guard.admit(caller, route, jobs)
+    return functools.partial(self.guard.checked, run, caller, route), jobs
+
+  async def all(self, name: str, caller: str, route: str, jobs: Sequence[Job]) -> list[Event]:
     """The last events of jobs that have one each."""
     ends: list[Event] = [{}] * len(jobs)
-    async for number, event in answers.events(self.models[name], self.queues[name], caller, jobs):
+    run, jobs = await self._admitted(name, caller, route, jobs)
+    async for number, event in answers.events(run, self.queues[name], caller, jobs):
       ends[number] = event
     self._count(name, sum(end['prompt_tokens'] for end in ends), 0)
     return ends
 
-  async def texts(self, form: Any, caller: str, jobs: Sequence[Job]
+  async def texts(self, form: Any, caller: str, route: str, jobs: Sequence[Job]
                   ) -> AsyncIterator[list[dict[str, Any]]]:
     """Yields the pieces of a stream, or at the end the whole answer alone."""
+    run, jobs = await self._admitted(form.model, caller, route, jobs)
     found, begun, first = answers.Texts(form, jobs), time.perf_counter(), None
-    async for number, event in answers.events(self.models[form.model], self.queues[form.model],
-                                              caller, jobs):
+    async for number, event in answers.events(run, self.queues[form.model], caller, jobs):
       if first is None:
         first = time.perf_counter()
         self.metrics.first_token.labels(form.model).observe(first - begun)
@@ -149,7 +167,7 @@ def _described(openapi, names):
 
 def _add_texts(app, service, caller):
   async def answer(request, form, name, jobs):
-    pieces = service.texts(form, name, jobs)
+    pieces = service.texts(form, name, _route(request.scope), jobs)
     if not form.stream:
       async def whole():
         return [piece async for piece in pieces][-1][0]
@@ -183,7 +201,8 @@ def _add_readings(app, service, caller):
     if not inputs:
       raise UserError('input has no text; send one at least')
     return await while_connected(request, service.all(
-        form.model, name, [{'op': op, 'input': text} for text in inputs]))
+        form.model, name, _route(request.scope),
+        [{'op': op, 'input': text} for text in inputs]))
 
   @app.post('/v1/embeddings')
   async def embeddings(form: schemas.Embeddings, request: Request, name: caller) -> Response:
@@ -230,7 +249,7 @@ def _add_state(app, service, caller):
   @app.get('/ready')
   async def ready() -> Response:
     """Whether every model can answer."""
-    missing = [name for name, served in service.models.items() if not served.is_ready]
+    missing = [served.name for served in service.workers if not served.is_ready]
     if missing:
       return error(503, f'{", ".join(missing)} cannot answer now')
     return JSONResponse({'status': 'ready'})
@@ -264,6 +283,16 @@ def _add_errors(app, service):
     return error(503, 'the worker that held this request died, and it may have computed a part of '
                  'the answer; send it again', retry=1)
 
+  @app.exception_handler(FilterLost)
+  async def unjudged(request: Request, raised: FilterLost) -> Response:
+    del request
+    return error(503, str(raised), retry=1)
+
+  @app.exception_handler(Blocked)
+  async def blocked(request: Request, raised: Blocked) -> Response:
+    del request
+    return error(400, str(raised), name='content_filter')
+
   @app.exception_handler(Refused)
   async def refused(request: Request, raised: Refused) -> Response:
     del request
@@ -284,13 +313,13 @@ def _add_errors(app, service):
 
 
 def error(code: int, message: str, param: str | None = None, retry: int | None = None,
-          headers: Mapping[str, str] | None = None) -> JSONResponse:
-  """An error as OpenAI's API tells it."""
+          headers: Mapping[str, str] | None = None, name: str | None = None) -> JSONResponse:
+  """An error as OpenAI's API tells it; its `code` is `name`, or that of HTTP."""
   kind = {401: 'authentication_error', 404: 'not_found_error', 429: 'rate_limit_error'}.get(
       code, 'invalid_request_error' if code < 500 else 'server_error')
   headers = {**(headers or {}), **({'Retry-After': str(retry)} if retry else {})}
-  return JSONResponse({'error': {'message': message, 'type': kind, 'param': param, 'code': code}},
-                      code, headers)
+  return JSONResponse({'error': {'message': message, 'type': kind, 'param': param,
+                                 'code': name or code}}, code, headers)
 
 
 async def _lines(first, pieces):
@@ -309,6 +338,10 @@ async def _lines(first, pieces):
       yield line({'error': {'message': message, 'type': 'server_error', 'param': None,
                             'code': 503 if isinstance(raised, WorkerLost) else 500}})
     yield b'data: [DONE]\n\n'
+
+
+def _route(scope):
+  return getattr(scope.get('route'), 'path', 'other')
 
 
 async def while_connected(request: Request, work: Awaitable[Answered]) -> Answered:
@@ -377,6 +410,6 @@ class _Counted:
     try:
       await self._app(scope, receive, noted)
     finally:
-      route = getattr(scope.get('route'), 'path', 'other')
+      route = _route(scope)
       self._metrics.requests.labels(route, str(status)).inc()
       self._metrics.seconds.labels(route).observe(time.perf_counter() - begun)

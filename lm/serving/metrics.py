@@ -24,6 +24,8 @@ class Metrics:
     self.tokens = counter('lm_tokens', 'Tokens read (prompt) and written (completion)',
                           ['model', 'kind'])
     self.refused = counter('lm_refused', 'Requests that were not taken', ['reason'])
+    self.decisions = counter('lm_filter_decisions', 'Verdicts on requests (input) and texts '
+                             '(output)', ['side', 'verdict', 'rule'])
     self.lost = counter('lm_worker_deaths', 'Workers that died', ['model'])
     self.seconds = histogram('lm_request_seconds', 'Seconds of a request', ['route'], SECONDS)
     self.first_token = histogram('lm_first_token_seconds', 'Seconds to the first token', ['model'],

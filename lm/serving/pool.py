@@ -235,6 +235,6 @@ class Served:
       worker.kill()
 
 
-def command_of(spec: dict[str, Any]) -> list[str]:
-  """What starts a worker: `lm.commands.serve_worker` with what it shall load."""
-  return [sys.executable, '-m', 'lm.commands.serve_worker', json.dumps(spec)]
+def command_of(spec: dict[str, Any], module: str = 'serve_worker') -> list[str]:
+  """What starts a worker: a module of `lm.commands` with what it shall load."""
+  return [sys.executable, '-m', f'lm.commands.{module}', json.dumps(spec)]

@@ -5,9 +5,10 @@ A job to the worker is an object with a number `id` that names it and an `op`:
   complete  prompt (text, ids or messages), sampling (fields of SamplingConfig), seed, seconds;
             top, if log-probabilities of the tokens are asked for with so many others each
   score     prompt, top: log-probabilities of the text's own tokens
-  infill    before, after, sampling, seed: what may stand between
+  infill    before, after, sampling, seed, seconds: what may stand between
   embed, classify, tag, fill
             input: a text; tag takes a list of words too
+  judge     text, start, windows, final: see `filters`
   cancel    of the job `id`; what it has by then is lost
   stop      ends the worker when all jobs are done
 

@@ -47,15 +47,17 @@ class Protocol(HttpToolsProtocol):
 class Server(uvicorn.Server):
   """Tells when it can be reached."""
 
-  def __init__(self, config: uvicorn.Config, names: str):
+  def __init__(self, config: uvicorn.Config, service: Service):
     super().__init__(config)
-    self._names = names
+    self._service = service
 
   async def startup(self, sockets=None):
     await super().startup(sockets)
     if self.started:
       host, port = sockets[0].getsockname()[:2]
-      print(f'serves {self._names} at http://{host}:{port}', flush=True)
+      print(f'serves {", ".join(self._service.models)} at http://{host}:{port}', flush=True)
+      if self._service.guard is not None:
+        print(f'filters by {self._service.guard.described()}', flush=True)
 
 
 def serve(service: Service, host: str, port: int, drain_seconds: float):
@@ -82,13 +84,13 @@ async def _serve(service, host, port, drain_seconds):
 
   try:
     with _bound(host, port) as bound:  # before models are loaded, which takes long
-      await asyncio.gather(*(served.start() for served in service.models.values()))
+      await asyncio.gather(*(served.start() for served in service.workers))
       loop.add_signal_handler(signal.SIGHUP, change)
-      await Server(config, ', '.join(service.models)).serve([bound])
+      await Server(config, service).serve([bound])
   except WorkerLost as error:
-    raise UserError(f'a model cannot be served: {error}; what it said stands above') from error
+    raise UserError(f'a worker does not come up: {error}; what it said stands above') from error
   finally:
-    await asyncio.gather(*(served.close(drain_seconds) for served in service.models.values()))
+    await asyncio.gather(*(served.close(drain_seconds) for served in service.workers))
 
 
 def _bound(host, port):
@@ -101,7 +103,7 @@ def _bound(host, port):
 
 
 async def _change(service):
-  for served in service.models.values():
+  for served in service.workers:
     try:
       await served.swap()
       log.warning('%s is of a newer worker now', served.name)

@@ -33,6 +33,7 @@ COUNTS = {
     'banking77': ((10_003,), 77, 'I am still waiting on my card?'),
     'blimp': ((34_000,), None, 'Who should Derek hug after shocking Richard?'),
     'hate_offensive': ((24_783,), 3, '!!! RT @mayasolovely: As a woman you'),
+    'harmful_tweets': ((24_783,), 2, '!!! RT @mayasolovely: As a woman you'),
     'lambada': ((5_153,), None, 'In my palm is a clear stone'),
     'mr': ((10_662,), 2, 'simplistic , silly and tedious .'),
     'piqa': ((1_838,), None, 'How do I ready a guinea pig cage'),

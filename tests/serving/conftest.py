@@ -21,11 +21,11 @@ class Server:
     url: where it is. process: itself.
   """
 
-  def __init__(self, *kinds, keys='', places=8, waiting=8):
+  def __init__(self, *kinds, keys='', places=8, waiting=8, blocklist='', log=None):
     self.process = subprocess.Popen(
-        [sys.executable, str(HERE / 'tiny_server.py'), keys, str(places), str(waiting),
+        [sys.executable, str(HERE / 'tiny_server.py'), keys, str(places), str(waiting), blocklist,
          *kinds], env=os.environ | {'PYTHONPATH': str(HERE.parents[1]), 'JAX_PLATFORMS': 'cpu'},
-        stdout=subprocess.PIPE, text=True)
+        stdout=subprocess.PIPE, stderr=log, text=True)
     told = self.process.stdout.readline().split()
     assert told[:1] == ['serves']
     self.url = told[-1]
@@ -67,8 +67,8 @@ def until(condition, seconds=20.0):
 
 @pytest.fixture(scope='session')
 def writer():
-  """A server of a tiny GPT and a tiny classifier."""
-  server = Server('gpt', 'classify')
+  """A server of a tiny GPT, a tiny classifier, and a GPT of a chat template that fills gaps."""
+  server = Server('gpt', 'classify', 'talk')
   yield server
   server.close()
 

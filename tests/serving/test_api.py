@@ -7,10 +7,12 @@ import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
-from tiny_worker import LABELS, made
+from tiny_worker import FIM, LABELS, made
 
+from lm.data.examples import chat
 from lm.data.vocabularies import ByteVocabulary
-from lm.inference import complete, SamplingConfig
+from lm.inference import complete, generate, infill, SamplingConfig
+from lm.inference.generate import without_eos
 from lm.inference.scores import score
 
 
@@ -68,6 +70,31 @@ def test_log_probabilities_are_the_models_own(client):
                              scores.top_log_probs[:, 0], atol=1e-4)
   echoed = client.completions.create(model='gpt', prompt='abc', max_tokens=0, echo=True, logprobs=1)
   assert echoed.choices[0].text == 'abc' and len(echoed.choices[0].logprobs.tokens) == 3
+
+
+@pytest.mark.supports('serving', 'conversations by the chat template, gaps by suffix')
+def test_a_conversation_is_answered_by_the_template_and_a_gap_is_filled(client):
+  messages = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'hi'}]
+  ask = lambda **options: client.chat.completions.create(
+      model='talk', messages=messages, max_tokens=9, seed=4, temperature=0.7, **options)
+  template = chat.open_template(ByteVocabulary(), 'plain')
+  assert template.prompt(messages).tolist() != template.prompt(messages[1:]).tolist()
+  wanted, = generate(*made('talk'), [template.prompt(messages)], SamplingConfig(
+      temperature=0.7, max_new_tokens=9), 4, 48, template.end_id, None)
+  text, found = ByteVocabulary().decode(without_eos(wanted)), ask(logprobs=True)
+  assert found.choices[0].message.content == text and found.choices[0].message.role == 'assistant'
+  assert found.usage.prompt_tokens == len(template.prompt(messages))
+  np.testing.assert_allclose([one.logprob for one in found.choices[0].logprobs.content],
+                             wanted.log_probs, atol=1e-4)
+  pieces = list(ask(stream=True))
+  assert ''.join(piece.choices[0].delta.content or '' for piece in pieces) == text
+  gap = client.completions.create(model='talk', prompt='abc', suffix='def', max_tokens=9,
+                                  temperature=0)
+  middle, = infill.infill(*made('talk'), ByteVocabulary(), FIM, 'abc', 'def',
+                          SamplingConfig(max_new_tokens=9), 1, 0, 48)
+  assert gap.choices[0].text == middle.text
+  with pytest.raises(openai.BadRequestError, match='can complete, score, and not chat'):
+    client.chat.completions.create(model='gpt', messages=messages)
 
 
 @pytest.mark.supports('serving', 'stop strings, rules, seeds, log-probabilities')

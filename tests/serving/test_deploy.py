@@ -11,11 +11,8 @@ import httpx2 as httpx
 import pytest
 import yaml
 
-from lm import main
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / 'scripts' / 'deploy'
-WEIGHTS = ROOT.parent / 'shared' / 'data' / 'weights' / 'stories260K'
 BIN = pathlib.Path(sys.executable).parent
 KEY = 'a-key-of-some-length'
 
@@ -41,19 +38,8 @@ def test_the_unit_passes_systemd(tmp_path):
   checked('systemd-analyze', 'verify', str(unit))
 
 
-@pytest.fixture(scope='module')
-def run_dir(tmp_path_factory):
-  """A run of stories260K, a real Llama."""
-  if not WEIGHTS.exists():
-    pytest.skip('stories260K is not beside the repository')
-  directory = tmp_path_factory.mktemp('stories') / 'run'
-  assert not main.main(['convert', f'--from={WEIGHTS / "stories260K.bin"}',
-                        f'--tokenizer={WEIGHTS / "tok512.bin"}', f'--run_dir={directory}'])
-  return directory
-
-
 @pytest.mark.supports('serving', 'Dockerfile, Kubernetes manifests, systemd unit: linted and run')
-def test_what_the_containers_start_serves_a_run(run_dir, tmp_path):
+def test_what_the_containers_start_serves_a_run(stories, tmp_path):
   entry = next(line for line in (DEPLOY / 'Dockerfile').read_text().splitlines()
                if line.startswith('ENTRYPOINT'))
   deployment = next(yaml.safe_load_all((DEPLOY / 'kubernetes.yaml').read_text()))
@@ -66,7 +52,7 @@ def test_what_the_containers_start_serves_a_run(run_dir, tmp_path):
   assert [part.partition('=')[0] for part in started[1:3]] == [
       part.partition('=')[0] for part in command[1:3]]
   (tmp_path / 'keys').write_text(f'anna {KEY}\n')
-  paths = {'--run_dir=/model': f'--run_dir={run_dir}', '--port=8000': '--port=0',
+  paths = {'--run_dir=/model': f'--run_dir={stories}', '--port=8000': '--port=0',
            '--host=0.0.0.0': '--host=127.0.0.1',
            '--api_keys=/keys/keys': f'--api_keys={tmp_path}/keys'}
   flags = [paths.get(part, part) for part in [*command[1:], *container['args']]]

@@ -2,6 +2,10 @@
 import shutil
 
 import pytest
+from tiny_worker import FIM, made
+
+from lm.data.vocabularies import ByteVocabulary
+from lm.inference import infill, SamplingConfig
 
 BROWSER = shutil.which('chromium') or shutil.which('chromium-browser')
 
@@ -43,6 +47,26 @@ def test_a_completion_comes_token_by_token_with_its_probability(page):
   page.click('#go')
   page.wait_for_function("/^20 tokens/.test(document.querySelector('#speed').textContent)")
   assert page.text_content('#text') == text
+
+
+@pytest.mark.supports('serving', 'a web page: a marked span is written anew, all else stays')
+def test_a_marked_span_is_written_anew(page):
+  page.select_option('#model', 'talk')
+  page.click('#tab-infill')
+  page.fill('#whole', 'abcXXXdef')
+  page.click('#rewrite')  # nothing is marked
+  page.wait_for_selector('#error:not([hidden])')
+  assert 'no span is marked' in page.text_content('#error')
+  page.fill('#infill .tokens', '9')
+  page.fill('#infill .temperature', '0')
+  page.evaluate("document.querySelector('#whole').setSelectionRange(3, 6)")
+  page.click('#rewrite')
+  page.wait_for_selector('#edited mark', state='attached')
+  middle, = infill.infill(*made('talk'), ByteVocabulary(), FIM, 'abc', 'def',
+                          SamplingConfig(max_new_tokens=9), 1, 0, 48)
+  assert page.text_content('#edited mark') == middle.text
+  assert page.text_content('#edited') == f'abc{middle.text}def'
+  assert page.is_hidden('#error')
 
 
 def test_the_tabs_are_what_the_model_can(page):
