@@ -57,9 +57,10 @@ NEVER = {
     'lm/training/*': ['lm.models', 'lm.layers', 'lm.corpus', 'lm.inference', 'lm.evaluation'],
     'lm/config*.py': ['jax', 'flax', 'tensorflow', 'lm.training', 'lm.models', 'lm.data'],
     # The process that speaks HTTP loads no model.
-    **{f'lm/serving/{name}.py': ['jax', 'flax', 'numpy', 'tensorflow', 'lm.inference', 'lm.data']
+    **{f'lm/serving/{name}.py': ['jax', 'flax', 'numpy', 'tensorflow', 'lm.inference', 'lm.data',
+                                'lm.corpus', 'lm.serving.filters']
        for name in ('protocol', 'pool', 'admission', 'schemas', 'answers', 'app', 'clouds',
-                    'metrics', 'server')},
+                    'guard', 'sentences', 'metrics', 'server')},
     'lm/errors.py': ['lm', 'jax', 'numpy'],
 }
 

@@ -109,7 +109,8 @@ def test_training_ends_with_the_metrics_of_both_splits(run, capsys):
   assert 'predictions/weather-test.html' in (run / 'report.html').read_text()
   result = evaluate(run, '--split=test')
   assert result == {'weather': {'step': 2, **header['metrics']}}
-  assert 'accuracy' in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert 'accuracy' in out and '  music: precision ' in out and '  sun: precision ' in out
 
 
 @pytest.mark.supports('evaluation', 'lm evaluate --tasks: other tasks with a run')

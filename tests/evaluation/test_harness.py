@@ -13,7 +13,6 @@ from lm.errors import UserError
 from lm.evaluation import harness, likelihood
 
 HERE = pathlib.Path(__file__).resolve().parent
-WEIGHTS = HERE.parents[2] / 'shared' / 'data' / 'weights' / 'stories260K'
 TASKS = ('piqa', 'winogrande', 'lambada', 'blimp')
 TEXTS = ['Once upon a time, there was a little girl named Lily.\nShe liked to play. ' * n
          for n in (1, 40)]  # the longer one has more tokens than the model sees
@@ -28,17 +27,6 @@ def make():
   if not module.DATA.exists():
     pytest.skip('the evaluation sets are not beside the repository')
   return module
-
-
-@pytest.fixture(scope='module')
-def stories(tmp_path_factory):
-  """A run of stories260K, a real Llama."""
-  if not WEIGHTS.exists():
-    pytest.skip('stories260K is not beside the repository')
-  directory = tmp_path_factory.mktemp('stories') / 'run'
-  assert not main.main(['convert', f'--from={WEIGHTS / "stories260K.bin"}',
-                        f'--tokenizer={WEIGHTS / "tok512.bin"}', f'--run_dir={directory}'])
-  return directory
 
 
 @pytest.fixture(scope='module')
