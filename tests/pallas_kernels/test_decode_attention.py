@@ -166,6 +166,19 @@ def test_decoding_takes_a_bias(rows, implementation):
   assert error(out, float64(query, key, value, lengths, **options)) <= 1e-5
 
 
+@pytest.mark.parametrize('implementation', ['cpu', 'tpu'])
+def test_the_gradient_is_that_of_the_form_of_xla(implementation):
+  lengths = jnp.array([130, 7])
+  arrays = {'query': random(0, 2, 2, 4, 64), 'key': random(1, 2, 2, 256, 64),
+            'value': random(2, 2, 2, 256, 64)}
+  weights = random(3, 2, 2, 4, 64)
+  of = lambda which: jax.grad(lambda arrays: (weights * decode_attention(
+      **arrays, lengths=lengths, implementation=which)).sum())(arrays)
+  for got, want in zip(*map(jax.tree.leaves, (of(implementation), of('reference')))):
+    assert np.abs(want).max() > 0.1
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+
+
 def test_nothing_is_read_that_is_not_seen_or_not_there():
   """In a simulated memory whose unwritten places are NaN and whose copies take their time; pages
   that hold nothing of a row are none of the pool, and the simulation raises on reading them."""
