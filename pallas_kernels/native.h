@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <memory>
+#include <mutex>
 #include <thread>
 #include <type_traits>
 
@@ -135,23 +135,80 @@ struct Product {
   }
 };
 
-// Calls work(part) for all parts; threads of the pool take one after the other until none is left,
-// so that a late thread holds nothing up.
-template <typename F>
-void InParallel(ffi::ThreadPool& pool, int64_t threads, int64_t parts, const F& work) {
-  struct State { std::atomic<int64_t> taken{0}, done{0}; };
-  auto state = std::make_shared<State>();
-  auto take = [state, parts, work] {
-    for (int64_t part; (part = state->taken.fetch_add(1)) < parts;) {
-      work(part);
-      state->done.fetch_add(1, std::memory_order_release);
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Threads that look out for the next product for a while before they sleep: to wake one takes longer
+// than most products of a decode step.
+class Team {
+ public:
+  static Team& Of(int64_t threads) {
+    static Team* team = new Team(threads - 1);  // never destroyed: its threads may be at work
+    return *team;
+  }
+
+  // Calls work(part) for all parts, each thread one after the other until none is left, so that a
+  // late thread holds nothing up. Where the team is at work already the caller does all.
+  void Run(int64_t threads, int64_t parts, const std::function<void(int64_t)>& work) {
+    std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    if (!turn.owns_lock() || threads < 2 || parts < 2) {
+      for (int64_t part = 0; part < parts; part++) work(part);
+      return;
     }
-  };
+    work_ = &work, wanted_ = threads - 1, done_ = 0;
+    uint64_t ticket = ((ticket_ >> 32) + 1) << 32 | parts;
+    ticket_ = ticket;
+    ticket_.notify_all();
+    Take(ticket);
+    while (done_.load(std::memory_order_acquire) < parts) Pause();
+  }
+
+ private:
+  static constexpr int kLooks = 1 << 14;  // some 0.2 ms
+
+  explicit Team(int64_t threads) {
+    for (int64_t i = 0; i < threads; i++) std::thread(&Team::Wait, this, i).detach();
+  }
+
+  void Wait(int64_t index) {
+    for (uint64_t seen = 0;;) {
+      uint64_t ticket = ticket_;
+      for (int i = 0; ticket >> 32 == seen; ticket = ticket_) {
+        if (++i < kLooks) Pause();
+        else ticket_.wait(ticket);
+      }
+      seen = ticket >> 32;
+      if (index < wanted_) Take(ticket);
+    }
+  }
+
+  // Parts of this ticket's round. While one is left, or not done, the round stands, and `work_`.
+  void Take(uint64_t ticket) {
+    for (uint64_t round = ticket >> 32; ticket >> 32 == round && uint32_t(ticket);) {
+      auto* work = work_.load();
+      if (!ticket_.compare_exchange_weak(ticket, ticket - 1)) continue;
+      (*work)(uint32_t(ticket) - 1);
+      done_.fetch_add(1, std::memory_order_release);
+      ticket = ticket_;
+    }
+  }
+
+  std::mutex turn_;
+  std::atomic<uint64_t> ticket_{0};  // the round's number, and below it how many parts are left
+  std::atomic<const std::function<void(int64_t)>*> work_{nullptr};
+  std::atomic<int64_t> wanted_{0}, done_{0};
+};
+
+// Calls work(part) for all parts, with so many threads of those that XLA has.
+inline void InParallel(ffi::ThreadPool& pool, int64_t threads, int64_t parts,
+                       const std::function<void(int64_t)>& work) {
   threads = std::min<int64_t>({threads, parts, pool.num_threads()});
-  for (int64_t i = 1; i < threads; i++) pool.Schedule(std::function<void()>(take));
-  take();
-  for (int i = 0; state->done.load(std::memory_order_acquire) < parts; i++)
-    if (i > 1000) std::this_thread::yield();
+  Team::Of(pool.num_threads()).Run(threads, parts, work);
 }
 
 }  // namespace lm

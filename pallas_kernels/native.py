@@ -22,7 +22,7 @@ from pallas_kernels import platform
 HERE = pathlib.Path(__file__).parent
 TARGETS = 'lm_streamed_matmul', 'lm_decode_attention', 'lm_put_tokens'
 SOURCES = HERE / 'streamed_matmul' / 'cpu.cc', HERE / 'decode_attention' / 'cpu.cc'
-FLAGS = ('-std=c++17', '-O3', '-march=native', '-fPIC', '-shared', '-w')
+FLAGS = ('-std=c++20', '-O3', '-march=native', '-fPIC', '-shared', '-w')
 SECONDS = 300  # that the compiler may take
 
 

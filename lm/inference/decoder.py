@@ -118,18 +118,20 @@ class Decoder:
     return self._apply(params, *args, **kwargs, **method)
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def cast_matrices(params: Any, dtype: str) -> Any:
   """Casts matrices and embeddings to the dtype in which layers compute, as each use of them would.
 
   A token reads every weight once, so their size is its time. Scales and biases stay as they are:
   norms compute with them in float32, as DoRA does with its magnitudes.
   """
-  def cast(path, leaf):
-    as_they_are = 'scale', 'bias', 'lora_scale', 'magnitude', 'input_scale'
-    is_kept = isinstance(leaf, Quantized | Streamed) or path[-1].key in as_they_are
-    return leaf if is_kept else leaf.astype(dtype)
-  return jax.tree_util.tree_map_with_path(cast, params, is_leaf=_is_product)
+  as_they_are = 'scale', 'bias', 'lora_scale', 'magnitude', 'input_scale'
+  return _replaced(params, lambda name, leaf: not _is_product(leaf) and leaf.dtype != dtype and
+                   name.rpartition('/')[2] not in as_they_are, lambda old: _cast(old, dtype))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(leaves, dtype):
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), leaves)
 
 
 def streamed(params: Any) -> Any:
@@ -139,28 +141,40 @@ def streamed(params: Any) -> Any:
   if any(isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array)
          or [device.platform for device in leaf.devices()] != ['cpu'] for leaf in leaves):
     return params
-  return _streamed(params) if native.is_there() else params
+  return _replaced(params, _may_stream, _lay) if native.is_there() else params
+
+
+def _may_stream(name, leaf):
+  if isinstance(leaf, Streamed):
+    return False
+  is_quantized = isinstance(leaf, Quantized)
+  values = leaf.values if is_quantized else leaf
+  if values.dtype not in ('float32', 'bfloat16', 'int8'):
+    return False
+  one = matrices.matrix_of(name, values)
+  in_groups = is_quantized and one is not None and leaf.scales.size * one.K != values.size
+  return matrices.is_embedding(name) or one is not None and not in_groups
 
 
 @jax.jit
-def _streamed(params):
-  def lay(path, leaf):
-    name = matrices.name_of(path)
-    if isinstance(leaf, Streamed):
-      return leaf
-    values, scales = leaf, None
-    if isinstance(leaf, Quantized):
-      values, scales = leaf.values, leaf.scales
-    if values.dtype not in ('float32', 'bfloat16', 'int8'):
-      return leaf
+def _lay(leaves):
+  def lay(name, leaf):
+    values, scales = (leaf.values, leaf.scales) if isinstance(leaf, Quantized) else (leaf, None)
     if matrices.is_embedding(name):
       return Streamed(values, scales)
     one = matrices.matrix_of(name, values)
-    if one is None or scales is not None and scales.size * one.K != values.size:  # in groups
-      return leaf
     return Streamed(one.flat(values).mT.reshape(*one.stack, one.N, one.K),
                     None if scales is None else scales.reshape(*one.stack, one.N))
-  return jax.tree_util.tree_map_with_path(lay, params, is_leaf=_is_product)
+  return {name: lay(name, leaf) for name, leaf in leaves.items()}
+
+
+def _replaced(params, is_meant, change):
+  """The parameters with the leaves that are meant changed, all at once, as a dict by their names;
+  of parameters that are prepared none is."""
+  leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_product)
+  named = {matrices.name_of(path): leaf for path, leaf in leaves}
+  old = {name: leaf for name, leaf in named.items() if is_meant(name, leaf)}
+  return tree.unflatten((named | change(old)).values()) if old else params
 
 
 def _to_host(path, leaf):

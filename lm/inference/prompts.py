@@ -73,7 +73,8 @@ def batches(decoder: Decoder, prompts: Sequence[np.ndarray], max_new_tokens: Seq
     if bos_id is None and not len(prompt) and not decoder.has_encoder:
       raise UserError(f'prompt {i} is empty and this model has no token that begins a text; '
                       'give it at least one')
-    bucket = (min(round_up(max(len(prompt) + 1, SHORTEST_BUCKET)), max_length),
+    size = len(prompt) + (decoder.has_encoder or bos_id is not None)  # an encoder's: an eos_id
+    bucket = (min(round_up(max(size, SHORTEST_BUCKET)), max_length),
               min(round_up(max_new_tokens[i]), max_length))
     buckets.setdefault(bucket, []).append(i)
   for (bucket, num_new), members in sorted(buckets.items()):
