@@ -143,8 +143,8 @@ inline void Pause() {
 #endif
 }
 
-// Threads that look out for the next product for a while before they sleep: to wake one takes longer
-// than most products of a decode step.
+// Threads that look out for the next product for a while before they sleep: to wake one takes as
+// long as most products of a decode step.
 class Team {
  public:
   static Team& Of(int64_t threads) {
@@ -165,7 +165,10 @@ class Team {
     ticket_ = ticket;
     ticket_.notify_all();
     Take(ticket);
-    while (done_.load(std::memory_order_acquire) < parts) Pause();
+    for (int i = 0; done_.load(std::memory_order_acquire) < parts; i++) {
+      if (i < kLooks) Pause();
+      else std::this_thread::yield();  // the other was put to sleep at its part
+    }
   }
 
  private:
