@@ -1,13 +1,15 @@
 """What is supported, as the marks of the tests say it.
 
 A test that shows a capability is marked `@pytest.mark.supports(area, case, ...)`. `python
-tests/supported.py` writes the table of all marks into README.md; test_supported.py compares.
+tests/supported.py` writes all of them into SUPPORTED.md, and a row an area into README.md;
+test_supported.py compares.
 """
 import ast
 import pathlib
 
 TESTS = pathlib.Path(__file__).resolve().parent
-README = TESTS.parent / 'README.md'
+README, WHOLE = TESTS.parent / 'README.md', TESTS / 'SUPPORTED.md'
+WIDTH = 84  # characters of what the README says of an area
 BEGIN, END = '<!-- supported: python tests/supported.py -->\n', '<!-- end -->\n'
 AREAS = ('documents', 'vocabularies', 'data', 'objectives', 'models', 'sizes', 'layers',
          'kernels', 'precision and parallelism', 'optimisers', 'faults survived', 'watching',
@@ -23,16 +25,39 @@ def marks(source: str) -> list[tuple[str, ...]]:
   return [tuple(ast.literal_eval(argument) for argument in call.args) for call in calls]
 
 
-def table() -> str:
-  """The marks of all tests as a table of Markdown, a row an area."""
-  rows = {area: [] for area in AREAS}
+def shown() -> dict[str, dict[str, str]]:
+  """Of each area its cases, and the first test file that shows each."""
+  areas = {area: {} for area in AREAS}
   for path in sorted(TESTS.rglob('test_*.py')):
     for area, *cases in marks(path.read_text('utf-8')):
-      if area not in rows:
+      if area not in areas:
         raise SystemExit(f'{path.name}: area {area!r} is not one of {AREAS}')
-      rows[area] += [case for case in cases if case not in rows[area]]
-  lines = [f'| {area} | {", ".join(cases)} |\n' for area, cases in rows.items() if cases]
-  return '| supported | each shown by a test |\n|---|---|\n' + ''.join(lines)
+      for case in cases:
+        areas[area].setdefault(case, path.relative_to(TESTS).as_posix())
+  return areas
+
+
+def table() -> str:
+  """A row an area: how much of it a test shows, and the cases that fit, the shortest first."""
+  lines = []
+  for area, cases in shown().items():
+    said = ''
+    for case in sorted(cases, key=lambda case: (len(case), case)):
+      if len(said) + len(case) > WIDTH:
+        break
+      said += f'{case}, '
+    lines.append(f'| {area} | {len(cases)} | {said}... |\n')
+  return '| area | shown | such as |\n|---|---|---|\n' + ''.join(lines)
+
+
+def whole() -> str:
+  """All cases, each with the test that shows it."""
+  lines = ['# What is supported\n\nWritten by `python tests/supported.py`: what a test shows, and '
+           'which.\n']
+  for area, cases in shown().items():
+    lines += [f'\n## {area}\n\n', *(f'- {case} ([{path}]({path}))\n'
+                                    for case, path in cases.items())]
+  return ''.join(lines)
 
 
 def split_readme() -> tuple[str, str, str]:
@@ -45,3 +70,4 @@ def split_readme() -> tuple[str, str, str]:
 if __name__ == '__main__':
   start, _, end = split_readme()
   README.write_text(start + table() + end, 'utf-8')
+  WHOLE.write_text(whole(), 'utf-8')
