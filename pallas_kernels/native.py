@@ -20,7 +20,7 @@ import jaxlib
 from pallas_kernels import platform
 
 HERE = pathlib.Path(__file__).parent
-TARGETS = 'lm_streamed_matmul', 'lm_decode_attention', 'lm_put_tokens'
+TARGETS = 'lm_streamed_matmul', 'lm_streamed_rows', 'lm_decode_attention', 'lm_put_tokens'
 SOURCES = HERE / 'streamed_matmul' / 'cpu.cc', HERE / 'decode_attention' / 'cpu.cc'
 FLAGS = ('-std=c++20', '-O3', '-march=native', '-fPIC', '-shared', '-w')
 SECONDS = 300  # that the compiler may take

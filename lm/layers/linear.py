@@ -17,7 +17,7 @@ from pallas_kernels import platform
 from pallas_kernels.dropout import Draws
 from pallas_kernels.matmul import dot
 from pallas_kernels.quantized_matmul import Quantized, quantized_matmul
-from pallas_kernels.streamed_matmul import Streamed, streamed_matmul
+from pallas_kernels.streamed_matmul import Streamed, streamed_matmul, streamed_rows
 
 Table = Float[Array, 'V D'] | Quantized | Streamed  # an embedding
 
@@ -116,10 +116,10 @@ def embed(embedding_VD: Table, tokens: Int[Array, 'B T'],
   """
   if noise_BTD is not None:
     return embed(embedding_VD, tokens, dtype, rules) + noise_BTD.astype(dtype)
-  if isinstance(embedding_VD, Quantized | Streamed):
+  if isinstance(embedding_VD, Streamed):
+    return streamed_rows(embedding_VD, tokens, dtype)
+  if isinstance(embedding_VD, Quantized):
     found, scales_V = _take(embedding_VD.values, tokens), embedding_VD.scales
-    if scales_V is None:
-      return found.astype(dtype)
     return (found.astype(jnp.float32) * scales_V[tokens][..., None]).astype(dtype)
   shards = rules.shards('vocab')
   if shards == 1 or len(embedding_VD) % shards:

@@ -66,3 +66,24 @@ def streamed_matmul(x: jax.Array, w: Streamed, *, dtype: jax.typing.DTypeLike | 
   else:
     y_MN = platform.by_platform(on_cpu, plain, x_MK, w.values, scales)
   return y_MN.astype(dtype or x.dtype).reshape(*x.shape[:-1], N)
+
+
+def streamed_rows(w: Streamed, rows: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Rows of a streamed matrix, as of an embedding's tokens. On a CPU native code copies them: in a
+  loop XLA's gather of bfloat16 makes a copy of the whole table first.
+
+  Args:
+    w: a matrix [N, K].
+    rows: integers [...], from 0; of floats, one behind the last is NaN.
+    dtype: of the result.
+
+  Returns:
+    [..., K] in `dtype`.
+  """
+  if native.is_there():
+    found = platform.by_platform(cpu.rows, reference.rows, w.values, rows)
+  else:
+    found = reference.rows(w.values, rows)
+  if w.scales is None:
+    return found.astype(dtype)
+  return (found.astype(jnp.float32) * w.scales[rows][..., None]).astype(dtype)

@@ -31,6 +31,20 @@ ffi::Error StreamedMatmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
   }
 }
 
+// Rows of w as they lie; all bits of one that is not there are set, which is NaN of floats.
+ffi::Error StreamedRows(ffi::AnyBuffer w, ffi::Buffer<ffi::S32> rows,
+                        ffi::Result<ffi::AnyBuffer> out) {
+  int64_t N = w.dimensions()[0], bytes = N ? w.size_bytes() / N : 0;
+  const char* from = static_cast<const char*>(w.untyped_data());
+  char* to = static_cast<char*>(out->untyped_data());
+  for (int64_t i = 0; i < int64_t(rows.element_count()); i++) {
+    int64_t row = rows.typed_data()[i];
+    if (0 <= row && row < N) std::memcpy(to + i * bytes, from + row * bytes, bytes);
+    else std::memset(to + i * bytes, 0xff, bytes);
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace lm
 
@@ -39,3 +53,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().Arg<xla::ffi::AnyBuffer>()
         .Arg<xla::ffi::AnyBuffer>().Arg<xla::ffi::Buffer<xla::ffi::F32>>()
         .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    lm_streamed_rows, lm::StreamedRows,
+    xla::ffi::Ffi::Bind().Arg<xla::ffi::AnyBuffer>().Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+        .Ret<xla::ffi::AnyBuffer>());

@@ -13,3 +13,9 @@ def matmul(x_MK: jax.Array, values_NK: jax.Array, scales_N: jax.Array) -> jax.Ar
     x_MK = x_MK.astype(jnp.float32)
   result = jax.ShapeDtypeStruct((len(x_MK), len(values_NK)), jnp.float32)
   return jax.ffi.ffi_call('lm_streamed_matmul', result)(x_MK, values_NK, scales_N)
+
+
+def rows(values_NK: jax.Array, rows: jax.Array) -> jax.Array:
+  """[..., K] of `rows` [...], copied from where they lie."""
+  result = jax.ShapeDtypeStruct((*rows.shape, values_NK.shape[1]), values_NK.dtype)
+  return jax.ffi.ffi_call('lm_streamed_rows', result)(values_NK, rows.astype(jnp.int32))

@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels import native
 from pallas_kernels.decode_attention import put_tokens
 from pallas_kernels.quantized_matmul import quantize
-from pallas_kernels.streamed_matmul import Streamed, streamed_matmul
+from pallas_kernels.streamed_matmul import Streamed, streamed_matmul, streamed_rows
 
 needs_compiler = pytest.mark.skipif(not native.is_there(), reason='needs a C++ compiler')
 TOLERANCE = {'float32': 1e-6, 'bfloat16': 1e-6, 'int8': 1e-6}  # of sums in float32
@@ -31,6 +31,17 @@ def matrix(dtype, N, K):
   values_KN, scales_N = quantize(w_NK.T, 8)
   values_NK = np.asarray(values_KN).T.copy()
   return Streamed(jnp.asarray(values_NK), scales_N), values_NK * np.asarray(scales_N)[:, None]
+
+
+@needs_compiler
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
+def test_rows_are_those_of_the_matrix_and_one_that_is_not_there_is_nan(dtype):
+  w, exact = matrix(dtype, 7, 33)
+  rows = jnp.array([[3, 0, 6], [6, 6, 2]])
+  got = jax.jit(lambda w, rows: streamed_rows(w, rows, jnp.float32))(w, rows)
+  np.testing.assert_allclose(got, exact[np.asarray(rows)], rtol=1e-6)
+  if dtype != 'int8':
+    assert np.isnan(streamed_rows(w, jnp.array([7]), dtype)).all()
 
 
 @needs_compiler
