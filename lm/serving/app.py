@@ -94,7 +94,9 @@ class Service:
                           f'{", ".join(self.models)}')
     able = served.facts.get('abilities', ())
     if able and op not in able:
-      raise UserError(f'the model {name!r} can {", ".join(able)}, and not {op}')
+      what = op if op != 'score' else (
+          'score a prompt, as echo with max_tokens=0 asks; the run of a GPT can')
+      raise UserError(f'the model {name!r} can {", ".join(able)}, and not {what}')
     return served
 
   async def _admitted(self, name, caller, route, jobs):
@@ -235,10 +237,11 @@ def _add_readings(app, service, caller):
 def _add_state(app, service, caller):
   @app.get('/v1/models')
   async def models(name: caller) -> Response:
-    """The models, and what each can."""
+    """The models, what each can, and whether texts are `filtered`: then logprobs are refused."""
     del name
     return JSONResponse({'object': 'list', 'data': [
-        {'id': served.name, 'object': 'model', 'created': 0, 'owned_by': 'lm', **served.facts}
+        {'id': served.name, 'object': 'model', 'created': 0, 'owned_by': 'lm',
+         'filtered': service.guard is not None, **served.facts}
         for served in service.models.values()]})
 
   @app.get('/health')

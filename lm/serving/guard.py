@@ -3,8 +3,10 @@
 A text goes out by sentences, of at most 280 characters (about 70 tokens), each only when all that
 was written so far was judged; where a blocked phrase or personal information may have begun, it
 waits for what follows, for 272 characters at most behind a figure. What goes out is the same
-whether it is streamed or not, and however the model cut it into pieces. Log-probabilities are
-never told, since they would tell words that were not judged.
+whether it is streamed or not, and however the model cut it into pieces. The usage of a text that is
+cut counts the tokens up to the one with which it was refused. Log-probabilities of an answer's
+tokens, and other tokens beside those of a prompt, would tell words that were not judged: who asks
+for them is refused.
 
 Every decision is logged and counted, by whose key, route, side, verdict, rule and score: never the
 text, nor what of it was found.
@@ -77,9 +79,11 @@ class Guard:
     """The jobs of a request, without personal information where that is redacted.
 
     Raises:
-      Blocked: one holds what is refused. UserError: one cannot be judged.
+      Blocked: one holds what is refused. UserError: one cannot be judged, or asks for what cannot.
       FilterLost: none can. Refused: too many wait.
     """
+    for job in jobs:
+      _check_top(job)
     texts = list(dict.fromkeys(text for job in jobs for text in _texts(job)))
     async with self._queue.place(caller):
       verdicts = [await self._judge(text, list(sentences.windows(text))) for text in texts]
@@ -110,35 +114,36 @@ class Guard:
   async def _written(self, events, caller, route, job):
     prompt = job.get('prompt')
     outlet = _Outlet(self._judge, _end_of(prompt) if isinstance(prompt, str) else '')
-    pieces = 0
     async for event in events:
       if 'error' in event:
         yield event
         return
-      pieces += 1
       text = await outlet.feed(event.get('text', ''), 'done' in event)
       if outlet.refused:
         self._decide(caller, route, 'output', outlet.worst, outlet.kinds)
-        # The worker ends without telling how many tokens there were.
-        yield {'new_tokens': pieces, **event, 'text': text, 'done': CUT}
+        yield {**event, 'text': text, 'done': CUT}
         return
       if text or 'done' in event:
         yield {**event, 'text': text}
     self._decide(caller, route, 'output', outlet.worst, outlet.kinds)
 
   async def _filled(self, caller, route, job, event):
-    """The candidates of blanks without those with which the text would be refused."""
-    parts, blanks, worst = job['input'].split('[MASK]'), [], {}
+    """The candidates of blanks without those with which the text would be refused, or of which
+    personal information would be made."""
+    parts, blanks, worst, kinds = job['input'].split('[MASK]'), [], {}, []
     for number, blank in enumerate(event['blanks'], 1):
       before, after = ('[MASK]'.join(part) for part in (parts[:number], parts[number:]))
       kept = []
       for candidate in blank:
+        begin, end = len(before), len(before + candidate['text'])
         text = before + candidate['text'] + after
         verdict = await self._judge(text, list(sentences.windows(text)))
         worst = verdict if verdict['rule'] or not worst else worst
-        kept += [] if verdict['rule'] else [candidate]
+        private = [kind for first, last, kind in verdict['spans'] if first < end and begin < last]
+        kinds += private
+        kept += [] if verdict['rule'] or private else [candidate]
       blanks.append(kept)
-    self._decide(caller, route, 'output', worst, [])
+    self._decide(caller, route, 'output', worst, kinds)
     return {**event, 'blanks': blanks}
 
   async def _judge(self, text: str, windows: Sequence[tuple[int, int]], start: int = 0,
@@ -252,6 +257,16 @@ def _texts(job: Job) -> Iterable[str]:
       raise UserError('this server filters texts, and cannot judge the ids of tokens; send a text')
 
 
+def _check_top(job: Job):
+  """Raises UserError where a job asks for tokens that nobody judges."""
+  if job['op'] == 'complete' and job['top'] is not None:
+    raise UserError('this server filters texts, and logprobs would tell tokens that were not '
+                    'judged; leave logprobs out')
+  if job['op'] == 'score' and job['top']:
+    raise UserError(f'this server filters texts, and logprobs={job["top"]} would tell tokens that '
+                    'were not judged beside those of the prompt; set logprobs=0')
+
+
 def _changed(job: Job, spans: dict[str, Spans]) -> Job:
   """A job without the personal information in it."""
   clean = lambda text: redacted(text, spans[text], 0, len(text))
@@ -264,8 +279,6 @@ def _changed(job: Job, spans: dict[str, Spans]) -> Job:
       changed[name] = [{**message, 'content': clean(message['content'])} for message in value]
     elif value:
       changed[name] = _words(value, spans[' '.join(value)])
-  if job['op'] in ('complete', 'score'):
-    changed['top'] = 0 if job['op'] == 'score' else None
   return changed
 
 

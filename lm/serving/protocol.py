@@ -13,7 +13,8 @@ A job to the worker is an object with a number `id` that names it and an `op`:
   stop      ends the worker when all jobs are done
 
 An event from the worker carries the `id` of its job, or `ready` once at the start. `text` is what
-came behind the text so far, with `tokens` (texts) and `log_probs`; the last event of a job has
+came behind the text so far, with `tokens` (texts) and `log_probs` if they are asked for, and with
+how many `prompt_tokens` were read and `new_tokens` written by then; the last event of a job has
 `done`, or `error`, a sentence, with `kind` 'user' for a mistake of the request.
 """
 from collections.abc import Callable

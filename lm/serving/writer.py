@@ -107,7 +107,7 @@ class Writer:
     return 0 if is_busy or self._side else None
 
   def _complete(self, job, tell):
-    number, sent = job['id'], 0
+    number, sent, written = job['id'], 0, 0
     in_chat = isinstance(job['prompt'], list) and isinstance([*job['prompt'], 0][0], dict)
     if in_chat not in self._texts:
       raise UserError('this model has no chat template; send a prompt to /v1/completions')
@@ -115,12 +115,14 @@ class Writer:
     pieces = Detokenizer(self._vocabulary.decode)
 
     def on_tokens(tokens, log_probs):
-      nonlocal sent
+      nonlocal sent, written
       text = stream.text[sent:]
+      written += len(tokens)
       if text or wants_tokens:
         sent += len(text)
         parts = {'tokens': [*map(pieces.feed, tokens)], 'log_probs': log_probs}
-        tell({'text': text, **(parts if wants_tokens else {})})
+        tell({'text': text, 'new_tokens': written, 'prompt_tokens': len(request.prompt),
+              **(parts if wants_tokens else {})})
 
     def on_end(ticket):
       del self._tickets[number]

@@ -1,4 +1,5 @@
 """A server with filters lets nothing through that they refuse, says so, and keeps no text."""
+import functools
 import json
 import os
 import signal
@@ -31,7 +32,7 @@ def guarded(tmp_path_factory):
   (folder / 'keys').write_text(f'anna {KEY}')
   (folder / 'list').write_text('grumbo\nvery bad thing\n')
   with open(folder / 'log', 'w+') as log:
-    server = Server('says', 'classify', 'embed', 'tag', keys=str(folder / 'keys'),
+    server = Server('says', 'gpt', 'classify', 'embed', 'tag', 'fill', keys=str(folder / 'keys'),
                     blocklist=str(folder / 'list'), log=log)
     client = openai.OpenAI(base_url=f'{server.url}/v1', api_key=KEY, max_retries=0)
     post = lambda path, **body: server.post(path, json=body,
@@ -79,6 +80,8 @@ def test_every_route_is_judged(guarded):
       'chat': chat, 'embed': lambda text: guarded.post('/v1/embeddings', model='embed', input=text),
       'classify': lambda text: guarded.post('/v1/classify', model='classify', input=['a', text]),
       'tag': lambda text: guarded.post('/v1/tag', model='tag', input=[text.split()]),
+      'fill': lambda text: guarded.post('/v1/fill', model='fill',
+                                        input=['a [MASK]', f'[MASK] {text}']),
       'SageMaker': lambda text: guarded.post('/invocations', model='embed', input=text),
       'Vertex AI': lambda text: guarded.post('/predict', instances=[{'model': 'embed',
                                                                      'input': text}])}
@@ -92,6 +95,9 @@ def test_every_route_is_judged(guarded):
 
 def test_a_text_is_cut_before_what_is_refused(guarded):
   for bad, rule in (('a gr|umb|o!', 'blocklist'), ('100|% of it', 'harm')):
+    refused = functools.partial(guarded.server.metric, 'lm_filter_decisions_total', side='output',
+                                verdict='block', rule=rule)
+    before = refused()
     pieces = ['It was ', 'so.', ' Then', ' more. ', *bad.split('|'), ' And on.']
     whole = said(guarded, *pieces)
     assert (whole.text, whole.finish_reason) == ('It was so. Then more. ', 'content_filter')
@@ -99,8 +105,7 @@ def test_a_text_is_cut_before_what_is_refused(guarded):
     assert (''.join(texts), end) == (whole.text, 'content_filter') and len(texts) > 2
     again, end = streamed(guarded, *''.join(pieces))
     assert (''.join(again), end) == (whole.text, 'content_filter')
-    assert guarded.server.metric('lm_filter_decisions_total', side='output', verdict='block',
-                                 rule=rule) == 3
+    assert refused() == before + 3
   assert until(lambda: guarded.server.metric('lm_running') == 0)
   fine = said(guarded, 'It was ', 'so.')
   assert (fine.text, fine.finish_reason) == ('It was so.', 'stop')
@@ -119,11 +124,69 @@ def test_personal_information_is_replaced_on_both_sides(guarded):
   assert guarded.server.metric('lm_filter_decisions_total', side='input', verdict='redact') >= 2
 
 
+@pytest.mark.supports('serving', 'no blank is filled with what is refused')
+@pytest.mark.parametrize('text, filled', [
+    ('gr[MASK]mba', ['uo0a']), ('gr[MASK]mbo', ['o0a']), ('[MASK] gr[MASK]mbo', ['uo0a', 'o0a']),
+    ('a very bad [MASK] thing', ['uo0a']), ('to ann@exampl.c[MASK]', ['0']),
+    ('ann@example.org [MASK]', ['uo0a'])])
+def test_a_blank_is_filled_with_nothing_that_is_refused(guarded, text, filled):
+  told = len(guarded.log.read_text())
+  found = guarded.post('/v1/fill', model='fill', input=[text])
+  blanks = found.json()['data'][0]['blanks']
+  assert [''.join(one['text'] for one in blank) for blank in blanks] == filled
+  for blank in blanks:
+    scores = [one['score'] for one in blank]
+    assert scores == sorted(scores, reverse=True) and sum(scores) < 1
+  size = len(text.replace('[MASK]', '_').replace('ann@example.org', '<EMAIL>'))
+  assert found.json()['usage']['prompt_tokens'] == size + 2
+  # Of the five letters one is always refused; three would end the address.
+  decision = 'route=/v1/fill side=output verdict=block rule=harm score=0.9820 redacted='
+  assert decision + ('email:3\n' if filled == ['0'] else '-\n') in guarded.log.read_text()[told:]
+
+
 def test_what_cannot_be_judged_does_not_pass(guarded):
   with pytest.raises(openai.BadRequestError, match='cannot judge the ids of tokens'):
     guarded.client.completions.create(model='says', prompt=[1, 2, 3])
-  shown = said(guarded, 'All is ', 'well. ', logprobs=2)  # Tokens would tell what was not judged.
-  assert shown.text == 'All is well. ' and shown.logprobs is None
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_log_probabilities_of_what_is_not_judged_are_refused(guarded, stream):
+  ask = functools.partial(guarded.client.completions.create, model='says', prompt=spelt('yes'))
+  for logprobs in (0, 2):
+    with pytest.raises(openai.BadRequestError, match='filters texts.*leave logprobs out') as told:
+      ask(logprobs=logprobs, stream=stream)
+    assert told.value.status_code == 400
+  with pytest.raises(openai.BadRequestError, match='leave logprobs out'):
+    guarded.client.chat.completions.create(
+        model='says', messages=[{'role': 'user', 'content': spelt('yes')}], logprobs=True,
+        stream=stream)
+  score = functools.partial(ask, model='gpt', prompt='abc', max_tokens=0, echo=True)
+  with pytest.raises(openai.BadRequestError, match='logprobs=2.*set logprobs=0'):
+    score(logprobs=2)
+  scores = score(logprobs=0).choices[0].logprobs  # of a prompt that was judged
+  assert scores.tokens == ['a', 'b', 'c'] and all(value < 0 for value in scores.token_logprobs)
+  models = guarded.client.models.list().data
+  assert len(models) == 6 and all(model.filtered for model in models)
+
+
+WRITTEN = 'It was so. A grumbo came. And on it goes'
+
+
+def test_the_usage_of_a_text_that_is_cut_counts_what_was_written(guarded):
+  ask = lambda **options: guarded.client.completions.create(
+      model='gpt', prompt=['abcd', 'xy'], n=2, max_tokens=40,
+      extra_body={'choices': [WRITTEN]}, **options)
+  count = lambda: [guarded.server.metric('lm_tokens_total', model='gpt', kind=kind)
+                   for kind in ('prompt', 'completion')]
+  before, whole = count(), ask()
+  assert {(one.text, one.finish_reason) for one in whole.choices} == {
+      ('It was so. ', 'content_filter')}
+  # A token a byte, up to the blank behind which the second sentence was judged.
+  tokens = len('It was so. A grumbo came. ')
+  assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (4 + 2, 4 * tokens)
+  assert count() == [before[0] + 6, before[1] + 4 * tokens]
+  *_, last = ask(stream=True, stream_options={'include_usage': True})
+  assert last.usage == whole.usage
 
 
 def test_the_log_has_decisions_and_no_text(guarded):

@@ -1,7 +1,10 @@
 """Every engine behind the one interface: what it writes, and that no stream waits for a score."""
+import asyncio
 import json
 import pathlib
+import types
 
+import httpx2 as httpx
 import jax
 import jaxtyping
 import numpy as np
@@ -18,6 +21,9 @@ from lm.export import artifact
 from lm.inference import complete, infill, SamplingConfig
 from lm.inference.scores import score_texts
 from lm.interop import of_run
+from lm.serving import app
+from lm.serving.admission import Keys, Queue, Rates
+from lm.serving.answers import Limits
 from lm.serving.reader import Batching, Reader
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -46,6 +52,22 @@ def ask(writer, jobs):
   while writer.step() is not None:
     pass
   return [texts[one['id']] for one in jobs], [ends[one['id']] for one in jobs]
+
+
+def asked_for_scores(abilities):
+  """The server's answer to who asks a model of these abilities for the scores of a prompt."""
+  served = types.SimpleNamespace(name='m', facts={'abilities': abilities}, is_ready=True)
+  service = app.Service([(served, Queue(1, 1))], Keys(None), Rates(None), Limits())
+
+  async def ask():
+    transport = httpx.ASGITransport(app=app.create(service))
+    async with httpx.AsyncClient(transport=transport, base_url='http://server') as client:
+      return await client.post('/v1/completions', json={
+          'model': 'm', 'prompt': 'ab', 'echo': True, 'logprobs': 1, 'max_tokens': 0})
+  return asyncio.run(ask())
+
+
+SCORES_REFUSED = 'and not score a prompt, as echo with max_tokens=0 asks; the run of a GPT can'
 
 
 @pytest.fixture(scope='module')
@@ -100,6 +122,8 @@ def test_a_run_of_another_family_completes_as_generate_does(trained, family):
   assert all(len(end['top']) == end['new_tokens'] for end in ends)
   with pytest.raises(UserError, match='can complete.*and not score'):
     writer.submit({'id': 9, 'op': 'score', 'prompt': 'a', 'top': 0}, print)
+  refused = asked_for_scores(writer.abilities)
+  assert refused.status_code == 400 and SCORES_REFUSED in refused.json()['error']['message']
   if family == 't5':
     gap = {'id': 1, 'op': 'infill', 'before': 'Some ', 'after': ' is', 'seed': 1, 'seconds': 600,
            'sampling': {'max_new_tokens': 9, 'temperature': 0}}
@@ -138,6 +162,8 @@ def artefact(tmp_path_factory):
 def test_an_exported_decoder_completes_and_talks_as_its_run(artefact, form):
   writer = serve_worker.load({**SPEC, 'directory': str(artefact('talk', form))})
   assert writer.abilities == ('complete', 'chat')
+  refused = asked_for_scores(writer.abilities)
+  assert refused.status_code == 400 and SCORES_REFUSED in refused.json()['error']['message']
   prompts = ['abc', 'hello', [{'role': 'user', 'content': 'hi'}], 'another prompt', 'ab']
   jobs = [job(i, prompt, sampling={'temperature': i / 4, 'top_p': 0.9}, top=i % 3)
           for i, prompt in enumerate(prompts)]

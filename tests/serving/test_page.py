@@ -1,7 +1,10 @@
 """The web page, in a browser, over a server of tiny models."""
+import contextlib
 import shutil
 
+from conftest import Server
 import pytest
+from test_content_filter import spelt
 from tiny_worker import FIM, made
 
 from lm.data.vocabularies import ByteVocabulary
@@ -10,8 +13,8 @@ from lm.inference import infill, SamplingConfig
 BROWSER = shutil.which('chromium') or shutil.which('chromium-browser')
 
 
-@pytest.fixture
-def page(writer):
+@contextlib.contextmanager
+def opened(url):
   """The page in headless Chromium; at the end it must have met no error."""
   if BROWSER is None:
     pytest.skip('there is no chromium on this machine')
@@ -22,13 +25,31 @@ def page(writer):
     page = browser.new_page()
     page.set_default_timeout(60_000)
     page.on('pageerror', lambda error: errors.append(error))
-    page.on('request', lambda request: request.url.startswith((writer.url, 'data:')) or (
+    page.on('request', lambda request: request.url.startswith((url, 'data:')) or (
         errors.append(f'{request.url} is elsewhere')))
-    page.goto(writer.url)
+    page.goto(url)
     page.wait_for_selector('#tab-complete')
     yield page
     browser.close()
   assert not errors
+
+
+@pytest.fixture
+def page(writer):
+  with opened(writer.url) as page:
+    yield page
+
+
+@pytest.fixture
+def filtered(tmp_path):
+  """The page of a server with filters."""
+  (tmp_path / 'list').write_text('grumbo')
+  server = Server('says', blocklist=str(tmp_path / 'list'))
+  try:
+    with opened(server.url) as page:
+      yield page
+  finally:
+    server.close()
 
 
 @pytest.mark.supports('serving', 'a web page: completions with the probability of each token')
@@ -82,6 +103,13 @@ def test_the_tabs_are_what_the_model_can(page):
   page.click('#tab-metrics')
   page.wait_for_selector('#counts tr')
   assert 'lm_running' in page.text_content('#counts')
+
+
+def test_with_filters_the_page_asks_for_no_probabilities(filtered):
+  filtered.fill('#prompt', spelt('Yes.'))
+  filtered.click('#go')
+  filtered.wait_for_function("document.querySelector('#text').textContent.endsWith('Yes.')")
+  assert filtered.is_hidden('#error') and not filtered.text_content('#speed')
 
 
 def test_an_error_of_the_server_is_shown(page):

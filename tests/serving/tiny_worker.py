@@ -55,6 +55,8 @@ def backend(kind):
   if kind.startswith('filter='):
     words = filters.Words(kind.removeprefix('filter='))
     return Mortal(words, filters.Privacy(), judge(), 0.9)
+  if kind == 'fill':
+    return filler()
   module, params = made(kind)
   if kind in ('gpt', 'talk'):
     engine = Engine(module, params, EngineConfig(num_rows=4, cache_tokens=256), 48)
@@ -74,6 +76,20 @@ def judge():
     return {'logits': np.stack([0 * is_harmful, 8.0 * is_harmful - 4], 1)}
   return Reader(answer, ['input_ids'], 'classify', Vocabulary(), 48, ('harmless', 'harmful'),
                 Batching(4, 0.0))
+
+
+class Blanks(Vocabulary):
+  """Bytes, and a token for what is missing."""
+  mask_id = 299
+
+
+def filler():
+  """A masked language model that puts the same letters into every blank."""
+  def answer(arrays):
+    logits = np.zeros((*np.shape(arrays['input_ids']), 300))
+    logits[..., Blanks().encode('u%o0a')] = range(20, 10, -2)
+    return {'logits': logits}
+  return Reader(answer, ['input_ids'], 'fill', Blanks(), 48, (), Batching(4, 0.0))
 
 
 class Mortal(filters.Filter):
