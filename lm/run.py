@@ -427,9 +427,13 @@ def load_writer(experiment: Experiment, run_dir: str, on_mesh: bool = False
                 ) -> tuple[int, Any, Any, methods.Method | None]:
   """The step, and what writes texts: the run's model, or it and those of the runs that its decoding
   asks for; parameters; and the method. On one device, or with `on_mesh` on the run's tensor mesh.
+  On a CPU layers are unrolled where the run does not say: a loop copies the weights of each.
   """
   if on_mesh and experiment.mesh.tensor != 1:
     return *load_on_mesh(experiment, run_dir, Hosts()), None
+  if jax.default_backend() == 'cpu' and getattr(experiment.model, 'scan_layers', False) is None:
+    model = dataclasses.replace(experiment.model, scan_layers=False)
+    experiment = dataclasses.replace(experiment, model=model)
   step, module, params = load(experiment, run_dir)
 
   def other(path):
