@@ -4,8 +4,8 @@
   python scripts/benchmark_serving.py --run_dir=R --plain=A    # embeddings; A: ONNX artefact
   python scripts/benchmark_serving.py --run_dir=R --soak=10000 # whether memory grows, no timing
 
-First one client, then 16 that ask as soon as they are answered: what batching brings, and the
-capacity. With --plain the same 16 ask ONNX Runtime behind a plain FastAPI application, in turns
+First one client, then 16 that ask as soon as they are answered: what batching brings; and four
+times as many: the capacity. With --plain the same 16 ask ONNX Runtime behind a plain FastAPI application, in turns
 with ours. Then requests that come whether or not others are answered (Poisson arrivals) at 0.5, 0.8
 and 1.5 of the capacity: seconds to the first token, and for each token behind it, the 50th and 99th
 percentile; how many were refused (status 429), and whether any that was accepted was lost. Last the
@@ -229,13 +229,15 @@ async def measure(args, port, process, plain_port):
   together = await closed(client, args, args.clients, args.seconds)
   print(f'one client {alone:.1f} requests a second, {args.clients} clients {together:.1f}: '
         f'{together / alone:.2f}x')
-  found = {'alone': alone, 'together': together}
+  most = await closed(client, args, 4 * args.clients, args.seconds)
+  print(f'{4 * args.clients} clients {most:.1f} requests a second, which is the capacity')
+  found = {'alone': alone, 'together': together, 'capacity': most}
   if plain_port:
-    plain, turns = Client(plain_port, path), []
-    await closed(plain, args, 4, 2)
-    for _ in range(3):
-      turns.append((await closed(client, args, args.clients, args.seconds),
-                    await closed(plain, args, args.clients, args.seconds)))
+    turns = []
+    await closed(Client(plain_port, path), args, 4, 2)
+    for _ in range(3):  # with connections of their own: a server hangs up on those that wait
+      turns.append([await closed(Client(one, path), args, args.clients, args.seconds)
+                    for one in (port, plain_port)])
     ratio = statistics.median(a / b for a, b in turns)
     print(f'ours against ONNX Runtime behind FastAPI: {ratio:.2f}x (' + ', '.join(
         f'{a:.1f} and {b:.1f}' for a, b in turns) + ' requests a second)')
@@ -243,8 +245,8 @@ async def measure(args, port, process, plain_port):
   print('load  rate/s   sent answered refused lost   first token p50    p99   piece p50    p99 ms')
   found['load'] = []
   for share in (0.5, 0.8, 1.5):
-    row = summary(share, share * together,
-                  await opened(client, args, share * together, args.seconds))
+    row = summary(share, share * most,
+                  await opened(Client(port, path), args, share * most, args.seconds))
     found['load'].append(row)
     print(f'{share:4}  {row["rate"]:6.1f} {row["sent"]:6} {row["answered"]:8} {row["refused"]:7} '
           f'{row["lost"]:4} {row["first_p50"]:17.1f} {row["first_p99"]:6.1f} '

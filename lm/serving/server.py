@@ -95,8 +95,12 @@ async def _serve(service, host, port, drain_seconds):
 
 def _bound(host, port):
   try:
-    return socket.create_server((host, port), family=(
+    listener = socket.create_server((host, port), family=(
         socket.AF_INET6 if ':' in host else socket.AF_INET), backlog=1024)
+    # Connections inherit it. asyncio sets it for sockets of a named protocol alone, and without it
+    # the body of an answer waits up to 40 ms until the client has acknowledged its head.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
   except OSError as error:
     raise UserError(f'--port={port} of {host} cannot be opened ({error.strerror}); choose another'
                     ) from error

@@ -1,11 +1,13 @@
 """Who comes in, and in which order."""
 import asyncio
+import socket
 
 import pytest
 
 from lm import main
 from lm.errors import UserError
 from lm.serving.admission import ANYONE, Keys, Queue, Rates, Refused
+from lm.serving.server import _bound
 
 
 @pytest.mark.supports('serving', 'fair shares of a model between keys')
@@ -87,3 +89,10 @@ def test_keys_are_those_of_the_file(tmp_path):
 def test_flags_that_make_no_server_are_told(flags, sentence, capsys):
   assert main.main(['serve', *flags]) == 2
   assert sentence in capsys.readouterr().err
+
+
+def test_an_answer_does_not_wait_until_its_head_is_acknowledged():
+  with _bound('127.0.0.1', 0) as listener, socket.create_connection(listener.getsockname()):
+    connection, _ = listener.accept()
+    with connection:
+      assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
