@@ -5,8 +5,8 @@
   python scripts/benchmark_serving.py --run_dir=R --soak=10000 # whether memory grows, no timing
 
 First one client, then 16 that ask as soon as they are answered: what batching brings; and four
-times as many: the capacity. With --plain the same 16 ask ONNX Runtime behind a plain FastAPI application, in turns
-with ours. Then requests that come whether or not others are answered (Poisson arrivals) at 0.5, 0.8
+times as many: the capacity. With --plain the same 16 ask ONNX Runtime behind a plain FastAPI
+application, in turns with ours. Then requests that come whether or not others are answered (Poisson arrivals) at 0.5, 0.8
 and 1.5 of the capacity: seconds to the first token, and for each token behind it, the 50th and 99th
 percentile; how many were refused (status 429), and whether any that was accepted was lost. Last the
 memory of server and worker, before and after. --out=FILE.html draws it.
@@ -220,24 +220,25 @@ def memory(process):
 async def measure(args, port, process, plain_port):
   """Prints the figures; returns them."""
   path = '/v1/embeddings' if args.plain else '/v1/completions'
-  client = Client(port, path)
+  # Each time with connections of its own: a server hangs up on those that nobody uses.
+  ours, plain = (lambda: Client(port, path)), (lambda: Client(plain_port, path))
   if args.soak:
-    return await soak(client, args, process)
-  await closed(client, args, 4, 2)
+    return await soak(ours(), args, process)
+  await closed(ours(), args, 4, 2)
   before = memory(process)
-  alone = await closed(client, args, 1, args.seconds)
-  together = await closed(client, args, args.clients, args.seconds)
+  alone = await closed(ours(), args, 1, args.seconds)
+  together = await closed(ours(), args, args.clients, args.seconds)
   print(f'one client {alone:.1f} requests a second, {args.clients} clients {together:.1f}: '
         f'{together / alone:.2f}x')
-  most = await closed(client, args, 4 * args.clients, args.seconds)
+  most = await closed(ours(), args, 4 * args.clients, args.seconds)
   print(f'{4 * args.clients} clients {most:.1f} requests a second, which is the capacity')
   found = {'alone': alone, 'together': together, 'capacity': most}
   if plain_port:
     turns = []
-    await closed(Client(plain_port, path), args, 4, 2)
-    for _ in range(3):  # with connections of their own: a server hangs up on those that wait
-      turns.append([await closed(Client(one, path), args, args.clients, args.seconds)
-                    for one in (port, plain_port)])
+    await closed(plain(), args, 4, 2)
+    for _ in range(3):
+      turns.append([await closed(client(), args, args.clients, args.seconds)
+                    for client in (ours, plain)])
     ratio = statistics.median(a / b for a, b in turns)
     print(f'ours against ONNX Runtime behind FastAPI: {ratio:.2f}x (' + ', '.join(
         f'{a:.1f} and {b:.1f}' for a, b in turns) + ' requests a second)')
@@ -246,7 +247,7 @@ async def measure(args, port, process, plain_port):
   found['load'] = []
   for share in (0.5, 0.8, 1.5):
     row = summary(share, share * most,
-                  await opened(Client(port, path), args, share * most, args.seconds))
+                  await opened(ours(), args, share * most, args.seconds))
     found['load'].append(row)
     print(f'{share:4}  {row["rate"]:6.1f} {row["sent"]:6} {row["answered"]:8} {row["refused"]:7} '
           f'{row["lost"]:4} {row["first_p50"]:17.1f} {row["first_p99"]:6.1f} '
