@@ -6,10 +6,11 @@
 
 First one client, then 16 that ask as soon as they are answered: what batching brings; and four
 times as many: the capacity. With --plain the same 16 ask ONNX Runtime behind a plain FastAPI
-application, in turns with ours. Then requests that come whether or not others are answered (Poisson arrivals) at 0.5, 0.8
-and 1.5 of the capacity: seconds to the first token, and for each token behind it, the 50th and 99th
-percentile; how many were refused (status 429), and whether any that was accepted was lost. Last the
-memory of server and worker, before and after. --out=FILE.html draws it.
+application, in turns with ours. Then requests that come whether or not others are answered (Poisson
+arrivals) at 0.5, 0.8 and 1.5 of the capacity: milliseconds to the first piece, and for each piece
+behind it (up to 8 tokens), the 50th and 99th percentile; how many were refused (status 429), and
+whether any that was accepted was lost. Last the memory of server and worker, before and after.
+--out=FILE.html draws it.
 
 --soak sends so many completions of a GPT instead, by 16 clients: of many lengths, streamed or not,
 with log-probabilities, scored, left by their client in the middle, or malformed; every thousand it
@@ -243,7 +244,7 @@ async def measure(args, port, process, plain_port):
     print(f'ours against ONNX Runtime behind FastAPI: {ratio:.2f}x (' + ', '.join(
         f'{a:.1f} and {b:.1f}' for a, b in turns) + ' requests a second)')
     found['against_plain'] = ratio
-  print('load  rate/s   sent answered refused lost   first token p50    p99   piece p50    p99 ms')
+  print('load  rate/s   sent answered refused lost   first piece p50    p99   piece p50    p99 ms')
   found['load'] = []
   for share in (0.5, 0.8, 1.5):
     row = summary(share, share * most,
@@ -264,11 +265,11 @@ svg { width: 100%; height: auto } path, polyline { fill: none; stroke-width: 2 }
 
 
 def page(found):
-  """The seconds to the first token over the load, as HTML."""
+  """The milliseconds to the first piece over the load, as HTML."""
   curves = [plot.Series(f'p{share}', [(row['share'], row[f'first_p{share}'])
                                       for row in found['load']], f'c{i}', dots=True)
             for i, share in enumerate((50, 99))]
-  chart = plot.line_chart(curves, 'arrivals over capacity', 'ms to the first token', True)
+  chart = plot.line_chart(curves, 'arrivals over capacity', 'ms to the first piece', True)
   return f'<!doctype html><title>Latency under load</title><style>{STYLE}</style>{chart}'
 
 
