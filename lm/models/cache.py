@@ -108,13 +108,14 @@ def init_layers(options: CacheOptions, dtype: str, num_rows: int, num_places: in
     UserError: scanned layers are not all alike.
   """
   def one(window, *stacked):
-    own = window if options.rolling else None
-    num_sinks = 0 if window else options.num_sinks
-    window = own if window else options.window
+    if window:  # which attention itself masks
+      kept, num_sinks, slack = window if options.rolling else None, 0, SLACK
+    else:
+      kept, num_sinks, slack = options.window, options.num_sinks, 0
     shape = *stacked, num_rows, heads[0]
-    if window is None or num_places <= num_sinks + window + SLACK:
+    if kept is None or num_places <= num_sinks + kept + slack:
       return KVCache.zeros((*shape, num_places, heads[1]), options.dtype or dtype)
-    return Rolling.zeros((*shape, heads[1]), options.dtype or dtype, window, num_sinks)
+    return Rolling.zeros((*shape, heads[1]), options.dtype or dtype, kept, num_sinks)
 
   if not scanned:
     return [one(window) for window in windows]

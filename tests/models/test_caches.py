@@ -164,6 +164,15 @@ def test_a_text_goes_on_from_its_first_tokens_and_the_last(tiny_configs, changes
   assert cache.kinds[0].kept.key.shape[-2] == 6 + SLACK
 
 
+def test_a_window_is_kept_to_in_short_texts_too(tiny_configs):
+  config = tiny_configs['gpt2'](**ROTARY | dict(window=None))
+  params, ids = init(config), tokens(config, 2, 30)
+  options = CacheOptions(window=6, num_sinks=2)
+  short, long = (decoded(config, params, ids, config.init_cache(2, places, options))[0]
+                 for places in (30, 1000))
+  np.testing.assert_allclose(short, long, atol=3e-5)
+
+
 def test_chunks_of_a_stream_are_as_its_tokens_one_by_one(tiny_configs):
   config = tiny_configs['gpt2'](**ROTARY | dict(window=None))
   params, ids = init(config), tokens(config, 2, 50)
